@@ -1,0 +1,43 @@
+# make demo, make test: all the set-up on a fresh machine, then the job. Neither needs a GPU.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard graphcache/_C/*.cpp graphcache/_C/*.h)
+# numpy: torch warns without it, and warnings are errors in tests. mypy and ruff: what `test` checks.
+TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff mypy types-tqdm
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/weak_refs.py
+	$(BIN)/python examples/char_decode.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TOOLS)
+	touch $@
+
+# --no-build-isolation: the helper is built against the torch above (see setup.py).
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info graphcache/_C/_built.py graphcache/_C/*.so

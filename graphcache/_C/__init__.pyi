@@ -1,0 +1,76 @@
+"""Types of the native helper; sizes, strides and offsets are in elements."""
+
+from collections.abc import Sequence
+from typing import overload
+
+from torch import Tensor
+
+__all__ = ["alias", "carve", "expire", "is_expired", "is_held", "is_weak", "materialize", "storage_key", "weak_ref"]
+
+@overload
+def weak_ref(tensor: Tensor) -> Tensor: ...
+@overload
+def weak_ref(tensor: Sequence[Tensor]) -> list[Tensor]:
+    """Aliases the memory of a tensor without owning it.
+
+    Keeps dtype, device, sizes, strides, offset, and the conjugate and negative bits. Of a list, the
+    tensors that share a storage share one afterwards too. After vLLM pull request 9724.
+
+    Raises:
+        TypeError: for tensor subclasses and for tensors that are not dense memory.
+        RuntimeError: the stored text, if the tensor has expired.
+    """
+
+def alias(
+    tensor: Tensor,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    offset: int,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Returns a new tensor on the storage of `tensor`, which is not a view in autograd's sense.
+
+    Its dtype, conjugate and negative bits are those of `like` (default: `tensor`).
+
+    Raises:
+        ValueError: if it would reach outside the storage.
+    """
+
+def carve(tensor: Tensor, offset: int, nbytes: int) -> Tensor:
+    """Returns a weak `uint8` tensor of shape `(nbytes,)` over a part of the storage of `tensor`.
+
+    Args:
+        tensor: any tensor with a storage.
+        offset: in bytes, from the start of the storage.
+        nbytes: its length, in bytes.
+
+    Raises:
+        ValueError: if the part lies outside the storage.
+    """
+
+def is_weak(tensor: Tensor) -> bool:
+    """Tells whether `weak_ref` made the storage of `tensor` and it owns no memory."""
+
+def expire(tensor: Tensor, message: str) -> None:
+    """Makes every later data access through the storage of `tensor`, views included, raise.
+
+    Args:
+        tensor: any tensor with a storage; its metadata stays readable.
+        message: the text of the `RuntimeError`.
+    """
+
+def is_expired(tensor: Tensor) -> bool:
+    """Tells whether the data of `tensor` may no longer be touched."""
+
+def storage_key(tensor: Tensor) -> int:
+    """Identifies the storage of `tensor` for as long as somebody holds it."""
+
+def is_held(tensor: Tensor) -> bool:
+    """Tells whether any tensor but this one (another output, a view) shares its storage."""
+
+def materialize(tensor: Tensor) -> None:
+    """Moves a weak tensor, with all its views, into memory of its own, on the current stream.
+
+    Raises:
+        ValueError: if the tensor is not weak.
+    """

@@ -1,0 +1,67 @@
+#include "weak.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+at::Tensor exact_tensor(const py::handle& object) {
+  if (!THPVariable_Check(object.ptr())) {
+    throw py::type_error(
+        "graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
+  }
+  if (!THPVariable_CheckExact(object.ptr())) {
+    throw py::type_error(
+        "graphcache: a tensor subclass (" + std::string(Py_TYPE(object.ptr())->tp_name) +
+        ") may keep its data elsewhere, so aliasing its memory could lose it; give the plain tensors "
+        "that it is made of");
+  }
+  return THPVariable_Unpack(object.ptr());
+}
+
+py::object weak_ref(const py::handle& object) {
+  if (!py::isinstance<py::list>(object) && !py::isinstance<py::tuple>(object)) {
+    return py::cast(graphcache::weak_refs({exact_tensor(object)}).front());
+  }
+  std::vector<at::Tensor> tensors;
+  for (const auto item : py::reinterpret_borrow<py::sequence>(object)) {
+    tensors.push_back(exact_tensor(item));
+  }
+  return py::cast(graphcache::weak_refs(tensors)); // a list, in the same order
+}
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("TORCH_VERSION") = TORCH_VERSION;
+  m.def("weak_ref", &weak_ref, py::arg("tensor"));
+  m.def(
+      "alias",
+      [](const at::Tensor& tensor,
+         const std::vector<int64_t>& sizes,
+         const std::vector<int64_t>& strides,
+         int64_t offset,
+         const std::optional<at::Tensor>& like) {
+        return graphcache::alias(tensor, sizes, strides, offset, like.value_or(tensor));
+      },
+      py::arg("tensor"),
+      py::arg("sizes"),
+      py::arg("strides"),
+      py::arg("offset"),
+      py::arg("like") = py::none());
+  m.def(
+      "carve", &graphcache::carve, py::arg("tensor"), py::arg("offset"), py::arg("nbytes"));
+  m.def("is_weak", &graphcache::is_weak, py::arg("tensor"));
+  m.def("expire", &graphcache::expire, py::arg("tensor"), py::arg("message"));
+  m.def("is_expired", &graphcache::is_expired, py::arg("tensor"));
+  m.def("storage_key", &graphcache::storage_key, py::arg("tensor"));
+  m.def("is_held", &graphcache::is_held, py::arg("tensor"));
+  m.def("materialize", &graphcache::materialize, py::arg("tensor"));
+}

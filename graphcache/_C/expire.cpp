@@ -1,0 +1,32 @@
+#include "weak.h"
+
+#include <c10/core/StorageImpl.h>
+#include <c10/util/Exception.h>
+
+namespace graphcache {
+namespace {
+
+c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
+  return tensor.storage().unsafeGetStorageImpl();
+}
+
+} // namespace
+
+// Despite the name that torch gave it, the call below frees nothing: it sets a flag and a text, so
+// kernels in flight are unaffected and every view of the storage raises from here on.
+void expire(const at::Tensor& tensor, const std::string& message) {
+  storage_of(tensor)->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
+}
+
+bool is_expired(const at::Tensor& tensor) {
+  try {
+    storage_of(tensor)->data(); // torch has no query for the flag on every version that we support
+    return false;
+  } catch (const c10::Error&) {
+    return true;
+  }
+}
+
+} // namespace graphcache

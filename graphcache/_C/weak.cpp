@@ -1,0 +1,122 @@
+#include "weak.h"
+
+#include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
+
+#include <utility>
+
+namespace graphcache {
+namespace {
+
+// The mark of a weak storage: only ours carry this deleter, and it deletes nothing.
+void keep(void* /*memory*/) {}
+
+c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbytes) {
+  // mutable_data raises the stored text if `owner` has expired
+  void* memory = static_cast<char*>(owner.mutable_data()) + offset;
+  return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(),
+      nbytes,
+      c10::DataPtr(memory, memory, &keep, owner.device()),
+      /*allocator=*/nullptr,
+      /*resizable=*/false));
+}
+
+// A fresh tensor over `storage`; under inference mode it is an inference tensor, as in eager.
+at::Tensor over(
+    c10::Storage storage,
+    const at::Tensor& like,
+    at::IntArrayRef sizes,
+    at::IntArrayRef strides,
+    int64_t offset) {
+  const c10::DispatchKeySet keys(like.options().computeDispatchKey());
+  auto tensor =
+      at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
+  auto* impl = tensor.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(sizes, strides, offset);
+  impl->_set_conj(like.is_conj());
+  impl->_set_neg(like.is_neg());
+  return tensor;
+}
+
+} // namespace
+
+void check_weakable(const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.layout() == c10::kStrided && tensor.has_storage(),
+      "graphcache.weak_ref: a tensor of layout ", tensor.layout(),
+      " has no single block of memory to alias; give it a dense (strided) tensor");
+  TORCH_CHECK_TYPE(
+      !tensor.is_quantized() && !tensor.is_nested(),
+      "graphcache.weak_ref: quantized and nested tensors carry data beside their memory; "
+      "give it the plain tensor that they are made of");
+}
+
+std::vector<at::Tensor> weak_refs(const std::vector<at::Tensor>& tensors) {
+  // Outputs are few, so a linear search beats a map.
+  std::vector<std::pair<c10::StorageImpl*, c10::Storage>> made;
+  std::vector<at::Tensor> weak;
+  weak.reserve(tensors.size());
+  for (const auto& tensor : tensors) {
+    check_weakable(tensor);
+    auto* owner = tensor.storage().unsafeGetStorageImpl();
+    const c10::Storage* found = nullptr;
+    for (const auto& [known, storage] : made) {
+      if (known == owner) {
+        found = &storage;
+      }
+    }
+    if (found == nullptr) {
+      found = &made.emplace_back(owner, weak_storage(tensor.storage(), 0, tensor.storage().nbytes())).second;
+    }
+    weak.push_back(
+        over(*found, tensor, tensor.sizes(), tensor.strides(), tensor.storage_offset()));
+  }
+  return weak;
+}
+
+at::Tensor alias(
+    const at::Tensor& tensor,
+    at::IntArrayRef sizes,
+    at::IntArrayRef strides,
+    int64_t offset,
+    const at::Tensor& like) {
+  TORCH_CHECK_VALUE(
+      sizes.size() == strides.size(),
+      "graphcache: ", sizes.size(), " sizes but ", strides.size(), " strides");
+  int64_t last = offset; // in elements, the furthest one that the view reaches
+  bool empty = false;
+  bool negative = offset < 0;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    empty = empty || sizes[dim] == 0;
+    negative = negative || sizes[dim] < 0 || strides[dim] < 0;
+    last += (sizes[dim] - 1) * strides[dim];
+  }
+  const auto bytes = static_cast<int64_t>(tensor.storage().nbytes());
+  TORCH_CHECK_VALUE(
+      !negative && (empty || (last + 1) * static_cast<int64_t>(like.element_size()) <= bytes),
+      "graphcache: sizes ", sizes, ", strides ", strides, ", offset ", offset,
+      " do not fit in a storage of ", bytes, " bytes");
+  return over(tensor.storage(), like, sizes, strides, offset);
+}
+
+at::Tensor carve(const at::Tensor& tensor, int64_t offset, int64_t nbytes) {
+  const auto whole = static_cast<int64_t>(tensor.storage().nbytes());
+  TORCH_CHECK_VALUE(
+      offset >= 0 && nbytes >= 0 && nbytes <= whole - offset,
+      "graphcache: bytes ", offset, " to ", offset + nbytes, " of a storage of ", whole);
+  auto bytes = at::detail::make_tensor<c10::TensorImpl>(
+      weak_storage(tensor.storage(), offset, nbytes),
+      c10::DispatchKeySet(tensor.options().computeDispatchKey()),
+      caffe2::TypeMeta::Make<uint8_t>());
+  bytes.unsafeGetTensorImpl()->set_sizes_contiguous(nbytes);
+  return bytes;
+}
+
+bool is_weak(const at::Tensor& tensor) {
+  // Without the checks: an expired storage refuses its pointer, but its deleter still tells.
+  return tensor.has_storage() &&
+      tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() == &keep;
+}
+
+} // namespace graphcache

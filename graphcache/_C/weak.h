@@ -1,0 +1,32 @@
+// What the native helper offers to Python, one group a source file.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+namespace graphcache {
+
+// weak.cpp: tensors that alias memory which they do not own.
+void check_weakable(const at::Tensor& tensor);
+std::vector<at::Tensor> weak_refs(const std::vector<at::Tensor>& tensors);
+at::Tensor alias(
+    const at::Tensor& tensor,
+    at::IntArrayRef sizes,
+    at::IntArrayRef strides,
+    int64_t offset,
+    const at::Tensor& like);
+at::Tensor carve(const at::Tensor& tensor, int64_t offset, int64_t nbytes);
+bool is_weak(const at::Tensor& tensor);
+
+// expire.cpp: tensors whose data may not be touched any more.
+void expire(const at::Tensor& tensor, const std::string& message);
+bool is_expired(const at::Tensor& tensor);
+
+// ownership.cpp: who else holds a storage, and memory of its own for a weak one.
+int64_t storage_key(const at::Tensor& tensor);
+bool is_held(const at::Tensor& tensor);
+void materialize(const at::Tensor& tensor);
+
+} // namespace graphcache

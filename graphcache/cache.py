@@ -1,0 +1,498 @@
+"""The graphs of one forward: which serves a call, and what happens where none can."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from graphcache import _C, config
+from graphcache.buckets import default_sizes, padded_size
+from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
+from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
+from graphcache.guards import AttributeWatch, Guards, submodule_with_hooks
+from graphcache.observe import Observer
+from graphcache.pool import GraphPool, Stale, default_pool
+from graphcache.runtime import inlining, is_capturing
+from graphcache.signature import BOUND, Call, Signature, Unservable
+from graphcache.staging import Pad
+from graphcache.stats import CacheInfo, Counts
+from graphcache.tree import NotATree, flatten
+from graphcache.verify import same
+
+logger = logging.getLogger(__name__)
+
+# A forward that needs more than this is not one that graphs can speed up: each costs a capture.
+MAX_SIGNATURES = 32
+MAX_RECAPTURES = 8
+MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
+
+
+class Options(NamedTuple):
+    """The keywords of `cuda_graphed`, checked."""
+
+    batch_dim: int = 0
+    sizes: tuple[int, ...] | None = None
+    pad: Pad = None
+    bind: tuple[str, ...] = ()
+    stale: Stale = "error"
+    pool: GraphPool | None = None
+    fallback: bool = True
+    progress: bool | None = None
+
+
+@dataclass
+class Entry:
+    """What is known of one signature.
+
+    Attributes:
+        eager: why it always runs eagerly, or None.
+        exact: why it is captured only at the sizes that it is called with, or None.
+        guards: what its graphs depend on besides the arguments.
+        pure: the forward writes to nothing outside, so that running it twice does no harm.
+        complete: no sizes will be added: they were given, or no more fit into memory.
+        buckets: its graphs by size, ascending.
+    """
+
+    eager: str | None = None
+    exact: str | None = None
+    pure: bool = True
+    complete: bool = False
+    guards: Guards = field(default_factory=Guards)
+    buckets: dict[int, Bucket] = field(default_factory=dict)
+
+    def add(self, buckets: list[Bucket]) -> None:
+        """Adds graphs, keeping the sizes ascending."""
+        merged = self.buckets | {bucket.size: bucket for bucket in buckets}
+        self.buckets = {size: merged[size] for size in sorted(merged)}
+
+    def bucket(self, batch: int) -> Bucket | None:
+        """Returns the graph that serves `batch` rows, or None."""
+        if self.exact is not None:
+            return self.buckets.get(batch)
+        size = padded_size(tuple(self.buckets), batch)
+        return None if size is None else self.buckets[size]
+
+
+class GraphCache:
+    """The graphs of one forward, of one instance where it is a method.
+
+    Args:
+        function: the forward, bound; only its signature is kept.
+        name: its qualified name, for messages.
+        options: see `cuda_graphed`.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, options: Options) -> None:
+        self.name = name
+        self.options = options
+        self._signature = Signature(function, options.batch_dim, options.bind)
+        self._entries: dict[Any, Entry] = {}
+        self._written: dict[Any, frozenset[int]] = {}
+        self._recaptures = 0
+        self._unsettled = 0
+        self._warned: set[str] = set()
+        self._counts = Counts()
+        self._pool: GraphPool | None = options.pool
+
+    # The call
+
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        instance: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Serves one call: by a graph, or eagerly with the reason counted."""
+        self._counts.calls += 1
+        try:
+            _refuse_where_graphs_hide(instance)
+            call = self._signature.read(args, kwargs, _modes(instance), self._written)
+            pool = self._pool_for(call)
+            with pool.lock:
+                entry = self._serving(call, instance)
+                if entry is None or (bucket := entry.bucket(call.batch)) is None:
+                    return self._first(function, instance, call)
+                if call.batch != bucket.size and not bucket.checked:
+                    return self._first_padded(function, call, entry, bucket)
+                return self._replay(call, bucket)
+        except Unservable as reason:
+            self._counts.eager[str(reason)] += 1
+            return function(*args, **kwargs)
+
+    def _pool_for(self, call: Call) -> GraphPool:
+        device = call.leaves[0].device
+        if any(tensor.device != device for tensor in call.leaves):
+            raise Unservable("tensors on several devices")
+        if device.type == "cpu" and not config.is_emulated():
+            raise Unservable("CPU tensors (graphcache.emulate() emulates graphs there)")
+        if device.type not in ("cuda", "cpu"):
+            raise Unservable(f"tensors on {device.type}")
+        pool = self.options.pool or self._pool
+        if pool is None or (pool.device != device and self.options.pool is None):
+            pool = default_pool(device)
+        if pool.device != device:
+            raise OptionError(
+                f"graphcache: {self.name} was called with tensors on {device}, and its pool is on "
+                f"{pool.device}; give it GraphPool({str(device)!r}), or no pool"
+            )
+        self._pool = pool
+        return pool
+
+    def _serving(self, call: Call, instance: Any) -> Entry | None:
+        """Returns the entry that serves `call`; None if there is none, or no more.
+
+        Raises:
+            Unservable: where the call has to run eagerly.
+        """
+        if call.batch == 0:
+            raise Unservable("an empty batch")
+        entry = self._entries.get(call.key)
+        if entry is not None:
+            if entry.eager is not None:
+                raise Unservable(entry.eager)
+            if not entry.guards.hold(grad=torch.is_grad_enabled()):
+                del self._entries[call.key]
+                self._recaptures += 1
+                entry = None
+        if entry is None:
+            if torch.is_grad_enabled() and _wants_grad(call, instance):
+                raise Unservable("gradients are needed (torch.no_grad() or inference_mode() is not on)")
+            hooked = submodule_with_hooks(instance)
+            if hooked is not None:
+                raise Unservable(f"hooks inside the forward, on {hooked}")
+            if self._recaptures > MAX_RECAPTURES:
+                self._warn(
+                    "recaptures",
+                    f"its tensors or attributes were replaced after capture {self._recaptures} times; "
+                    "it runs eagerly now. Change them in place (copy_), or pass them as arguments",
+                )
+                raise Unservable("what it captured is replaced again and again")
+            if len(self._entries) >= MAX_SIGNATURES:
+                self._warn(
+                    "signatures",
+                    f"it was called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants); "
+                    "new ones run eagerly. Pad the other dimensions, or pass numbers as tensors",
+                )
+                raise Unservable(f"more than {MAX_SIGNATURES} signatures")
+        elif entry.complete and entry.bucket(call.batch) is None:
+            raise Unservable("a batch above the largest size")
+        return entry
+
+    def _replay(self, call: Call, bucket: Bucket) -> Any:
+        counts = self._counts
+        batch, size, number = call.batch, bucket.size, counts.calls
+
+        def described() -> str:
+            return f"call {number} of {self.name} (batch {batch}, size {size})"
+
+        bucket.stager.stage(call.leaves, batch)  # before anything expires: an input may be an output
+        given_up = bucket.lane.before_replay(described)
+        bucket.graph.replay()
+        result, outputs = bucket.result.give(batch, size, call.leaves, described)
+        bucket.lane.hand_out(outputs)
+        counts.replays[size] += 1
+        counts.padded_rows += size - batch
+        if given_up:
+            if self.options.stale == "copy":
+                counts.copied += given_up
+            else:
+                counts.expired += given_up
+        return result
+
+    # The first call of a signature
+
+    def _first(self, function: Callable[..., Any], instance: Any, call: Call) -> Any:
+        """Runs the forward eagerly, once, and captures it afterwards."""
+        observer = Observer(call.leaves[0].device, call.leaves, restore=False)
+        attributes = AttributeWatch(instance)
+        with inlining(), observer.watch():
+            result = function(*call.args, **call.kwargs)
+        self._counts.eager["the first call of a signature"] += 1
+        self._learn(function, instance, call, observer, attributes, result)
+        return result
+
+    def warm_up(
+        self,
+        function: Callable[..., Any],
+        instance: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Captures for such calls without making one: what the forward writes is put back."""
+        try:
+            _refuse_where_graphs_hide(instance)
+            call = self._signature.read(args, kwargs, _modes(instance), self._written)
+            with self._pool_for(call).lock:
+                entry = self._serving(call, instance)
+                if entry is not None and entry.bucket(call.batch) is not None:
+                    return
+                observer = Observer(call.leaves[0].device, call.leaves, restore=True)
+                attributes = AttributeWatch(instance)
+                with inlining(), observer.watch():
+                    result = function(*args, **kwargs)
+                self._learn(function, instance, call, observer, attributes, result)
+        except Unservable as reason:
+            logger.info("%s: nothing to warm up: %s", self.name, reason)
+
+    def _learn(
+        self,
+        function: Callable[..., Any],
+        instance: Any,
+        call: Call,
+        observer: Observer,
+        attributes: AttributeWatch,
+        result: Any,
+    ) -> None:
+        """Decides from an observed eager call how its signature is served, and captures it."""
+        tensors: list[Tensor] = []
+        changed = attributes.changed()
+        try:
+            layout = flatten(result, tensors, [])
+            if observer.blocker is not None:
+                raise CaptureError(observer.blocker)
+            if any(tensor.requires_grad for tensor in tensors):
+                return  # something that is no parameter wants gradients
+            if changed:
+                self._unsettled += 1
+                if self._unsettled < MAX_UNSETTLED:
+                    return
+                names = ", ".join(changed[:3])
+                raise CaptureError(f"it changes attributes, which no graph replays: {names}")
+            guards = Guards.find(function, instance, observer.external.values())
+            _check_reached(observer, guards)
+            call = self._bind_written(call, observer)
+            entry = self._entries.get(call.key) or Entry()
+            entry.guards = guards
+            entry.pure = not observer.written
+            entry.exact = entry.exact or self._why_exact(call, observer)
+            job = Job(
+                self.name,
+                function,
+                call,
+                observer.external,
+                self._pool_for(call),
+                self.options.pad,
+                self.options.stale,
+                self.options.progress,
+            )
+            self._capture(job, entry, layout, [tensor.shape for tensor in tensors])
+        except (CaptureError, NotATree, Unservable) as error:
+            self._give_up(call, str(error))
+            return
+        self._entries[call.key] = entry
+        for bucket in entry.buckets.values():
+            bucket.lane.reserve_for(tensors)
+
+    def _bind_written(self, call: Call, observer: Observer) -> Call:
+        """Returns the call read again, with the arguments that the forward wrote to bound."""
+        written = frozenset(
+            index
+            for index, tensor in enumerate(call.leaves)
+            if _C.storage_key(tensor) in observer.written
+        )
+        known = self._written.get(call.layout, frozenset())
+        if written <= known:
+            return call
+        self._written[call.layout] = written | known
+        return self._signature.read(call.args, call.kwargs, call.key[1], self._written)
+
+    def _why_exact(self, call: Call, observer: Observer) -> str | None:
+        """Says why rows may not be added to this forward, or returns None."""
+        if observer.draws:
+            return "it draws random numbers, and padded rows would draw some too"
+        if any(role.role is BOUND and role.dim is not None for role in call.roles):
+            return "an argument that is bound by address carries the batch"
+        if observer.written and self.options.pad is None:
+            self._warn(
+                "pad",
+                "its forward writes to state outside itself (a cache, a buffer), so it is captured at "
+                "exactly the batch sizes that it is called with. To have it padded, say what a padded "
+                "row must hold so that it writes nowhere that counts: pad={'argument': value}",
+            )
+            return "it writes to outside state, and pad does not say what a padded row must hold"
+        return None
+
+    def _capture(self, job: Job, entry: Entry, layout: Any, shapes: list[torch.Size]) -> None:
+        """Captures what `entry` lacks for this call, and finds out whether it can be padded."""
+        start, batch = perf_counter(), job.call.batch
+        buckets: list[Bucket] = []
+        if entry.exact is None:
+            wanted = self.options.sizes or default_sizes(batch)
+            sizes = [size for size in wanted if size not in entry.buckets]
+            try:
+                buckets = capture_or_warm_up(job, sizes)
+                entry.exact = learn_batch_dims(buckets, batch, layout, shapes)
+            except CaptureError as error:
+                if sizes == [batch]:
+                    raise
+                entry.exact = f"it can't be captured at other sizes ({error})"
+            entry.complete = self.options.sizes is not None or len(buckets) < len(sizes)
+        if entry.exact is not None:
+            logger.info("%s is captured at exact sizes: %s", self.name, entry.exact)
+            entry.buckets = {size: b for size, b in entry.buckets.items() if b.exact_only}
+            buckets = capture_or_warm_up(job, [batch])
+            if not buckets:
+                raise CaptureError(f"batch {batch} does not fit into memory")
+            if buckets[0].result.layout != layout:
+                raise CaptureError("its result holds a Python value that changes from call to call")
+            buckets[0].exact_only = True
+        for bucket in buckets:
+            # State would be advanced twice by a comparison; there, pad has said what is safe.
+            bucket.checked = not entry.pure and bucket.result.knows_batch_dims()
+        entry.add(buckets)
+        seconds = perf_counter() - start
+        self._counts.captures += len(buckets)
+        self._counts.capture_seconds += seconds
+        captured = [bucket.size for bucket in buckets]
+        logger.info("captured %s at sizes %s in %.2f s", self.name, captured, seconds)
+
+    def _first_padded(
+        self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket
+    ) -> Any:
+        """Returns the eager result, and compares the padded replay with it."""
+        with inlining():
+            eager = function(*call.args, **call.kwargs)
+        self._counts.eager["compared with the first padded replay of a size"] += 1
+        tensors: list[Tensor] = []
+        layout = flatten(eager, tensors, [])
+        shapes = [tensor.shape for tensor in tensors]
+        why = learn_batch_dims([bucket], call.batch, layout, shapes)
+        if why is None and entry.pure and not same(eager, self._compare(call, bucket)):
+            why = "its rows depend on each other"
+        if why is None:
+            bucket.checked = True
+            return eager
+        self._warn(
+            "rows",
+            f"padding batch {call.batch} to {bucket.size} changes its result ({why}), so it is "
+            "captured at exactly the batch sizes that it is called with",
+        )
+        entry.exact = why
+        return eager
+
+    def _compare(self, call: Call, bucket: Bucket) -> Any:
+        """Replays for a comparison: the result goes to nobody, and counts for nothing."""
+        before = self._counts.replays[bucket.size], self._counts.padded_rows
+        result = self._replay(call, bucket)
+        self._counts.replays[bucket.size], self._counts.padded_rows = before
+        return result
+
+    def _give_up(self, call: Call, why: str) -> None:
+        """Runs this signature eagerly from here on, with one warning; or raises."""
+        if not self.options.fallback:
+            raise CaptureError(f"graphcache: {self.name} can't be captured: {why}")
+        self._entries[call.key] = Entry(eager=why)
+        self._warn(
+            why,
+            f"it can't be captured, so it runs eagerly: {why}. Move that out of the forward, decorate "
+            "a smaller part, or silence this with graphcache.disabled()",
+        )
+
+    def _warn(self, about: str, text: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(f"graphcache: {self.name}: {text}", GraphCacheWarning, stacklevel=2)
+
+    # What users ask
+
+    def info(self) -> CacheInfo:
+        """Returns the counts; see `CacheInfo`."""
+        graphed = [entry for entry in self._entries.values() if entry.buckets]
+        pool, counts = self._pool, self._counts
+        return CacheInfo(
+            backend=pool.runtime.name if pool is not None and graphed else "none",
+            launch="torch",
+            calls=counts.calls,
+            replays=dict(sorted(counts.replays.items())),
+            padded_rows=counts.padded_rows,
+            eager=dict(counts.eager),
+            sizes=tuple(sorted({size for entry in graphed for size in entry.buckets})),
+            signatures=len(graphed),
+            captures=counts.captures,
+            capture_seconds=counts.capture_seconds,
+            expired=counts.expired,
+            copied=counts.copied,
+            pool_bytes=pool.memory().reserved if pool is not None else 0,
+            notes=tuple(
+                f"exact sizes only: {entry.exact}" for entry in graphed if entry.exact is not None
+            ),
+        )
+
+    def clear(self) -> None:
+        """Drops the graphs and the counts; outputs that are held stay readable until the next replay."""
+        self._entries.clear()
+        self._written.clear()
+        self._warned.clear()
+        self._recaptures = self._unsettled = 0
+        self._counts = Counts()
+
+
+def _refuse_where_graphs_hide(instance: Any) -> None:
+    """Raises `Unservable` where somebody watches the operations, which a replay would hide."""
+    if config.is_disabled():
+        raise Unservable("disabled")
+    if is_capturing():
+        raise Unservable("inside another capture or first call")
+    if torch._C._get_tracing_state() is not None:
+        raise Unservable("torch.jit tracing")
+    if _len_torch_dispatch_stack() > 0:
+        raise Unservable("a TorchDispatchMode is active")
+    if torch._C._len_torch_function_stack() > 0 and _foreign_function_mode():
+        raise Unservable("a TorchFunctionMode is active")
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise Unservable("a torch.func transform")
+    if getattr(instance, "_is_replica", False):
+        raise Unservable("a DataParallel replica")
+
+
+def _foreign_function_mode() -> bool:
+    depth = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(level) for level in range(depth)]
+    return any(not isinstance(mode, DeviceContext) for mode in modes)  # torch.set_default_device
+
+
+def _modes(instance: Any) -> tuple[Any, ...]:
+    """Returns the modes that decide what a forward does; each combination has its own graphs."""
+    return (
+        getattr(instance, "training", None),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def _wants_grad(call: Call, instance: Any) -> bool:
+    if any(tensor.requires_grad for tensor in call.leaves):
+        return True
+    return isinstance(instance, nn.Module) and any(p.requires_grad for p in instance.parameters())
+
+
+def _check_reached(observer: Observer, guards: Guards) -> None:
+    """Raises `CaptureError` where an address that the forward reaches can't be captured safely."""
+    for tensor in observer.external.values():
+        if tensor.device != observer.device:
+            raise CaptureError(f"it reads a tensor on {tensor.device} ({_describe(tensor)})")
+        if _C.is_weak(tensor):
+            raise CaptureError(
+                f"it reads an output of a graph that was kept ({_describe(tensor)}); keep a .clone()"
+            )
+    if guards.unwatched:
+        raise CaptureError(
+            f"it reaches a tensor ({_describe(guards.unwatched[0])}) in a way that can't be watched; "
+            "make it an argument, a buffer or an attribute"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

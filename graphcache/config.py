@@ -1,0 +1,57 @@
+"""Switches that change what every graphed call does: off altogether, or emulated on the CPU."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from graphcache.errors import OptionError
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise OptionError(
+        f"graphcache: the environment variable {name} is {value!r}; "
+        f"set it to one of {', '.join(_TRUE)} or {', '.join(v for v in _FALSE if v)}"
+    )
+
+
+_disabled: ContextVar[bool] = ContextVar("graphcache_disabled", default=_switch("GRAPHCACHE_DISABLE"))
+_emulated: ContextVar[bool] = ContextVar("graphcache_emulated", default=_switch("GRAPHCACHE_EMULATE"))
+
+is_disabled = _disabled.get
+is_emulated = _emulated.get
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Runs every graphed forward eagerly inside the block (this thread or task only).
+
+    `GRAPHCACHE_DISABLE=1` does the same for the whole process.
+    """
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+@contextmanager
+def emulate() -> Iterator[None]:
+    """Serves CPU tensors by emulated graphs inside the block (this thread or task only).
+
+    The emulation has the rules and the hazards of CUDA graphs, and none of their speed: it is there
+    to test on any machine that a model is fit for graphs. `GRAPHCACHE_EMULATE=1` does the same for
+    the whole process.
+    """
+    token = _emulated.set(True)
+    try:
+        yield
+    finally:
+        _emulated.reset(token)

@@ -1,0 +1,400 @@
+"""`cuda_graphed`: puts a graph cache in front of a forward, and leaves everything else as it was."""
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any, TypeVar, overload
+
+import torch
+import wrapt
+from torch import nn
+
+from graphcache.buckets import check_sizes
+from graphcache.cache import GraphCache, Options
+from graphcache.errors import GraphCacheError, OptionError
+from graphcache.pool import GraphPool, Stale
+from graphcache.signature import top_name
+from graphcache.staging import Pad
+from graphcache.stats import CacheInfo
+
+T = TypeVar("T")
+
+
+class _Caches:
+    """The graph cache of each instance, by identity, for as long as the instance lives.
+
+    Not attributes of the instances: those would end up in its copies, its pickles and its state.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._of: dict[int, tuple[weakref.ref[Any], GraphCache]] = {}
+
+    def of(self, function: Callable[..., Any], instance: Any) -> GraphCache:
+        """Returns the cache of `instance`, or of the function itself where there is none."""
+        owner = self if instance is None else instance
+        found = self._of.get(id(owner))
+        if found is None:
+            # Not finalize: nothing has to run at exit, where CUDA may be gone already.
+            forget = weakref.ref(owner, lambda _, key=id(owner): self._of.pop(key, None))
+            found = forget, GraphCache(function, _name(function, instance), self.options)
+            self._of[id(owner)] = found
+        return found[1]
+
+    def existing(self) -> list[GraphCache]:
+        """Returns every cache."""
+        return [cache for _, cache in list(self._of.values())]
+
+
+def _name(function: Callable[..., Any], instance: Any) -> str:
+    if instance is None:
+        return function.__qualname__
+    return f"{type(instance).__qualname__}.{function.__name__}"
+
+
+class _Inspectable:
+    """The habits of `functools`: what a wrapped forward tells and does besides being called."""
+
+    def _cache(self) -> GraphCache:
+        raise NotImplementedError
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        raise NotImplementedError
+
+    def cache_info(self) -> CacheInfo:
+        """Returns what was captured, replayed and run eagerly; see `CacheInfo`."""
+        return self._cache().info()
+
+    def cache_clear(self) -> None:
+        """Drops the graphs and the counts; the next call captures anew."""
+        self._cache().clear()
+
+    def warmup(self, *args: Any, **kwargs: Any) -> None:
+        """Captures for calls like this one, without the effects of a call.
+
+        The forward runs once; what it writes to tensors, and the random generator, are put back.
+
+        Args:
+            *args: example arguments; of tensors, shapes and dtypes count, and the values must be
+                valid ones.
+            **kwargs: likewise.
+        """
+        function, instance = self._wrapped_call()
+        self._cache().warm_up(function, instance, args, kwargs)
+
+    def __repr__(self) -> str:
+        if isinstance(self, _BoundForward) and self._self_instance is None:
+            return f"<cuda_graphed {self.__wrapped__.__qualname__}>"
+        info = self.cache_info()
+        return (
+            f"<cuda_graphed {self._cache().name}: {len(info.sizes)} sizes {list(info.sizes)}, "
+            f"{info.hits} replays, {info.misses} eager calls, {info.padded_rows} padded rows>"
+        )
+
+    __str__ = __repr__
+
+
+class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+    """`module.forward` of a class whose forward is decorated."""
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        return self.__wrapped__, self._self_instance
+
+    def _cache(self) -> GraphCache:
+        if self._self_instance is None:
+            raise OptionError(
+                f"graphcache: {self.__wrapped__.__qualname__} has graphs for each instance; ask one "
+                "of them: module.forward.cache_info()"
+            )
+        caches: _Caches = self._self_parent._self_caches
+        return caches.of(self.__wrapped__, self._self_instance)
+
+
+class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A decorated function: a plain one, or the forward in the body of a class."""
+
+    __bound_function_wrapper__ = _BoundForward
+
+    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+        super().__init__(function, self._dispatch)
+        self._self_caches = _Caches(options)
+
+    def _dispatch(
+        self,
+        wrapped: Callable[..., Any],
+        instance: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return wrapped(*args, **kwargs)
+        if instance is not None and not isinstance(wrapped, MethodType):
+            wrapped = self.__wrapped__.__get__(instance)  # called through the class
+        return self._self_caches.of(wrapped, instance)(wrapped, instance, args, kwargs)
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        return self.__wrapped__, None
+
+    def _cache(self) -> GraphCache:
+        caches: _Caches = self._self_caches
+        return caches.of(self.__wrapped__, None)
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        return str(self.__qualname__)  # by name, as functions are pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphedForward":
+        return self  # as functions are
+
+
+class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc]
+    """The forward of one module that was decorated after it was made.
+
+    It lies in the instance's `__dict__` and refers back to it weakly, so that the module, and its
+    graphs with it, go when their last user does.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], options: Options) -> None:
+        super().__init__(function, self._dispatch)
+        self._self_module = weakref.ref(module)
+        self._self_caches = _Caches(options)
+
+    def _dispatch(
+        self,
+        wrapped: Callable[..., Any],
+        _: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        function, module = self._wrapped_call()
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return self._self_caches.of(function, module)(function, module, args, kwargs)
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        module = self._self_module()
+        if module is None:
+            raise GraphCacheError("graphcache: the module of this forward is gone")
+        function = self.__wrapped__
+        # A forward that somebody else put on the instance is called as it is.
+        return (function.__get__(module) if _is_method_of(module, function) else function), module
+
+    def _cache(self) -> GraphCache:
+        caches: _Caches = self._self_caches
+        return caches.of(*self._wrapped_call())
+
+    @property
+    def __self__(self) -> Any:
+        return self._wrapped_call()[1]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._wrapped_call()[0])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        module = self.__self__
+        own = None if _is_method_of(module, self.__wrapped__) else self.__wrapped__
+        return _restore, (module, own, self._self_caches.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InstanceForward":
+        # The copy of the module is in `memo` by now: it was made before its attributes.
+        module = copy.deepcopy(self.__self__, memo)
+        function = self.__wrapped__
+        if not _is_method_of(module, function):
+            function = copy.deepcopy(function, memo)
+        return InstanceForward(module, function, self._self_caches.options)
+
+
+def _class_forward(kind: type) -> Callable[..., Any]:
+    forward = kind.forward  # type: ignore[attr-defined]
+    return getattr(forward, "__wrapped__", forward) if isinstance(forward, _Inspectable) else forward
+
+
+def _is_method_of(module: nn.Module, function: Callable[..., Any]) -> bool:
+    return function is _class_forward(type(module))
+
+
+def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:
+    function = _class_forward(type(module)) if own is None else own
+    return InstanceForward(module, function, options)
+
+
+M = TypeVar("M", bound=nn.Module)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@overload
+def cuda_graphed(
+    target: F,
+    *,
+    batch_dim: int = ...,
+    sizes: Iterable[int] | None = ...,
+    pad: Pad = ...,
+    bind: Iterable[str] = ...,
+    stale: Stale = ...,
+    pool: GraphPool | None = ...,
+    fallback: bool = ...,
+    progress: bool | None = ...,
+) -> F: ...
+@overload
+def cuda_graphed(
+    target: M,
+    *,
+    batch_dim: int = ...,
+    sizes: Iterable[int] | None = ...,
+    pad: Pad = ...,
+    bind: Iterable[str] = ...,
+    stale: Stale = ...,
+    pool: GraphPool | None = ...,
+    fallback: bool = ...,
+    progress: bool | None = ...,
+) -> M: ...
+@overload
+def cuda_graphed(
+    target: None = ...,
+    *,
+    batch_dim: int = ...,
+    sizes: Iterable[int] | None = ...,
+    pad: Pad = ...,
+    bind: Iterable[str] = ...,
+    stale: Stale = ...,
+    pool: GraphPool | None = ...,
+    fallback: bool = ...,
+    progress: bool | None = ...,
+) -> Callable[[T], T]: ...
+def cuda_graphed(
+    target: Any = None,
+    *,
+    batch_dim: int = 0,
+    sizes: Iterable[int] | None = None,
+    pad: Pad = None,
+    bind: Iterable[str] = (),
+    stale: Stale = "error",
+    pool: GraphPool | None = None,
+    fallback: bool = True,
+    progress: bool | None = None,
+) -> Any:
+    """Makes a forward replay CUDA graphs, one for each batch size in `sizes`.
+
+    The first call runs eagerly, once, and is followed by the capture of all sizes, largest first, into
+    one memory pool. Later calls are padded to the least size that holds them, replayed, and cut back.
+    An output is valid until the next graph of its pool runs; see `stale`.
+
+    Args:
+        target: a forward in the body of a class, a `Module` class (its forward is replaced), a
+            `Module` (likewise), or a function. Without it, a decorator is returned.
+        batch_dim: the dimension of the arguments that carries the batch. The first tensor argument
+            that has it, and is not bound, tells the batch; tensors of another length there are taken
+            to carry none. Which dimensions of the outputs carry it is learned.
+        sizes: the batch sizes to capture. Without them: 1, 2, 4, then multiples of 8, as far as the
+            batches that come. Larger batches run eagerly where sizes are given.
+        pad: what padded rows hold: a number, "edge" (the last row again), or either by argument name.
+            A forward that writes to outside state (a KV cache) is padded only where this is given.
+        bind: names of arguments that are read at their address instead of copied at each call.
+            Arguments that the forward writes to are bound by themselves, and so are large ones (4 MiB)
+            without a batch dimension. Another address is another signature.
+        stale: what becomes of an output that is still held when its memory is overwritten: with
+            "error" any later use of it raises, with "copy" it is moved to memory of its own before.
+        pool: the memory to use; the global one of the device by default.
+        fallback: run a forward that can't be captured eagerly, with one warning; or raise.
+        progress: show a progress bar while capturing; None: on a terminal, if it takes over a second.
+
+    Returns:
+        What was given: the class, the same module, or the function wrapped. The forward has
+        `cache_info()`, `cache_clear()`, `warmup(*example_args)` and `__wrapped__`.
+
+    Raises:
+        OptionError: for an argument that makes no sense.
+        CaptureError: at a call, with `fallback=False`, where the forward can't be captured.
+
+    Example:
+        >>> model = cuda_graphed(model, sizes=(1, 2, 4, 8))
+        >>> with torch.inference_mode():
+        ...     logits = model(tokens)
+    """
+    options = Options(
+        batch_dim=_integer(batch_dim),
+        sizes=None if sizes is None else check_sizes(sizes),
+        pad=_check_pad(pad),
+        bind=(bind,) if isinstance(bind, str) else tuple(bind),
+        stale=_one_of("stale", stale, ("error", "copy")),
+        pool=_instance_of("pool", pool, GraphPool),
+        fallback=fallback,
+        progress=progress,
+    )
+    if target is None:
+        return lambda target: _decorate(target, options)
+    return _decorate(target, options)
+
+
+def _decorate(target: Any, options: Options) -> Any:
+    if isinstance(target, nn.Module):
+        own = vars(target).get("forward", None)
+        if isinstance(own, InstanceForward):
+            own = own.__wrapped__  # decorated again: the new options count
+        function = own if own is not None else _class_forward(type(target))
+        _check_names(options, function)
+        target.forward = InstanceForward(target, function, options)
+        return target
+    if inspect.isclass(target):
+        if not callable(getattr(target, "forward", None)):
+            raise OptionError(
+                f"graphcache: {target.__qualname__} has no forward to decorate; decorate the function "
+                "that you want graphed"
+            )
+        function = _class_forward(target)
+        _check_names(options, function)
+        target.forward = GraphedForward(function, options)  # type: ignore[attr-defined]
+        return target
+    if not callable(target) or isinstance(target, (staticmethod, classmethod)):
+        raise OptionError(
+            f"graphcache: can't decorate {target!r}; give a function, a forward, a Module class or a "
+            "Module. Options are given by name: cuda_graphed(batch_dim=0)"
+        )
+    if isinstance(target, GraphedForward):
+        target = target.__wrapped__
+    _check_names(options, target)
+    return GraphedForward(target, options)
+
+
+def _check_names(options: Options, function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    pads = options.pad if isinstance(options.pad, dict) else {}
+    for option, names in (("pad", pads), ("bind", options.bind)):
+        for name in names:
+            if top_name(name) not in parameters:
+                raise OptionError(
+                    f"graphcache: {option} names {name!r}, and {function.__qualname__} takes "
+                    f"{', '.join(parameters)}"
+                )
+
+
+def _check_pad(pad: Any) -> Pad:
+    for fill in pad.values() if isinstance(pad, dict) else (pad,):
+        if not (fill is None and pad is None or fill == "edge" or isinstance(fill, (int, float))):
+            raise OptionError(
+                f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
+                "again), for all arguments or in a dictionary by argument name"
+            )
+    return pad  # type: ignore[no-any-return]
+
+
+def _integer(batch_dim: Any) -> int:
+    if type(batch_dim) is not int:
+        raise OptionError(f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension")
+    return batch_dim
+
+
+def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise OptionError(f"graphcache: {option}={value!r}; give one of {', '.join(allowed)}")
+    return value
+
+
+def _instance_of(option: str, value: Any, kind: type) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise OptionError(f"graphcache: {option}={value!r}; give a {kind.__name__}")
+    return value

@@ -1,0 +1,247 @@
+"""What a graph captured by address or by value, held and compared on every call.
+
+A graph reads the addresses and the Python values of its capture for ever. So each place from which the
+forward could get a tensor (a parameter, a buffer, an attribute, a list in an attribute, a closure, a
+global) is watched: the same object must still be there, at the same address.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from graphcache import _C
+
+_OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
+
+
+class _Watched:
+    """One place: `container[key]` must be `expected`."""
+
+    __slots__ = ("container", "expected", "key")
+
+    def __init__(self, container: Any, key: Any, expected: Any) -> None:
+        self.container = container
+        self.key = key
+        # Modules weakly, as in _WatchedModule.
+        self.expected = weakref.ref(expected) if isinstance(expected, nn.Module) else expected
+
+    def holds(self) -> bool:
+        expected = self.expected() if isinstance(self.expected, weakref.ref) else self.expected
+        try:
+            return expected is not None and self.container[self.key] is expected
+        except (KeyError, IndexError):
+            return False
+
+
+class _Cell:
+    """A closure cell, made to look like a container."""
+
+    __slots__ = ("cell",)
+
+    def __init__(self, cell: CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.cell.cell_contents
+
+
+class _WatchedModule:
+    """The attributes of one module, its parameters, buffers and children, all by identity.
+
+    Modules are watched through weak references: a child that knows its parent must not keep the
+    parent, and with it these guards, alive for ever.
+    """
+
+    def __init__(self, module: nn.Module, *, is_root: bool) -> None:
+        self.module = weakref.ref(module)
+        self.hooks = () if is_root else ("_forward_hooks", "_forward_pre_hooks")
+        attributes = vars(module)
+        self.size = len(attributes)
+        self.names = tuple(name for name in attributes if name not in _OF_MODULE) or ("training",)
+        self.get = itemgetter(*self.names, "training")  # two names or more: it returns a tuple
+        values = self.get(attributes)
+        self.ids = tuple(map(id, values))
+        # Held, so that no other value can take the id; containers are watched on their own.
+        self.values = [v for v in values if isinstance(v, (int, float, str, bytes, Tensor))]
+        self.tables = [(name, dict(attributes[name])) for name in ("_parameters", "_buffers")]
+        self.children = {
+            name: weakref.ref(child) if child is not None else None
+            for name, child in module._modules.items()
+        }
+
+    def holds(self) -> bool:
+        module = self.module()
+        if module is None:
+            return False
+        attributes = vars(module)
+        if len(attributes) != self.size or tuple(map(id, self.get(attributes))) != self.ids:
+            return False
+        for name, expected in self.tables:
+            now = attributes[name]
+            if len(now) != len(expected):
+                return False
+            for key, tensor in expected.items():
+                if now.get(key) is not tensor:
+                    return False
+        now = attributes["_modules"]
+        if len(now) != len(self.children):
+            return False
+        for key, child in self.children.items():
+            if now.get(key) is not (None if child is None else child()):
+                return False
+        return not any(attributes[name] for name in self.hooks)
+
+
+class Guards:
+    """Everything that the graphs of one signature depend on besides their arguments."""
+
+    def __init__(self) -> None:
+        self._modules: list[_WatchedModule] = []
+        self._places: list[_Watched] = []
+        self._addresses: list[tuple[Tensor, int]] = []
+        self.unwatched: list[Tensor] = []
+
+    def hold(self, *, grad: bool) -> bool:
+        """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
+        return (
+            all(module.holds() for module in self._modules)
+            and all(place.holds() for place in self._places)
+            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+            and not (grad and any(tensor.requires_grad for tensor, _ in self._addresses))
+        )
+
+    @classmethod
+    def find(
+        cls, function: Callable[..., Any], instance: Any, reached: Iterable[Tensor]
+    ) -> "Guards":
+        """Finds every place that leads from the forward to a tensor that it reached.
+
+        Args:
+            function: the forward.
+            instance: what it is bound to, or None.
+            reached: a tensor of each storage that the forward read or wrote and was not given.
+
+        Returns:
+            The guards; `unwatched` holds those of `reached` to which no place leads.
+        """
+        guards = cls()
+        wanted = {_C.storage_key(tensor): tensor for tensor in reached}
+        found: dict[int, Tensor] = {}
+        seen: set[int] = set()
+
+        def visit(value: Any, places: tuple[_Watched, ...], depth: int) -> None:
+            if isinstance(value, Tensor):
+                if value.layout is torch.strided and _C.storage_key(value) in wanted:
+                    found[id(value)] = value
+                    guards._places.extend(places)
+            elif isinstance(value, nn.Module):
+                for module in value.modules():
+                    if id(module) not in seen:
+                        seen.add(id(module))
+                        guards._modules.append(_WatchedModule(module, is_root=module is instance))
+                        for held in _attributes(module):
+                            visit(held, (), depth)
+                if value is not instance:
+                    guards._places.extend(places)
+            elif depth > 0 and id(value) not in seen and not isinstance(value, _NOT_SEARCHED):
+                if isinstance(value, (dict, list, tuple)):
+                    seen.add(id(value))
+                    inside(value, places, depth - 1)
+                elif type(getattr(value, "__dict__", None)) is dict:
+                    seen.add(id(value))
+                    inside(vars(value), places, depth - 1)
+
+        def inside(container: Any, places: tuple[_Watched, ...], depth: int) -> None:
+            for key, value in _items(container):
+                visit(value, (*places, _Watched(container, key, value)), depth)
+
+        if isinstance(instance, nn.Module):
+            visit(instance, (), _DEPTH)
+        elif instance is not None and hasattr(instance, "__dict__"):
+            inside(vars(instance), (), _DEPTH)
+        for container, key, value in _free_variables(function):
+            visit(value, (_Watched(container, key, value),), _DEPTH)
+        guards._addresses = [(tensor, tensor.data_ptr()) for tensor in found.values()]
+        watched = {_C.storage_key(tensor) for tensor in found.values()}
+        guards.unwatched = [tensor for key, tensor in wanted.items() if key not in watched]
+        return guards
+
+
+_NOT_SEARCHED = (str, bytes, int, float, type, FunctionType, type(torch), torch.dtype, torch.device)
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    own = [value for name, value in vars(module).items() if name not in _OF_MODULE]
+    return [*own, *module._parameters.values(), *module._buffers.values()]
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def _free_variables(function: Callable[..., Any]) -> Iterator[tuple[Any, Any, Any]]:
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType):
+        return
+    for cell in function.__closure__ or ():
+        try:
+            yield _Cell(cell), None, cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    names = set(function.__code__.co_names)
+    for name, value in list(function.__globals__.items()):
+        # Helpers that the forward calls read globals too: their tensors count, named here or not.
+        if isinstance(value, Tensor) or (name in names and not isinstance(value, _NOT_SEARCHED)):
+            yield function.__globals__, name, value
+
+
+def submodule_with_hooks(instance: Any) -> str | None:
+    """Names the first submodule whose hooks a replay would not call; None where there is none."""
+    if not isinstance(instance, nn.Module):
+        return None
+    if nn_module._has_any_global_hook():
+        return "every module (a global hook)"
+    for name, module in instance.named_modules():
+        if module is not instance and (module._forward_hooks or module._forward_pre_hooks):
+            return repr(name)
+    return None
+
+
+class AttributeWatch:
+    """Notices what of a module tree one forward changes: attributes, and the containers in them."""
+
+    def __init__(self, instance: Any) -> None:
+        modules = instance.named_modules() if isinstance(instance, nn.Module) else ()
+        self._before = [
+            (name, table, dict(table), {key: _contents(value) for key, value in table.items()})
+            for name, module in modules
+            for table in (vars(module), module._parameters, module._buffers)
+        ]
+
+    def changed(self) -> list[str]:
+        """Returns the names of the attributes that were set, replaced, changed or deleted since."""
+        return sorted(
+            f"{where}.{key}".lstrip(".")
+            for where, table, before, contents in self._before
+            for key in before.keys() | table.keys()
+            if table.get(key, _ABSENT) is not before.get(key, _ABSENT)
+            or (key not in _OF_MODULE and _contents(table[key]) != contents[key])
+        )
+
+
+_ABSENT = object()
+
+
+def _contents(value: Any) -> list[int] | None:
+    if isinstance(value, (list, set)):
+        return [id(item) for item in value]
+    if isinstance(value, dict):
+        return [id(item) for pair in value.items() for item in pair]
+    return None

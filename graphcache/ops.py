@@ -1,0 +1,141 @@
+"""What one operation does, read off its schema: what it writes, and whether a graph can hold it.
+
+Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in the same way.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from graphcache.errors import CaptureError
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+_aten = torch.ops.aten
+
+_SYNCHRONISES = {
+    _aten._linalg_check_errors.default: "checks for errors on the host (use the *_ex variant)",
+}
+
+
+def tensors_in(*trees: Any) -> Iterator[Tensor]:
+    """Yields the tensors among the arguments or results of one operation, which nest only in lists."""
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            yield tree
+        elif isinstance(tree, (list, tuple)):
+            yield from tensors_in(*tree)
+        elif isinstance(tree, dict):
+            yield from tensors_in(*tree.values())
+
+
+@lru_cache(maxsize=None)
+def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def written_by(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """Returns the tensors that this call of `func` writes into, as its schema declares."""
+    return [
+        tensor
+        for index, name in _written_arguments(func)
+        for tensor in tensors_in(args[index] if index < len(args) else kwargs.get(name))
+    ]
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def obstacle(
+    func: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+) -> str | None:
+    """Says why a graph on `device` can't hold this call, or returns None where it can."""
+    on_device = [tensor for tensor in tensors_in(args, kwargs) if tensor.device == device]
+    if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+        return f"{func} draws from a torch.Generator of the caller's"
+    if func in (_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default):
+        target = kwargs.get("device") or args[0].device
+        source = (args[0] if func is _aten._to_copy.default else args[1]).device
+        if torch.device(target).type != source.type:
+            return f"{func} copies between {source} and {target}"
+    if not on_device:
+        return None
+    if func in _SYNCHRONISES:
+        return f"{func} {_SYNCHRONISES[func]}"
+    if func is _aten.index.Tensor:
+        return f"{func} with a mask has a shape that depends on values" if any(
+            map(_is_mask, args[1])
+        ) else None
+    if func in (_aten.index_put_.default, _aten.index_put.default):
+        fills = args[2].numel() == 1  # becomes masked_fill, which needs no value on the host
+        return f"{func} with a mask must count it on the host" if not fills and any(
+            map(_is_mask, args[1])
+        ) else None
+    if torch.Tag.data_dependent_output in func.tags:
+        return f"{func} hands a value to the host"
+    if torch.Tag.dynamic_output_shape in func.tags:
+        return f"{func} has a shape that depends on values"
+    return None
+
+
+def user_line() -> str:
+    """Returns `file:line, in function` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OURS, "<")):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+def user_line_of(error: BaseException) -> str:
+    """Returns the same for the place that raised `error`."""
+    place, trace = "an unknown line", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith((_TORCH, _OURS, "<")):
+            place = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
+        trace = trace.tb_next
+    return place
+
+
+class HostReads(TorchFunctionMode):
+    """Sees the calls that hand values to the host without an operation, where all is on the CPU."""
+
+    _READS = (
+        Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__,
+        Tensor.__format__, Tensor.__dlpack__,
+    )  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._READS:
+            self.found(f"{func.__name__} copies to the host")
+        elif func is Tensor.to and any(
+            isinstance(to, (str, torch.device)) and torch.device(to).type == "cpu"
+            for to in (*args[1:2], kwargs.get("device"))
+        ):
+            self.found("to('cpu') copies to the host")
+        elif func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
+        return func(*args, **kwargs)
+
+    def found(self, what: str) -> None:
+        """Called with what was seen; raises by default."""
+        raise CaptureError(f"{what} at {user_line()}")

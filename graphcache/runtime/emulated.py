@@ -1,0 +1,155 @@
+"""Graphs emulated on the CPU: operations are recorded and replayed into the same storages.
+
+The rules and the hazards are those of CUDA graphs: outputs live in memory that other graphs use again,
+addresses and Python values are frozen, and what needs a value on the host can't be captured.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphcache import _C
+from graphcache.errors import CaptureError
+from graphcache.ops import HostReads, obstacle, tensors_in, user_line, written_by
+from graphcache.runtime import Result
+from graphcache.runtime.arena import EmulatedArena, copy_memory
+from graphcache.state import SavedState
+
+_aten = torch.ops.aten
+_ALLOCATIONS = (
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+)
+_CPU = torch.device("cpu")
+
+
+class _Operation(NamedTuple):
+    func: torch._ops.OpOverload
+    args: Any
+    kwargs: Any
+    targets: list[tuple[int, Tensor]]  # which of the results is new, and the memory it goes to
+
+
+class EmulatedGraph:
+    """The operations of one capture, in order."""
+
+    def __init__(self) -> None:
+        self.operations: list[_Operation] = []
+        self.outside: dict[int, Any] = {}  # storages that the capture read but did not make
+
+    def replay(self) -> None:
+        """Runs the operations over the recorded addresses."""
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            for operation in self.operations:
+                results = list(tensors_in(operation.func(*operation.args, **operation.kwargs)))
+                for position, target in operation.targets:
+                    copy_memory(target, results[position])
+
+
+class EmulatedRuntime:
+    """See `graphcache.runtime.Runtime`."""
+
+    name = "emulated"
+
+    def new_arena(self, device: torch.device) -> EmulatedArena:
+        """Opens an arena."""
+        return EmulatedArena()
+
+    @contextmanager
+    def ladder(self, device: torch.device) -> Iterator[None]:
+        """Nothing has to be done once for all sizes."""
+        yield
+
+    def capture(
+        self, arena: EmulatedArena, body: Callable[[], Result]
+    ) -> tuple[EmulatedGraph, Result]:
+        """Records `body`; see `Runtime.capture`.
+
+        A capture has no effects, but shapes and strides are only known from running: so it runs, and
+        what it wrote (state, live outputs in the arena, the random generator) is put back.
+        """
+        recorder = _Recorder(arena)
+        segments = [segment.clone() for segment in arena.segments]
+        try:
+            with torch.random.fork_rng(devices=[]), HostReads(), recorder:
+                result = body()
+        finally:
+            recorder.saved.restore()
+            for segment, before in zip(arena.segments, segments, strict=False):
+                segment.copy_(before)
+        return recorder.graph, result
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs each operation into memory of the arena and notes it for replay."""
+
+    def __init__(self, arena: EmulatedArena) -> None:
+        super().__init__()
+        self.graph = EmulatedGraph()
+        self.saved = SavedState()
+        self._arena = arena
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        why = obstacle(func, args, kwargs, _CPU)
+        if why is not None:
+            raise CaptureError(f"{why}, at {user_line()}")
+        if func is _aten.lift_fresh.default:  # a constant written in the source
+            self.graph.outside[_C.storage_key(args[0])] = args[0].untyped_storage()
+            return args[0]
+        for tensor in written_by(func, args, kwargs):
+            if not self._arena.owns(tensor):
+                self.saved.save(tensor)
+        given = {_C.storage_key(tensor) for tensor in tensors_in(args, kwargs)}
+        result = func(*args, **kwargs)
+        placed: dict[int, Tensor] = {}
+        targets = []
+        for position, tensor in enumerate(tensors_in(result)):
+            if _C.storage_key(tensor) not in given:
+                placed[id(tensor)] = target = self._arena.allocate(tensor)
+                copy_memory(target, tensor)
+                targets.append((position, self._weakly(target)))
+        if (targets or written_by(func, args, kwargs)) and func not in _ALLOCATIONS:
+            self.graph.operations.append(
+                _Operation(func, self._weakly(args), self._weakly(kwargs), targets)
+            )
+        return _substitute(result, placed)
+
+    def _weakly(self, tree: Any) -> Any:
+        """Returns `tree` with tensors that name its memory: they pin no block of the arena."""
+        if isinstance(tree, Tensor):
+            if not self._arena.owns(tree):
+                self.graph.outside[_C.storage_key(tree)] = tree.untyped_storage()
+            with torch.inference_mode(False):
+                return _C.weak_ref(tree)
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(self._weakly(item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self._weakly(item) for key, item in tree.items()}
+        return tree
+
+
+def _substitute(tree: Any, placed: dict[int, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return placed.get(id(tree), tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_substitute(item, placed) for item in tree)
+    return tree

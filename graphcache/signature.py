@@ -1,0 +1,213 @@
+"""What a call looks like: its tensors, the role of each, and the key under which its graphs are kept."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphcache import _C
+from graphcache.tree import NotATree, Node, flatten, rebuild
+
+# An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
+STAGE_LIMIT = 4 * 2**20  # bytes
+
+BATCHED, WHOLE, BOUND = "batched", "whole", "bound"
+_REQUIRED = inspect.Parameter.empty
+
+
+class Unservable(Exception):
+    """No graph can serve this call; the text says why and becomes a line of `cache_info().eager`."""
+
+
+class Leaf(NamedTuple):
+    """The role of one tensor argument.
+
+    Attributes:
+        role: BATCHED (staged and padded), WHOLE (staged as it is) or BOUND (by address).
+        dim: the batch dimension, counted from the front; None without one.
+        order: dimensions by descending stride, None if that is 0, 1, 2, …
+    """
+
+    role: str
+    dim: int | None
+    order: tuple[int, ...] | None
+
+
+class Call(NamedTuple):
+    """One call of a forward, read.
+
+    Attributes:
+        args, kwargs: as the caller gave them.
+        layout: the arguments in order of the parameters, tensors taken out; see `tree.flatten`.
+        leaves: those tensors.
+        names: their paths, such as `batch['ids'][0]`.
+        roles: what becomes of each.
+        batch: rows of this call.
+        key: equal for calls that the same graphs serve, at any batch.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layout: Any
+    leaves: list[Tensor]
+    names: list[str]
+    roles: list[Leaf]
+    batch: int
+    key: tuple[Any, ...]
+
+    def staged(self) -> Iterator[tuple[int, Leaf]]:
+        """Yields the positions and roles of the leaves that are copied into static inputs."""
+        return ((i, leaf) for i, leaf in enumerate(self.roles) if leaf.role is not BOUND)
+
+    def arguments(self, leaves: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of this call, in its own style, with other tensors in them."""
+        values = rebuild(self.layout, iter(leaves))
+        positional = tuple(values.values())[: len(self.args)]
+        return positional, {name: values[name] for name in self.kwargs}
+
+
+class Signature:
+    """The parameters of one forward, by which calls in any style are brought into one order.
+
+    Args:
+        function: the forward, bound where it is a method.
+        batch_dim: the dimension of the arguments that carries the batch; negative counts from the end.
+        bind: names of parameters that are bound by address.
+    """
+
+    def __init__(self, function: Callable[..., Any], batch_dim: int, bind: Iterable[str]) -> None:
+        self.batch_dim = batch_dim
+        self.bind = frozenset(bind)
+        parameters = inspect.signature(function).parameters.values()
+        self.defaults = {
+            p.name: p.default
+            for p in parameters
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+        self.by_position_only = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
+        self.positional = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments by name: given or default, in the order of the parameters."""
+        if len(args) > len(self.positional) and not self.varargs:
+            raise Unservable("arguments that the forward does not take")
+        named = dict(zip(self.positional, args, strict=False))
+        for index, extra in enumerate(args[len(self.positional) :]):
+            named[f"*{index}"] = extra
+        given = len(named)
+        for name, default in self.defaults.items():
+            if name not in named:
+                by_name = name in kwargs and name not in self.by_position_only
+                named[name] = value = kwargs[name] if by_name else default
+                if value is _REQUIRED:
+                    raise Unservable("arguments that the forward does not take")
+                given += by_name
+        if given != len(args) + len(kwargs):
+            extra = sorted(kwargs.keys() - self.defaults.keys())
+            if not self.open or given + len(extra) != len(args) + len(kwargs):
+                raise Unservable("arguments that the forward does not take")
+            for name in extra:
+                named[name] = kwargs[name]
+        return named
+
+    def read(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        modes: tuple[Any, ...],
+        written: dict[Any, frozenset[int]],
+    ) -> Call:
+        """Reads one call.
+
+        Args:
+            args: as the caller gave them.
+            kwargs: likewise.
+            modes: everything else that the key has to tell apart.
+            written: for each layout, the positions of the tensors that the forward writes to.
+
+        Raises:
+            Unservable: where no graph can serve such a call.
+        """
+        leaves: list[Tensor] = []
+        names: list[str] = []
+        try:
+            named = self._named(args, kwargs)
+            parts = [flatten(value, leaves, names, name) for name, value in named.items()]
+        except NotATree as error:
+            raise Unservable(str(error)) from None
+        layout = Node(dict, tuple(named), tuple(parts))
+        by_address = written.get(layout, frozenset())
+        return self._classify(args, kwargs, layout, leaves, names, modes, by_address)
+
+    def _classify(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layout: Any,
+        leaves: list[Tensor],
+        names: list[str],
+        modes: tuple[Any, ...],
+        by_address: frozenset[int],
+    ) -> Call:
+        bound = {
+            index
+            for index, name in enumerate(names)
+            if index in by_address or (self.bind and top_name(name) in self.bind)
+        }
+        batch = self._batch(leaves, bound)
+        roles: list[Leaf] = []
+        key: list[Any] = [layout, modes]
+        for index, tensor in enumerate(leaves):
+            if tensor.layout is not torch.strided:
+                raise Unservable(f"{names[index]} has layout {tensor.layout}")
+            shape = tensor.shape
+            dim = self._dim(tensor)
+            if dim is not None and shape[dim] != batch:
+                dim = None
+            weak = _C.is_weak(tensor)
+            if weak and index in bound:
+                raise Unservable(f"{names[index]} is bound by address, and is the output of a graph")
+            large = dim is None and tensor.numel() * tensor.element_size() > STAGE_LIMIT
+            if index in bound or (large and not weak):
+                roles.append(Leaf(BOUND, dim, None))
+                where = (tensor.data_ptr(), tensor.stride(), dim is not None)
+                key.append((BOUND, tensor.dtype, tuple(shape), where))
+                continue
+            order = None if tensor.is_contiguous() else _order(tensor)
+            if dim is None:
+                roles.append(Leaf(WHOLE, None, order))
+                key.append((WHOLE, tensor.dtype, tuple(shape), order))
+            else:
+                roles.append(Leaf(BATCHED, dim, order))
+                key.append((BATCHED, tensor.dtype, (*shape[:dim], -1, *shape[dim + 1 :]), order))
+        return Call(args, kwargs, layout, leaves, names, roles, batch, tuple(key))
+
+    def _dim(self, tensor: Tensor) -> int | None:
+        dim = self.batch_dim if self.batch_dim >= 0 else self.batch_dim + tensor.dim()
+        return dim if 0 <= dim < tensor.dim() else None
+
+    def _batch(self, leaves: list[Tensor], bound: set[int]) -> int:
+        if not leaves:
+            raise Unservable("no tensor among the arguments")
+        for index, tensor in enumerate(leaves):
+            dim = self._dim(tensor)
+            if dim is not None and index not in bound:
+                return tensor.shape[dim]
+        raise Unservable(f"no argument has dimension {self.batch_dim} (batch_dim)")
+
+
+def top_name(path: str) -> str:
+    """Returns the parameter that a path such as `batch['ids'][0]` or `state.h` starts from."""
+    return path.partition("[")[0].partition(".")[0]
+
+
+def _order(tensor: Tensor) -> tuple[int, ...] | None:
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+    return None if order == tuple(range(tensor.dim())) or 0 in strides else order

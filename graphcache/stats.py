@@ -1,0 +1,80 @@
+"""What `cache_info()` tells."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Counts of one graphed forward since it was made, or since `cache_clear()`.
+
+    Attributes:
+        backend: "cuda" or "emulated"; "none" before the first capture.
+        launch: how a replay reaches the device: "torch" is through `CUDAGraph.replay()`.
+        calls: all calls; each is either a replay or eager.
+        replays: calls served by each size.
+        padded_rows: rows that were replayed and cut away again.
+        eager: calls that ran eagerly, by reason.
+        sizes: captured sizes, ascending, of all signatures.
+        signatures: how many kinds of call have graphs.
+        captures: graphs captured, those dropped since included.
+        capture_seconds: time that took.
+        expired: held outputs that a later call made unreadable (stale="error").
+        copied: held outputs that a later call moved away (stale="copy").
+        pool_bytes: memory reserved by the pool, which other modules may share.
+        notes: what keeps this forward from being padded or captured, if anything.
+    """
+
+    backend: str
+    launch: str
+    calls: int
+    replays: dict[int, int]
+    padded_rows: int
+    eager: dict[str, int]
+    sizes: tuple[int, ...]
+    signatures: int
+    captures: int
+    capture_seconds: float
+    expired: int
+    copied: int
+    pool_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def hits(self) -> int:
+        """Calls served by a graph, as `functools.lru_cache` names them."""
+        return sum(self.replays.values())
+
+    @property
+    def misses(self) -> int:
+        """Calls that ran eagerly."""
+        return sum(self.eager.values())
+
+    def __str__(self) -> str:
+        rows = [
+            ("calls", f"{self.calls}: {self.hits} replayed, {self.misses} eager"),
+            ("sizes", ", ".join(map(str, self.sizes)) or "none"),
+            ("replays by size", ", ".join(f"{k}: {v}" for k, v in self.replays.items()) or "none"),
+            ("padded rows", str(self.padded_rows)),
+            *((f"eager: {reason}", str(count)) for reason, count in self.eager.items()),
+            ("captures", f"{self.captures} in {self.capture_seconds:.2f} s"),
+            ("held outputs", f"{self.expired} expired, {self.copied} copied"),
+            ("pool", f"{self.pool_bytes / 2**20:.1f} MiB ({self.backend}, {self.launch})"),
+            *(("note", note) for note in self.notes),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+@dataclass
+class Counts:
+    """The counters behind `CacheInfo`."""
+
+    calls: int = 0
+    replays: Counter[int] = field(default_factory=Counter)
+    padded_rows: int = 0
+    eager: Counter[str] = field(default_factory=Counter)
+    captures: int = 0
+    capture_seconds: float = 0.0
+    expired: int = 0
+    copied: int = 0

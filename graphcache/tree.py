@@ -1,0 +1,139 @@
+"""Nested arguments and results: taken apart into tensors and a hashable layout, and put together.
+
+`torch.utils._pytree` knows dataclasses only once they are registered with it, and takes 16 us for
+four leaves where a call has a few us to spend.
+"""
+
+import dataclasses
+import enum
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_PLAIN = (bool, int, str, bytes, type(None), complex, range, slice, type(Ellipsis), enum.Enum)
+_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_EXACT_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class NotATree(TypeError):
+    """A value that is neither a tensor, nor a plain constant, nor a container of such."""
+
+
+class _Slot:
+    """The place of a tensor in a layout."""
+
+    def __repr__(self) -> str:
+        return "tensor"
+
+
+SLOT = _Slot()
+
+
+class Constant(NamedTuple):
+    """A value that a graph bakes in; its type counts, so that 1, 1.0 and True differ."""
+
+    kind: type
+    text: Any
+    value: Any
+
+    # `value` stays out of it: of floats, the text tells -0.0 from 0.0 and nan equals itself.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self[:2] == other[:2]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:2])
+
+
+class Node(NamedTuple):
+    """A container: its type, its keys or field names (None for a sequence) and what it holds."""
+
+    kind: type
+    keys: tuple[Any, ...] | None
+    children: tuple[Any, ...]
+    extra: Any = None
+
+
+def _is_namedtuple(kind: type) -> bool:
+    return issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def flatten(value: Any, leaves: list[Tensor], names: list[str], name: str = "") -> Any:
+    """Appends the tensors of `value` to `leaves`, their paths to `names`, and returns the layout.
+
+    Raises:
+        NotATree: for an object that a graph can neither read from nor bake in.
+    """
+    kind = type(value)
+    if kind in _EXACT_TENSORS:
+        leaves.append(value)
+        names.append(name)
+        return SLOT
+    if kind is float:
+        return Constant(kind, value.hex(), value)
+    if isinstance(value, _PLAIN) and not dataclasses.is_dataclass(value):
+        if isinstance(value, slice):  # hashable from Python 3.12 only
+            return Constant(kind, (value.start, value.stop, value.step), value)
+        return Constant(kind, value, value)
+    if isinstance(value, _TORCH_VALUES) or kind is torch.Size:
+        return Constant(kind, value, value)
+    if kind in (list, tuple) or _is_namedtuple(kind):
+        return Node(
+            kind,
+            None,
+            tuple(
+                flatten(item, leaves, names, f"{name}[{index}]") for index, item in enumerate(value)
+            ),
+        )
+    if dataclasses.is_dataclass(kind):
+        # transformers' ModelOutput is a dictionary too, of those fields that are not None
+        extra = tuple(value.keys()) if isinstance(value, dict) else None
+        fields = tuple(field.name for field in dataclasses.fields(value))
+        return Node(
+            kind,
+            fields,
+            tuple(
+                flatten(getattr(value, field, None), leaves, names, f"{name}.{field}")
+                for field in fields
+            ),
+            extra,
+        )
+    if kind in (dict, OrderedDict, defaultdict):
+        extra = value.default_factory if kind is defaultdict else None
+        return Node(
+            kind,
+            tuple(value),
+            tuple(
+                flatten(item, leaves, names, f"{name}[{key!r}]") for key, item in value.items()
+            ),
+            extra,
+        )
+    what = "a tensor subclass" if isinstance(value, Tensor) else "an object"
+    raise NotATree(f"{name or 'the result'} is {what} of type {kind.__module__}.{kind.__qualname__}")
+
+
+def rebuild(layout: Any, leaves: Iterator[Any]) -> Any:
+    """Returns a new value of the given layout with its tensors taken from `leaves`, in order."""
+    if layout is SLOT:
+        return next(leaves)
+    if isinstance(layout, Constant):
+        return layout.value
+    kind, keys, children, extra = layout
+    items = [rebuild(child, leaves) for child in children]
+    if keys is None:
+        return kind._make(items) if _is_namedtuple(kind) else kind(items)
+    if dataclasses.is_dataclass(kind):
+        made = object.__new__(kind) if extra is None else kind.__new__(kind)
+        for key, item in zip(keys, items, strict=True):
+            object.__setattr__(made, key, item)  # also where the dataclass is frozen
+        if extra is not None:
+            for key in extra:
+                OrderedDict.__setitem__(made, key, getattr(made, key))  # type: ignore[call-overload]
+        return made
+    pairs = zip(keys, items, strict=True)
+    return defaultdict(extra, pairs) if kind is defaultdict else kind(pairs)
