@@ -42,6 +42,7 @@ WINDOW, BATCH, LEARNING_RATE = 64, 16, 6e-3
 STOP = "\n\n"
 SHORTEST, LONGEST = 40, 192
 SPARE_SLOT = -1  # the last slot of the cache: padded rows write there, and nobody reads it
+TEMPERATURE = 0.4
 REPEATS = 7  # timed decodes of each arm, on a GPU
 
 
@@ -232,9 +233,13 @@ class Decoded:
 
 @torch.no_grad()
 def decode(
-    model: CharModel, prompts: list[list[int]], limits: list[int], stop: list[int]
+    model: CharModel,
+    prompts: list[list[int]],
+    limits: list[int],
+    stop: list[int],
+    noise: Tensor,
 ) -> Decoded:
-    """Continue every prompt greedily, in one batch that shrinks as rows end.
+    """Continue every prompt, in one batch that shrinks as rows end.
 
     Prompts go through the same step as new text: a row whose next token is known ignores its
     prediction.
@@ -244,6 +249,7 @@ def decode(
         prompts: Token ids of each row.
         limits: Length at which each row ends, its prompt included.
         stop: Tokens that end a row when its new text ends with them.
+        noise: Added to the logits of each slot and position, (slots, positions, vocab).
     """
     device = model.span.device
     model.clear_cache()
@@ -258,7 +264,7 @@ def decode(
         logits = model(tokens, positions, slots)
         # The one synchronisation of the step: which rows go on depends on what was picked. Reading
         # the logits here, before the next call, is also what keeps their memory free for sharing.
-        picks = logits.argmax(-1).tolist()
+        picks = (logits + noise[slots, positions]).argmax(-1).tolist()
         fed += len(live)
         going_on = []
         for r, pick in zip(live, picks, strict=True):
@@ -272,6 +278,14 @@ def decode(
         live = going_on
         step += 1
     return Decoded(rows, fed, time.perf_counter() - start)
+
+
+def sampling_noise(model: CharModel, args: argparse.Namespace, device: torch.device) -> Tensor:
+    """Gumbel noise for every slot and position: sampling, yet the same in every decode."""
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.prompts, LONGEST, model.head.out_features)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12)
+    return (-TEMPERATURE * (-uniform.log()).log()).to(device)
 
 
 def first_difference(a: list[list[int]], b: list[list[int]]) -> tuple[int, int] | None:
@@ -348,8 +362,14 @@ def print_table(figures: dict[str, Any]) -> None:
         ("replays by size", counts(figures["replays"])),
         ("calls run eagerly", counts(figures["eager"])),
         ("rows padded", f"{figures['padded_rows']} (beside {figures['fed']} live ones)"),
-        ("pool memory, weak outputs", mib(figures["pool_bytes_weak"])),
-        ("pool memory, strong outputs", mib(figures["pool_bytes_strong"])),
+        *(
+            (
+                f"pool memory, {kind} outputs",
+                f"{mib(figures[f'pool_bytes_{kind}'])}, of which outputs pin "
+                f"{mib(figures[f'pinned_bytes_{kind}'])}",
+            )
+            for kind in ("weak", "strong")
+        ),
     ]
     if "tokens_per_second" in figures:
         rates = figures["tokens_per_second"]
@@ -391,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Slot 0 is where padded rows would write by mistake, were they filled with zeros: let it live
     # longest, so that such a mistake is seen.
     limits[limits.index(LONGEST)], limits[0] = limits[0], LONGEST
-    decode_args = (prompts, limits, corpus.encode(STOP))
+    decode_args = (prompts, limits, corpus.encode(STOP), sampling_noise(model, args, device))
 
     eager = decode(model, *decode_args)
 
@@ -432,8 +452,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "replays": {str(size): info.replays[size] for size in sorted(info.replays, reverse=True)},
         "eager": dict(info.eager),
         "padded_rows": info.padded_rows,
-        "pool_bytes_weak": pools["weak"].memory().reserved,
-        "pool_bytes_strong": pools["strong"].memory().reserved,
+        **{f"pool_bytes_{kind}": pool.memory().reserved for kind, pool in pools.items()},
+        **{f"pinned_bytes_{kind}": pool.memory().allocated for kind, pool in pools.items()},
     }
     if on_gpu:
         figures["tokens_per_second"] = time_arms(

@@ -182,16 +182,16 @@ class GraphCache:
                     "new ones run eagerly. Pad the other dimensions, or pass numbers as tensors",
                 )
                 raise Unservable(f"more than {MAX_SIGNATURES} signatures")
-        elif entry.complete and entry.bucket(call.batch) is None:
+        elif entry.complete and entry.exact is None and entry.bucket(call.batch) is None:
             raise Unservable("a batch above the largest size")
         return entry
 
     def _replay(self, call: Call, bucket: Bucket) -> Any:
         counts = self._counts
-        batch, size, number = call.batch, bucket.size, counts.calls
+        batch, size, number, name = call.batch, bucket.size, counts.calls, self.name
 
-        def described() -> str:
-            return f"call {number} of {self.name} (batch {batch}, size {size})"
+        def described() -> str:  # must not refer to self: the lane keeps it as long as an output
+            return f"call {number} of {name} (batch {batch}, size {size})"
 
         bucket.stager.stage(call.leaves, batch)  # before anything expires: an input may be an output
         given_up = bucket.lane.before_replay(described)
@@ -258,7 +258,7 @@ class GraphCache:
             layout = flatten(result, tensors, [])
             if observer.blocker is not None:
                 raise CaptureError(observer.blocker)
-            if any(tensor.requires_grad for tensor in tensors):
+            if any(tensor.grad_fn is not None for tensor in tensors):
                 return  # something that is no parameter wants gradients
             if changed:
                 self._unsettled += 1

@@ -132,46 +132,58 @@ class Guards:
             The guards; `unwatched` holds those of `reached` to which no place leads.
         """
         guards = cls()
-        wanted = {_C.storage_key(tensor): tensor for tensor in reached}
-        found: dict[int, Tensor] = {}
-        seen: set[int] = set()
-
-        def visit(value: Any, places: tuple[_Watched, ...], depth: int) -> None:
-            if isinstance(value, Tensor):
-                if value.layout is torch.strided and _C.storage_key(value) in wanted:
-                    found[id(value)] = value
-                    guards._places.extend(places)
-            elif isinstance(value, nn.Module):
-                for module in value.modules():
-                    if id(module) not in seen:
-                        seen.add(id(module))
-                        guards._modules.append(_WatchedModule(module, is_root=module is instance))
-                        for held in _attributes(module):
-                            visit(held, (), depth)
-                if value is not instance:
-                    guards._places.extend(places)
-            elif depth > 0 and id(value) not in seen and not isinstance(value, _NOT_SEARCHED):
-                if isinstance(value, (dict, list, tuple)):
-                    seen.add(id(value))
-                    inside(value, places, depth - 1)
-                elif type(getattr(value, "__dict__", None)) is dict:
-                    seen.add(id(value))
-                    inside(vars(value), places, depth - 1)
-
-        def inside(container: Any, places: tuple[_Watched, ...], depth: int) -> None:
-            for key, value in _items(container):
-                visit(value, (*places, _Watched(container, key, value)), depth)
-
+        search = _Search(guards, {_C.storage_key(tensor): tensor for tensor in reached}, instance)
         if isinstance(instance, nn.Module):
-            visit(instance, (), _DEPTH)
+            search.visit(instance, (), _DEPTH)
         elif instance is not None and hasattr(instance, "__dict__"):
-            inside(vars(instance), (), _DEPTH)
+            search.inside(vars(instance), (), _DEPTH)
         for container, key, value in _free_variables(function):
-            visit(value, (_Watched(container, key, value),), _DEPTH)
-        guards._addresses = [(tensor, tensor.data_ptr()) for tensor in found.values()]
-        watched = {_C.storage_key(tensor) for tensor in found.values()}
-        guards.unwatched = [tensor for key, tensor in wanted.items() if key not in watched]
+            search.visit(value, (_Watched(container, key, value),), _DEPTH)
+        found = search.found.values()
+        guards._addresses = [(tensor, tensor.data_ptr()) for tensor in found]
+        watched = {_C.storage_key(tensor) for tensor in found}
+        guards.unwatched = [t for key, t in search.wanted.items() if key not in watched]
         return guards
+
+
+class _Search:
+    """Walks modules, containers and objects, and adds to `guards` what leads to a wanted storage."""
+
+    def __init__(self, guards: Guards, wanted: dict[int, Tensor], root: Any) -> None:
+        self.guards = guards
+        self.wanted = wanted
+        self.root = root
+        self.found: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def visit(self, value: Any, places: tuple[_Watched, ...], depth: int) -> None:
+        """Looks at one value, to which `places` lead."""
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided and _C.storage_key(value) in self.wanted:
+                self.found[id(value)] = value
+                self.guards._places.extend(places)
+        elif isinstance(value, nn.Module):
+            for module in value.modules():
+                if id(module) not in self._seen:
+                    self._seen.add(id(module))
+                    watched = _WatchedModule(module, is_root=module is self.root)
+                    self.guards._modules.append(watched)
+                    for held in _attributes(module):
+                        self.visit(held, (), depth)
+            if value is not self.root:
+                self.guards._places.extend(places)
+        elif depth > 0 and id(value) not in self._seen and not isinstance(value, _NOT_SEARCHED):
+            if isinstance(value, (dict, list, tuple)):
+                self._seen.add(id(value))
+                self.inside(value, places, depth - 1)
+            elif type(getattr(value, "__dict__", None)) is dict:
+                self._seen.add(id(value))
+                self.inside(vars(value), places, depth - 1)
+
+    def inside(self, container: Any, places: tuple[_Watched, ...], depth: int) -> None:
+        """Looks at everything in a container."""
+        for key, value in _items(container):
+            self.visit(value, (*places, _Watched(container, key, value)), depth)
 
 
 _NOT_SEARCHED = (str, bytes, int, float, type, FunctionType, type(torch), torch.dtype, torch.device)

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import _C
 from graphcache.errors import OptionError
-from graphcache.runtime import Graph, PoolMemory, runtime_for
+from graphcache.runtime import Graph, PoolMemory, Runtime, runtime_for
 
 Stale = Literal["error", "copy"]
 
@@ -66,10 +66,11 @@ class Lane:
         open: False after a failed capture: its graphs still replay, but no more are captured into it.
     """
 
-    def __init__(self, pool: "GraphPool") -> None:
-        self.pool = pool
+    def __init__(self, runtime: Runtime, device: torch.device, *, weak: bool) -> None:
         self.open = True
-        self.arena = pool.runtime.new_arena(pool.device)
+        self.arena = runtime.new_arena(device)
+        self._runtime = runtime
+        self._weak = weak
         self._live: list[Outputs] = []
         self._guests: list[StorageWeakRef] = []
         # The memory goes with the lane; whoever holds an output then must not read what follows.
@@ -98,10 +99,10 @@ class Lane:
 
         def weakened() -> list[Tensor]:
             outputs = body()
-            return _C.weak_ref(outputs) if self.pool.weak else outputs
+            return _C.weak_ref(outputs) if self._weak else outputs
 
         try:
-            return self.pool.runtime.capture(self.arena, weakened)
+            return self._runtime.capture(self.arena, weakened)
         except BaseException:
             self.open = False
             raise
@@ -162,7 +163,7 @@ class GraphPool:
         for lane in self.lanes:
             if lane.open and lane.is_free():
                 return lane
-        self.lanes.append(Lane(self))
+        self.lanes.append(Lane(self.runtime, self.device, weak=self.weak))
         return self.lanes[-1]
 
     def memory(self) -> PoolMemory:

@@ -1,0 +1,88 @@
+"""One suite for both runtimes: every test that asks for `backend` runs emulated, and on CUDA too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphcache
+from graphcache import GraphPool
+
+BACKENDS = ["emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@dataclass
+class Backend:
+    """Where a test runs."""
+
+    name: str
+    device: torch.device
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=self.device)
+
+    def pool(self, **options: bool) -> GraphPool:
+        return GraphPool(self.device, **options)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    torch.manual_seed(0)
+    if request.param == "cuda":
+        with torch.no_grad():
+            yield Backend("cuda", torch.device("cuda", torch.cuda.current_device()))
+            torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
+        return
+    with graphcache.emulate(), torch.no_grad():
+        yield Backend("emulated", torch.device("cpu"))
+
+
+class MLP(nn.Module):
+    """Counts how often its forward really runs."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.runs = Counter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.add()
+        return self.down(torch.relu(self.up(x)))
+
+
+class Counter:
+    """Counts in a place that is no attribute of a module: a change there would stop the capture."""
+
+    _counts: ClassVar[dict[int, int]] = {}
+
+    def __init__(self) -> None:
+        self._counts[id(self)] = 0
+
+    def add(self) -> None:
+        self._counts[id(self)] += 1
+
+    def __int__(self) -> int:
+        return self._counts[id(self)]
+
+
+@pytest.fixture
+def mlp(backend: Backend) -> MLP:
+    return MLP().to(backend.device).eval()
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal within what another batch size's kernel may round differently."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def eager(module: nn.Module, *args: object, **kwargs: object) -> Tensor:
+    """What the undecorated forward returns; counted nowhere."""
+    function, _ = module.forward._wrapped_call()
+    with graphcache.disabled():
+        return function(*args, **kwargs)

@@ -1,0 +1,168 @@
+"""Contract 2: an output is valid until another graph of its pool runs, and that is checked."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcache import cuda_graphed, is_expired
+from tests.conftest import MLP, Backend, eager
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    model(x)
+    model(x)
+    return model
+
+
+def test_a_stale_output_raises_and_names_both_calls(backend: Backend, mlp: MLP) -> None:
+    model = settled(cuda_graphed(mlp, sizes=(2, 4)), backend.randn(4, 8))
+    first = model(backend.randn(4, 8))
+    view = first[1:]
+    model(backend.randn(2, 8))
+    for stale in (first, view):
+        with pytest.raises(
+            RuntimeError,
+            match=r"output of call 3 of MLP\.forward \(batch 4, size 4\).*"
+            r"overwritten by call 4 of MLP\.forward \(batch 2, size 2\).*\.clone\(\).*stale='copy'",
+        ):
+            stale + 1
+    assert is_expired(first)
+    assert first.shape == (4, 8)
+    assert model.forward.cache_info().expired == 1
+
+
+def test_stale_copy_moves_what_is_held_with_its_views(backend: Backend, mlp: MLP) -> None:
+    model = settled(cuda_graphed(mlp, sizes=(4,), stale="copy"), backend.randn(4, 8))
+    kept = []
+    for _ in range(4):
+        x = backend.randn(4, 8)
+        out = model(x)
+        kept.append((out, out[1:, ::2], eager(model, x)))
+    for out, view, expected in kept:
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert torch.equal(view, out[1:, ::2])
+    assert model.forward.cache_info().copied == 3
+    assert model.forward.cache_info().expired == 0
+
+
+def test_an_output_that_nobody_holds_costs_nothing(backend: Backend, mlp: MLP) -> None:
+    model = settled(cuda_graphed(mlp, sizes=(4,)), backend.randn(4, 8))
+    addresses = {model(backend.randn(4, 8)).data_ptr() for _ in range(5)}
+    assert len(addresses) == 1
+    assert model.forward.cache_info().expired == 0
+
+
+def test_holding_only_a_view_counts(backend: Backend, mlp: MLP) -> None:
+    model = settled(cuda_graphed(mlp, sizes=(4,)), backend.randn(4, 8))
+    row = model(backend.randn(4, 8))[0]
+    model(backend.randn(4, 8))
+    assert is_expired(row)
+
+
+def test_feeding_an_output_back(backend: Backend) -> None:
+    """`h = cell(x, h)` works, and each step copies each input once and nothing else."""
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(4, 6)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return self.cell(x, h)
+
+    model = cuda_graphed(Cell().to(backend.device), sizes=(2, 4))
+    xs = [backend.randn(3, 4) for _ in range(8)]
+    h = expected = torch.zeros(3, 6, device=backend.device)
+    for x in xs:
+        h = model(x, h)
+        expected = eager(model, x, expected)
+        assert torch.allclose(h, expected, atol=1e-5)
+    told = model.forward.cache_info()
+    assert told.replays == {4: 6}
+    assert told.copied == 0
+
+
+def test_feeding_an_output_back_at_another_size_and_after_a_view(backend: Backend) -> None:
+    model = cuda_graphed(lambda h: h * 0.5 + 1, sizes=(1, 2, 4, 8))
+    h = expected = backend.randn(8, 3)
+    for batch in (8, 8, 7, 7, 7, 4, 3, 3, 2, 1):
+        h, expected = model(h[:batch]), expected[:batch] * 0.5 + 1
+        assert torch.allclose(h, expected)
+
+
+def test_feeding_a_stale_output_back_raises(backend: Backend, mlp: MLP) -> None:
+    model = settled(cuda_graphed(mlp, sizes=(4,)), backend.randn(4, 8))
+    old = model(backend.randn(4, 8))
+    new = model(backend.randn(4, 8))
+    with pytest.raises(RuntimeError, match="output of call 3 of MLP.forward"):
+        model(old)
+    with pytest.raises(RuntimeError, match="output of call 3 of MLP.forward"):
+        model(old)
+    assert torch.isfinite(new).all()  # a call that failed overwrote nothing
+
+
+def test_other_modules_of_the_pool_overwrite_too(backend: Backend) -> None:
+    """Two that were captured into one lane, since no output was held between their captures."""
+    pool = backend.pool()
+    a, b = (cuda_graphed(MLP().to(backend.device), sizes=(2,), pool=pool) for _ in range(2))
+    x = backend.randn(2, 8)
+    settled(a, x)
+    settled(b, x)
+    assert len(pool.lanes) == 1
+    out = a(x)
+    b(x)
+    with pytest.raises(RuntimeError, match=r"overwritten by call 3 of MLP\.forward"):
+        out + 1
+
+
+def test_siblings_get_lanes_of_their_own(backend: Backend) -> None:
+    pool = backend.pool()
+    a, b = (cuda_graphed(MLP().to(backend.device), sizes=(2,), pool=pool) for _ in range(2))
+    for _ in range(4):
+        x = backend.randn(2, 8)
+        x1 = a(x)
+        x2 = b(x1)
+        expected1 = eager(a, x)
+        assert torch.allclose(x1 + x2, expected1 + eager(b, expected1), atol=1e-5)
+    assert len(pool.lanes) == 2
+
+
+def test_outputs_that_share_memory_expire_together(backend: Backend) -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        return y, y[:, :1]
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(2):
+        model(x)
+    whole, part = model(x)
+    assert part.data_ptr() == whole.data_ptr()
+    del whole
+    model(x)
+    assert is_expired(part)
+
+
+def test_a_stale_output_stays_stale_after_its_module_died(backend: Backend, mlp: MLP) -> None:
+    model = settled(cuda_graphed(MLP().to(backend.device), sizes=(4,)), backend.randn(4, 8))
+    old = model(backend.randn(4, 8))
+    model(backend.randn(4, 8))
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="output of call 3"):
+        old.sum()
+
+
+def test_weak_outputs_of_views_with_another_dtype(backend: Backend) -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + 1
+        return y, y.view(torch.int32)
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(3):
+        y, bits = model(x)
+        assert bits.dtype == torch.int32
+        assert torch.equal(y.view(torch.int32), bits)
