@@ -284,7 +284,9 @@ class GraphCache:
                 self.options.progress,
             )
             self._capture(job, entry, layout, [tensor.shape for tensor in tensors])
-        except (CaptureError, NotATree, Unservable) as error:
+        except Unservable:
+            return  # with its written arguments bound, as they are from the next call on
+        except (CaptureError, NotATree) as error:
             self._give_up(call, str(error))
             return
         self._entries[call.key] = entry

@@ -50,8 +50,8 @@ class _Caches:
 
 def _name(function: Callable[..., Any], instance: Any) -> str:
     if instance is None:
-        return function.__qualname__
-    return f"{type(instance).__qualname__}.{function.__name__}"
+        return str(getattr(function, "__qualname__", function))
+    return f"{type(instance).__qualname__}.{getattr(function, '__name__', 'forward')}"
 
 
 class _Inspectable:
@@ -156,29 +156,31 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], options: Options) -> None:
-        super().__init__(function, self._dispatch)
-        self._self_module = weakref.ref(module)
-        self._self_caches = _Caches(options)
+        reference, caches = weakref.ref(module), _Caches(options)
+        # A forward that somebody else put on the instance is called as it is.
+        is_method = function is _class_forward(type(module))
 
-    def _dispatch(
-        self,
-        wrapped: Callable[..., Any],
-        _: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        function, module = self._wrapped_call()
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        return self._self_caches.of(function, module)(function, module, args, kwargs)
+        # A closure, not a method: torch.compile traces it, and can't trace methods of a wrapper.
+        def dispatch(
+            wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            owner = reference()
+            if torch.compiler.is_compiling():
+                return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
+            bound = MethodType(wrapped, owner) if is_method else wrapped
+            return caches.of(bound, owner)(bound, owner, args, kwargs)
+
+        super().__init__(function, dispatch)
+        self._self_module = reference
+        self._self_caches = caches
+        self._self_is_method = is_method
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         module = self._self_module()
         if module is None:
             raise GraphCacheError("graphcache: the module of this forward is gone")
         function = self.__wrapped__
-        # A forward that somebody else put on the instance is called as it is.
-        return (function.__get__(module) if _is_method_of(module, function) else function), module
+        return (MethodType(function, module) if self._self_is_method else function), module
 
     def _cache(self) -> GraphCache:
         caches: _Caches = self._self_caches
@@ -193,15 +195,14 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc
         return inspect.signature(self._wrapped_call()[0])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        module = self.__self__
-        own = None if _is_method_of(module, self.__wrapped__) else self.__wrapped__
-        return _restore, (module, own, self._self_caches.options)
+        own = None if self._self_is_method else self.__wrapped__
+        return _restore, (self.__self__, own, self._self_caches.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InstanceForward":
         # The copy of the module is in `memo` by now: it was made before its attributes.
         module = copy.deepcopy(self.__self__, memo)
         function = self.__wrapped__
-        if not _is_method_of(module, function):
+        if not self._self_is_method:
             function = copy.deepcopy(function, memo)
         return InstanceForward(module, function, self._self_caches.options)
 
@@ -209,10 +210,6 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc
 def _class_forward(kind: type) -> Callable[..., Any]:
     forward = kind.forward  # type: ignore[attr-defined]
     return getattr(forward, "__wrapped__", forward) if isinstance(forward, _Inspectable) else forward
-
-
-def _is_method_of(module: nn.Module, function: Callable[..., Any]) -> bool:
-    return function is _class_forward(type(module))
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:

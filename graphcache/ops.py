@@ -23,6 +23,13 @@ _SYNCHRONISES = {
     _aten._linalg_check_errors.default: "checks for errors on the host (use the *_ex variant)",
 }
 
+# These update their running statistics in training without saying so in their schemas.
+_BATCH_NORMS = (
+    _aten.native_batch_norm.default,
+    _aten.cudnn_batch_norm.default,
+    _aten.miopen_batch_norm.default,
+)
+
 
 def tensors_in(*trees: Any) -> Iterator[Tensor]:
     """Yields the tensors among the arguments or results of one operation, which nest only in lists."""
@@ -48,6 +55,8 @@ def written_by(
     func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
     """Returns the tensors that this call of `func` writes into, as its schema declares."""
+    if func in _BATCH_NORMS:  # (input, weight, bias, running mean, running variance, training, …)
+        return [tensor for tensor in args[3:5] if tensor is not None] if args[5] else []
     return [
         tensor
         for index, name in _written_arguments(func)

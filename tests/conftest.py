@@ -50,6 +50,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
         self.runs = Counter()
+        Counter.counts[id(self.runs)] = 0  # the id of one that died may come again
 
     def forward(self, x: Tensor) -> Tensor:
         self.runs.add()
@@ -59,16 +60,13 @@ class MLP(nn.Module):
 class Counter:
     """Counts in a place that is no attribute of a module: a change there would stop the capture."""
 
-    _counts: ClassVar[dict[int, int]] = {}
-
-    def __init__(self) -> None:
-        self._counts[id(self)] = 0
+    counts: ClassVar[dict[int, int]] = {}
 
     def add(self) -> None:
-        self._counts[id(self)] += 1
+        self.counts[id(self)] = int(self) + 1
 
     def __int__(self) -> int:
-        return self._counts[id(self)]
+        return self.counts.get(id(self), 0)
 
 
 @pytest.fixture

@@ -1,0 +1,308 @@
+"""Contract 7 and 10: where graphs can't serve, eager does, and says why."""
+
+import gc
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graphcache
+from graphcache import CaptureError, GraphCacheWarning, cuda_graphed
+from tests.conftest import MLP, Backend, close, eager
+
+
+def reasons(model: nn.Module) -> dict[str, int]:
+    return model.forward.cache_info().eager
+
+
+def test_disabled(backend: Backend, mlp: MLP, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    with graphcache.disabled():
+        mlp(backend.randn(2, 8))
+    assert reasons(mlp) == {"disabled": 1}
+
+
+def test_cpu_tensors_without_emulation() -> None:
+    model = cuda_graphed(MLP())
+    with torch.no_grad():
+        model(torch.ones(2, 8))
+    (reason,) = reasons(model)
+    assert "CPU tensors" in reason
+    assert "graphcache.emulate()" in reason
+
+
+def test_gradients(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    with torch.enable_grad():
+        for _ in range(3):
+            mlp(x).sum().backward()
+    assert mlp.up.weight.grad is not None
+    ((reason, count),) = reasons(mlp).items()
+    assert "gradients are needed" in reason
+    assert count == 3
+    mlp(x)
+    mlp(x)
+    assert mlp.forward.cache_info().hits == 1
+    mlp.requires_grad_(False)
+    with torch.enable_grad():
+        leaf = backend.randn(2, 8).requires_grad_()
+        mlp(leaf).sum().backward()
+    assert leaf.grad is not None
+
+
+class Sub(Tensor):
+    pass
+
+
+def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
+    @cuda_graphed(sizes=(2,))
+    def forward(x: Any, y: Any = None) -> Any:
+        return x
+
+    x = backend.randn(2, 2)
+    cases = {
+        "no tensor among the arguments": (3, None),
+        "no argument has dimension 0 (batch_dim)": (x.sum(), None),
+        "x is a tensor subclass of type tests.test_eager.Sub": (x.as_subclass(Sub), None),
+        "y is an object of type builtins.object": (x, object()),
+        "x has layout torch.sparse_coo": (x.to_sparse(), None),
+    }
+    for reason, (first, second) in cases.items():
+        assert forward(first, second) is first
+        assert forward.cache_info().eager[reason] == 1
+
+
+def test_inside_modes_that_watch_operations(backend: Backend, mlp: MLP) -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    with Watch():
+        mlp(x)
+    assert seen
+    with torch.overrides.BaseTorchFunctionMode():
+        mlp(x)
+    with torch.device(backend.device):
+        mlp(x)
+    assert reasons(mlp)["a TorchDispatchMode is active"] == 1
+    assert reasons(mlp)["a TorchFunctionMode is active"] == 1
+    assert mlp.forward.cache_info().hits == 1
+
+
+def test_inside_another_capture_it_is_inlined(backend: Backend, mlp: MLP) -> None:
+    inner = cuda_graphed(mlp, sizes=(2,))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * 2
+
+    outer = cuda_graphed(Outer(), sizes=(2, 4))
+    for batch in (4, 3, 3, 2):
+        check = backend.randn(batch, 8)
+        assert close(outer(check), eager(inner, check) * 2)
+    assert set(reasons(inner)) == {"inside another capture or first call"}
+    assert outer.forward.cache_info().hits == 2
+    inner(backend.randn(2, 8))
+    inner(backend.randn(2, 8))
+    assert inner.forward.cache_info().hits == 1
+
+
+BAD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "item": (lambda x: x * x.sum().item(), "hands a value to the host"),
+    "float": (lambda x: x * float(x.sum()), "hands a value to the host"),
+    "control flow": (lambda x: x if x.sum() > 0 else -x, "hands a value to the host"),
+    "nonzero": (lambda x: x.nonzero(), "shape that depends on values"),
+    "mask": (lambda x: x[x > 0], "shape that depends on values"),
+    "masked_select": (lambda x: x.masked_select(x > 0), "shape that depends on values"),
+    "unique": (lambda x: x.unique(), "shape that depends on values"),
+    "host copy": (lambda x: x.cpu().to(x.device) * 2, "copies"),
+    "to cpu": (lambda x: x + x.to("cpu").to(x.device), "copies"),
+    "tolist": (lambda x: x * x[0].tolist()[0], "host|copies"),
+    "from the host": (lambda x: x + torch.tensor([1.0, 2.0], device=x.device), "copies"),
+    "equal": (lambda x: x * torch.equal(x, x), "hands a value to the host"),
+    "generator": (
+        lambda x: x + torch.rand(x.shape, generator=GENERATORS[x.device.type], device=x.device),
+        "torch.Generator",
+    ),
+}
+GENERATORS = {
+    kind: torch.Generator(kind) for kind in ("cpu", *(["cuda"] * torch.cuda.is_available()))
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> None:
+    forward, why = BAD[name]
+    runs = []
+
+    def counted(x: Tensor) -> Any:
+        runs.append(1)
+        return forward(x)
+
+    model = cuda_graphed(counted, sizes=(2, 4))
+    x = backend.randn(2, 2)
+    with pytest.warns(GraphCacheWarning, match=why) as caught:
+        out = model(x)
+    assert f"{__file__}:" in str(caught[0].message)  # the line of the operation
+    assert "runs eagerly" in str(caught[0].message)
+    if name != "generator":
+        assert torch.equal(out, forward(x))
+    for _ in range(3):
+        model(x)  # without another warning, or another attempt
+    assert len(runs) == 4
+    assert model.cache_info().hits == 0
+    assert model.cache_info().captures == 0
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_fallback_false_raises(backend: Backend, name: str) -> None:
+    forward, why = BAD[name]
+    model = cuda_graphed(lambda x: forward(x), sizes=(2,), fallback=False)
+    with pytest.raises(CaptureError, match=why):
+        model(backend.randn(2, 2))
+
+
+def test_the_process_is_in_good_order_after_a_failed_capture(backend: Backend, mlp: MLP) -> None:
+    """The operation is hidden from the first call, so that the capture itself fails."""
+    calls = []
+
+    def sometimes(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * 2 if len(calls) == 1 else x * x.sum().item()
+
+    cuda_graphed(mlp, sizes=(2,), pool=(pool := backend.pool()))
+    x = backend.randn(2, 8)
+    mlp(x)
+    drop = cuda_graphed(nn.Dropout(0.5), sizes=(2,), pool=pool)
+    drop(x)
+    for _ in range(2):
+        failing = cuda_graphed(sometimes, sizes=(2, 4), pool=pool)
+        calls.clear()
+        with pytest.warns(GraphCacheWarning, match="can't be captured"):
+            assert torch.equal(failing(x), x * 2)
+    if backend.name == "cuda":
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert gc.isenabled()
+    torch.manual_seed(1)
+    first = torch.rand(3, device=backend.device)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3, device=backend.device), first)
+    assert close(mlp(x), eager(mlp, x))  # graphs of before still replay
+    assert mlp.forward.cache_info().hits == 1
+    torch.manual_seed(2)
+    dropped = drop(x).clone()
+    torch.manual_seed(2)
+    assert torch.equal(dropped, eager(drop, x))
+    later = cuda_graphed(MLP().to(backend.device), sizes=(2,), pool=pool)  # and new ones are made
+    later(x)
+    assert close(later(x), eager(later, x))
+    assert later.forward.cache_info().hits == 1
+
+
+def test_an_exception_of_the_forward_is_the_callers(backend: Backend) -> None:
+    def forward(x: Tensor) -> Tensor:
+        if broken:
+            raise ZeroDivisionError("mine")
+        return x * 2
+
+    broken = True
+    model = cuda_graphed(forward, sizes=(2,))
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        model(backend.randn(2, 2))
+    broken = False
+    x = backend.randn(2, 2)
+    model(x)
+    assert torch.equal(model(x), x * 2)
+    assert model.cache_info().hits == 1
+
+
+def test_sizes_that_can_not_be_captured_leave_the_exact_ones(backend: Backend) -> None:
+    """A forward that only takes even batches: the ladder fails, the batch of the call does not."""
+
+    def forward(x: Tensor) -> Tensor:
+        return x.view(2, -1, 4).mul(2).view(-1, 4)
+
+    model = cuda_graphed(forward, sizes=(1, 2, 4))
+    for batch in (4, 4, 2, 2, 6, 6):
+        x = backend.randn(batch, 4)
+        assert torch.equal(model(x), x * 2)
+    assert model.cache_info().sizes in ((2, 4, 6), (1, 2, 4))
+
+
+def test_sizes_that_do_not_fit_into_memory_are_left_out(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = []
+
+    def forward(x: Tensor) -> Tensor:
+        runs.append(x.shape[0])
+        if x.shape[0] > 2 and len(runs) > 1:
+            raise torch.OutOfMemoryError("pretended")
+        return x * 2
+
+    model = cuda_graphed(forward, sizes=(1, 2, 4, 8))
+    with caplog.at_level(logging.WARNING, "graphcache"):
+        model(backend.randn(3, 2))
+    assert "size 8 does not fit into memory" in caplog.text
+    assert model.cache_info().sizes == (1, 2)
+    runs.clear()
+    x = backend.randn(2, 2)
+    assert torch.equal(model(x), x * 2)
+    assert torch.equal(model(x[:1]), x[:1] * 2)
+    model(backend.randn(3, 2))
+    assert model.cache_info().replays == {1: 1, 2: 1}
+    assert model.cache_info().eager["a batch above the largest size"] == 1
+
+
+def test_threads_get_their_own_results(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(1, 2, 4), stale="copy", pool=backend.pool())
+    wrong = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with graphcache.emulate(), torch.no_grad():
+            for _ in range(20):
+                batch = int(torch.randint(1, 5, (1,), generator=generator))
+                x = torch.randn(batch, 8, generator=generator).to(backend.device)
+                if not close(mlp(x), eager(mlp, x)):
+                    wrong.append(batch)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_captures_are_logged(
+    backend: Backend, mlp: MLP, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda_graphed(mlp, sizes=(1, 2))
+    with caplog.at_level(logging.INFO, "graphcache"):
+        mlp(backend.randn(2, 8))
+    assert "captured MLP.forward at sizes [2, 1]" in caplog.text
+
+
+def test_progress_bar_on_request_only(
+    backend: Backend, mlp: MLP, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuda_graphed(mlp, sizes=(1, 2))(backend.randn(2, 8))
+    assert capsys.readouterr().err == ""
+    cuda_graphed(mlp, sizes=(1, 2), progress=True)(backend.randn(2, 8))
+    assert "graphcache: capturing MLP.forward" in capsys.readouterr().err

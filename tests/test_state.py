@@ -1,0 +1,273 @@
+"""Contract 1, 5 and 6: how often the forward runs, and what it writes, is what eager would do."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcache import GraphCacheWarning, cuda_graphed
+from tests.conftest import MLP, Backend, eager
+
+
+def test_the_first_call_runs_once_and_captures_execute_nothing(backend: Backend, mlp: MLP) -> None:
+    """One run for the call, one for each size: a capture runs Python, but no kernel."""
+    cuda_graphed(mlp, sizes=(1, 2, 4))
+    x = backend.randn(4, 8)
+    mlp(x)
+    assert int(mlp.runs) == 1 + 3
+    mlp(x)
+    assert int(mlp.runs) == 1 + 3
+    mlp(x[:3])  # the first padded replay of size 4 is compared with eager
+    assert int(mlp.runs) == 1 + 3 + 1
+    for batch in (4, 3, 4, 3):
+        mlp(x[:batch])
+    assert int(mlp.runs) == 1 + 3 + 1
+
+
+class Cached(nn.Module):
+    """A KV cache as in a decode step: one row of state for each slot, and a counter of steps."""
+
+    def __init__(self, slots: int = 8) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(slots + 1, 2))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        self.steps.add_(1)
+        self.cache[slots] = self.cache[slots] + x
+        return self.cache[slots] * 2
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_counter_advances_once_a_call(backend: Backend) -> None:
+    model = cuda_graphed(Cached().to(backend.device), sizes=(1, 2, 4), pad={"slots": -1})
+    for step, batch in enumerate((4, 3, 3, 1, 2, 4, 0, 7), 1):
+        model(backend.randn(batch, 2), torch.arange(batch, device=backend.device))
+        assert model.steps.item() == step
+
+
+def test_padded_rows_write_to_the_sink_only(backend: Backend) -> None:
+    model = cuda_graphed(Cached().to(backend.device), sizes=(4, 8), pad={"slots": -1})
+    plain = Cached().to(backend.device)
+    for batch in (8, 3, 5, 2, 8, 1, 4):
+        x = backend.randn(batch, 2)
+        slots = torch.randperm(8, device=backend.device)[:batch]
+        assert torch.allclose(model(x, slots), plain(x, slots))
+        assert torch.allclose(model.cache[:-1], plain.cache[:-1])
+    told = model.forward.cache_info()
+    assert told.misses == 1
+    assert told.padded_rows == 1 + 3 + 2 + 3
+
+
+def test_without_pad_state_is_captured_at_exact_sizes(backend: Backend) -> None:
+    model = cuda_graphed(Cached().to(backend.device), sizes=(4, 8))
+    plain = Cached().to(backend.device)
+    slots = torch.arange(8, device=backend.device)
+    with pytest.warns(GraphCacheWarning, match=r"exactly the batch sizes.*pad=\{'argument': value\}"):
+        model(backend.randn(3, 2).zero_(), slots[:3])
+    plain(backend.randn(3, 2).zero_(), slots[:3])
+    for batch in (3, 5, 3, 5, 4):  # without a second warning
+        x = backend.randn(batch, 2)
+        assert torch.allclose(model(x, slots[:batch]), plain(x, slots[:batch]))
+        assert torch.allclose(model.cache, plain.cache)
+    told = model.forward.cache_info()
+    assert told.sizes == (3, 4, 5)  # sizes outside `sizes` included
+    assert told.padded_rows == 0
+    assert told.replays == {3: 2, 5: 1}
+    assert "pad does not say" in told.notes[0]
+
+
+def test_a_written_argument_is_bound_and_its_mutation_reaches_the_caller(backend: Backend) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+            cache.index_add_(0, slots, x)
+            return cache[slots]
+
+    model = cuda_graphed(Writes(), sizes=(2, 4), pad={"slots": 8})
+    cache = torch.zeros(9, 2, device=backend.device)
+    expected = cache.clone()
+    for batch in (4, 3, 2, 4, 3):
+        x, slots = backend.randn(batch, 2), torch.arange(batch, device=backend.device)
+        out = model(x, cache, slots)
+        expected.index_add_(0, slots, x)
+        assert torch.allclose(out, expected[slots])
+        assert torch.allclose(cache[:-1], expected[:-1])
+    assert model.forward.cache_info().misses == 1
+
+
+def test_another_cache_is_another_capture_and_the_first_stays(backend: Backend) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+            cache.add_(x.sum())
+            return x + 1
+
+    model = cuda_graphed(Writes(), sizes=(3,), pad=0)
+    caches = [torch.zeros(5, device=backend.device) for _ in range(2)]
+    x = torch.ones(3, 1, device=backend.device)
+    for _ in range(3):
+        for cache in caches:
+            model(x, cache)
+    assert [cache[0].item() for cache in caches] == [9.0, 9.0]
+    assert model.forward.cache_info().captures == 2
+
+
+def test_an_argument_that_carries_the_batch_and_is_written(backend: Backend) -> None:
+    model = cuda_graphed(lambda x, out: out.copy_(x * 2), sizes=(4,), pad=0)
+    for batch in (3, 3, 3, 4, 2, 2):
+        x, out = backend.randn(batch, 2), torch.zeros(batch, 2, device=backend.device)
+        assert model(x, out) is out
+        assert torch.equal(out, x * 2)
+    assert model.cache_info().padded_rows == 0
+
+
+def test_writing_to_an_output_of_a_graph(backend: Backend) -> None:
+    """It lies in memory that the graph itself overwrites, so that call runs eagerly."""
+    model = cuda_graphed(lambda x, h: h.add_(x), sizes=(2,))
+    make = cuda_graphed(lambda x: x * 2, sizes=(2,))
+    x = torch.ones(2, 2, device=backend.device)
+    make(x)
+    for _ in range(3):
+        h = make(x)
+        assert model(x, h) is h
+        assert h.eq(3).all()
+    assert "is the output of a graph" in " ".join(model.cache_info().eager)
+
+
+def test_random_numbers_are_those_of_eager(backend: Backend) -> None:
+    """Padded rows would draw too, so a forward that draws is captured at exact sizes."""
+    model = cuda_graphed(nn.Dropout(0.5), sizes=(4,))
+    xs = [torch.ones(batch, 16, device=backend.device) for batch in (3, 3, 4, 3, 2, 4)]
+    torch.manual_seed(5)
+    mine = [model(x).clone() for x in xs]
+    torch.manual_seed(5)
+    theirs = [eager(model, x) for x in xs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert model.forward.cache_info().replays == {3: 2, 4: 1}
+
+
+def test_batch_norm_in_training_updates_its_statistics_once(backend: Backend) -> None:
+    model = nn.BatchNorm1d(3).to(backend.device)
+    plain = nn.BatchNorm1d(3).to(backend.device)
+    cuda_graphed(model, sizes=(4,))
+    for index in range(4):
+        x = backend.randn(4, 3)
+        if index == 0:
+            with pytest.warns(GraphCacheWarning, match="writes to state"):
+                out = model(x)
+        else:
+            out = model(x)
+        assert torch.allclose(out, plain(x), atol=1e-5)
+        for name, tensor in state_of(model).items():
+            assert torch.allclose(tensor, plain.state_dict()[name])
+    assert model.forward.cache_info().hits == 3
+
+
+def test_warmup_captures_and_changes_nothing(backend: Backend) -> None:
+    model = cuda_graphed(Cached().to(backend.device), sizes=(2, 4), pad={"slots": -1})
+    before = state_of(model)
+    torch.manual_seed(3)
+    random = torch.rand(1)
+    torch.manual_seed(3)
+    slots = torch.arange(3, device=backend.device)
+    model.forward.warmup(torch.ones(3, 2, device=backend.device), slots)
+    assert torch.equal(torch.rand(1), random)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state_of(model).items())
+    told = model.forward.cache_info()
+    assert told.captures == 2
+    assert told.calls == 0
+    out = model(torch.ones(3, 2, device=backend.device), slots)
+    assert out.eq(2).all()
+    assert model.forward.cache_info().replays == {4: 1}
+    model.forward.warmup(torch.ones(3, 2, device=backend.device), slots)  # nothing left to do
+    assert model.forward.cache_info().captures == 2
+
+
+def test_what_needs_a_warm_up_gets_one_without_its_effects(backend: Backend) -> None:
+    """A library that refuses to work in a capture until it has seen the size, as autotuners do."""
+    tuned: set[int] = set()
+
+    class Tuned(Cached):
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            if x.shape[0] not in tuned:
+                if capturing:
+                    raise RuntimeError("not while a capture is under way")
+                tuned.add(x.shape[0])
+            return super().forward(x, slots)
+
+    capturing = Capturing()
+    model = cuda_graphed(Tuned().to(backend.device), sizes=(2, 4), pad={"slots": -1})
+    for step, batch in enumerate((3, 3, 2, 4), 1):
+        model(torch.ones(batch, 2, device=backend.device), torch.arange(batch).to(backend.device))
+        assert model.steps.item() == step
+    assert model.cache[:4, 0].tolist() == [4, 4, 3, 1]
+    assert tuned == {2, 3, 4}
+    assert model.forward.cache_info().hits == 3
+
+
+class Capturing:
+    """True while a graph is being captured, on either runtime."""
+
+    def __bool__(self) -> bool:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return True
+        modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        return any(type(mode).__name__ == "_Recorder" for mode in modes)
+
+
+def test_attributes_that_every_call_changes_are_noticed(backend: Backend) -> None:
+    class Counts(nn.Module):
+        step = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.step += 1
+            return x * self.step
+
+    model = cuda_graphed(Counts(), sizes=(2,))
+    x = torch.ones(2, 1, device=backend.device)
+    assert model(x)[0].item() == 1
+    assert model(x)[0].item() == 2
+    with pytest.warns(GraphCacheWarning, match="changes attributes, which no graph replays: step"):
+        assert model(x)[0].item() == 3
+    assert model(x)[0].item() == 4
+    assert model.forward.cache_info().hits == 0
+
+
+def test_attributes_that_the_first_call_fills_are_fine(backend: Backend) -> None:
+    class Lazy(nn.Module):
+        table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(3.0, device=x.device)
+            return x + self.table
+
+    model = cuda_graphed(Lazy(), sizes=(2,))
+    for _ in range(4):
+        x = backend.randn(2, 3)
+        assert torch.equal(model(x), x + torch.arange(3.0, device=backend.device))
+    assert model.forward.cache_info().hits == 2
+
+
+def test_lists_that_the_forward_appends_to_are_noticed(backend: Backend) -> None:
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x.shape)
+            return x + 1
+
+    model = cuda_graphed(Collects(), sizes=(2,))
+    x = backend.randn(2, 3)
+    model(x)
+    model(x)
+    with pytest.warns(GraphCacheWarning, match="changes attributes"):
+        model(x)
+    model(x)
+    assert len(model.seen) == 4
