@@ -5,7 +5,7 @@ arguments are bound, whether rows may be padded, what has to be guarded, whether
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Observer(TorchDispatchMode):
     def watch(self) -> Iterator[None]:
         """Observes what runs inside the block; with `restore`, undoes its writes afterwards."""
         before = self._random_state()
-        host = _Report(self) if self.device.type == "cpu" else nullcontext()
+        host = _Report(self)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
             with uncached_autocast(), host, self:

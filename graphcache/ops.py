@@ -123,7 +123,7 @@ def user_line_of(error: BaseException) -> str:
 
 
 class HostReads(TorchFunctionMode):
-    """Sees the calls that hand values to the host without an operation, where all is on the CPU."""
+    """Sees the calls that exchange values with the host below, or without, an operation."""
 
     _READS = (
         Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__,

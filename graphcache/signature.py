@@ -162,7 +162,7 @@ class Signature:
         }
         batch = self._batch(leaves, bound)
         roles: list[Leaf] = []
-        key: list[Any] = [layout, modes]
+        key: list[Any] = [layout, modes, leaves[0].device]
         for index, tensor in enumerate(leaves):
             if tensor.layout is not torch.strided:
                 raise Unservable(f"{names[index]} has layout {tensor.layout}")

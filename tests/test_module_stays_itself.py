@@ -191,6 +191,7 @@ def test_hooks_inside_run_on_every_call(model: nn.Module, backend: Backend) -> N
     assert model.forward.cache_info().hits > hits
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_torch_compile_sees_the_plain_forward(model: nn.Module, backend: Backend) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

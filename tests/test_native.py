@@ -194,7 +194,7 @@ def test_alias_is_no_view_and_stays_inside(backend: Backend) -> None:
     assert not alias._is_view()
     assert _C.alias(tensor, (0, 4), (4, 1), 16).numel() == 0
     for sizes, strides, offset in [((5, 4), (4, 1), 0), ((4, 4), (4, 1), 1), ((1,), (1,), -1)]:
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="does not fit in a storage of 64 bytes"):
             _C.alias(tensor, sizes, strides, offset)
     with pytest.raises(ValueError, match="2 sizes but 1 strides"):
         _C.alias(tensor, (1, 1), (1,), 0)
@@ -214,3 +214,8 @@ def test_made_under_inference_mode_is_an_inference_tensor() -> None:
     with torch.inference_mode():
         assert _C.weak_ref(owner).is_inference()
     assert not _C.weak_ref(owner).is_inference()
+
+
+def test_ending_a_host_capture_that_is_not_there_raises() -> None:
+    with pytest.raises(RuntimeError):
+        _C.end_host_capture(0, 2**60)

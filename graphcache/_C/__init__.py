@@ -30,6 +30,7 @@ try:
     from graphcache._C._native import (
         alias,
         carve,
+        end_host_capture,
         expire,
         is_expired,
         is_held,
@@ -44,4 +45,15 @@ except ImportError as error:
         f"{torch.__version__}: {error}\n{_REBUILD}"
     ) from error
 
-__all__ = ["alias", "carve", "expire", "is_expired", "is_held", "is_weak", "materialize", "storage_key", "weak_ref"]
+__all__ = [
+    "alias",
+    "carve",
+    "end_host_capture",
+    "expire",
+    "is_expired",
+    "is_held",
+    "is_weak",
+    "materialize",
+    "storage_key",
+    "weak_ref",
+]

@@ -5,7 +5,18 @@ from typing import overload
 
 from torch import Tensor
 
-__all__ = ["alias", "carve", "expire", "is_expired", "is_held", "is_weak", "materialize", "storage_key", "weak_ref"]
+__all__ = [
+    "alias",
+    "carve",
+    "end_host_capture",
+    "expire",
+    "is_expired",
+    "is_held",
+    "is_weak",
+    "materialize",
+    "storage_key",
+    "weak_ref",
+]
 
 @overload
 def weak_ref(tensor: Tensor) -> Tensor: ...
@@ -73,4 +84,15 @@ def materialize(tensor: Tensor) -> None:
 
     Raises:
         ValueError: if the tensor is not weak.
+    """
+
+def end_host_capture(pool_first: int, pool_second: int) -> None:
+    """Ends a failed capture in the allocator of pinned host memory (torch 2.11 does not).
+
+    Args:
+        pool_first: the first half of the pool's id.
+        pool_second: the second half.
+
+    Raises:
+        RuntimeError: if no capture into that pool is under way there.
     """

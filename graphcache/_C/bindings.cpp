@@ -63,5 +63,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("is_expired", &graphcache::is_expired, py::arg("tensor"));
   m.def("storage_key", &graphcache::storage_key, py::arg("tensor"));
   m.def("is_held", &graphcache::is_held, py::arg("tensor"));
+  m.def(
+      "end_host_capture",
+      &graphcache::end_host_capture,
+      py::arg("pool_first"),
+      py::arg("pool_second"));
   m.def("materialize", &graphcache::materialize, py::arg("tensor"));
 }

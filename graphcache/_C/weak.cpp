@@ -95,8 +95,8 @@ at::Tensor alias(
   const auto bytes = static_cast<int64_t>(tensor.storage().nbytes());
   TORCH_CHECK_VALUE(
       !negative && (empty || (last + 1) * static_cast<int64_t>(like.element_size()) <= bytes),
-      "graphcache: sizes ", sizes, ", strides ", strides, ", offset ", offset,
-      " do not fit in a storage of ", bytes, " bytes");
+      "graphcache: a view of elements ", offset, " to ", last, " does not fit in a storage of ", bytes,
+      " bytes");
   return over(tensor.storage(), like, sizes, strides, offset);
 }
 

@@ -29,4 +29,7 @@ int64_t storage_key(const at::Tensor& tensor);
 bool is_held(const at::Tensor& tensor);
 void materialize(const at::Tensor& tensor);
 
+// recovery.cpp: what a failed capture leaves behind.
+void end_host_capture(uint64_t pool_first, uint64_t pool_second);
+
 } // namespace graphcache

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
 
 
@@ -21,10 +22,25 @@ class CudaArena:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
-            # Held, so that the pool outlives its last graph: a pool that lost it can't be reopened.
             self.pool = torch.cuda.MemPool()
             self.stream = torch.cuda.Stream(device)
-        self._last = torch.cuda.current_stream(device)
+            self._last = torch.cuda.current_stream(device)
+            self._anchor = self._capture_nothing()
+
+    def _capture_nothing(self) -> torch.cuda.CUDAGraph:
+        """Captures a graph that is held for the life of the arena.
+
+        A pool whose last graph died can't be captured into again. A held `MemPool` keeps the device's
+        half alive; only a graph keeps that of pinned host memory.
+        """
+        graph = torch.cuda.CUDAGraph()
+        scratch = torch.zeros(1, device=self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
+            scratch.zero_()
+            graph.capture_end()
+        return graph
 
     def memory(self) -> PoolMemory:
         """Returns the bytes of the segments of this pool."""
@@ -77,29 +93,44 @@ class CudaRuntime:
         arena.stream.wait_stream(torch.cuda.current_stream(arena.device))
         # The outer context brings the thread back to its stream even if ending the capture raises.
         with torch.cuda.device(arena.device), torch.cuda.stream(arena.stream):
+            # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
+            graph.capture_begin(pool=arena.pool.id, capture_error_mode="thread_local")
             try:
-                # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
-                graph.capture_begin(pool=arena.pool.id, capture_error_mode="thread_local")
                 result = body()
-                with warnings.catch_warnings():
-                    # A forward that only passes its inputs on has nothing to replay.
-                    warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-                    graph.capture_end()
             except BaseException:
-                _recover(graph, arena)
+                _abandon(graph, arena)
+                raise
+            try:
+                _end(graph)
+            except BaseException:
+                _clean_up(arena)
                 raise
         return graph, result
 
 
-def _recover(graph: torch.cuda.CUDAGraph, arena: CudaArena) -> None:
-    """Undoes what a failed capture leaves behind, as measured on torch 2.11 (docs/design.md)."""
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    with warnings.catch_warnings():
+        # A forward that only passes its inputs on has nothing to replay.
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        graph.capture_end()
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, arena: CudaArena) -> None:
+    """Ends a capture whose body raised."""
+    try:
+        _end(graph)  # works where the driver saw nothing wrong, and cleans up after itself then
+    except Exception:
+        _clean_up(arena)
+
+
+def _clean_up(arena: CudaArena) -> None:
+    """Undoes what a capture that could not be ended leaves behind on torch 2.11 (docs/design.md)."""
     index = torch.cuda.current_device()
-    with suppress(Exception):
-        graph.capture_end()  # ends the driver's capture; raises because it is invalid
-    with suppress(Exception):
+    # Each of these raises where a later torch has done it already; then nothing is released twice.
+    with suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(index, arena.pool.id)  # type: ignore[attr-defined]
-    with suppress(Exception):
         torch._C._cuda_releasePool(index, arena.pool.id)  # type: ignore[attr-defined]
-    # The generator believes that it is still inside the capture; a state of its own frees it.
-    generator = torch.cuda.default_generators[index]
-    generator.graphsafe_set_state(generator.clone_state())
+    with suppress(RuntimeError):
+        _C.end_host_capture(*arena.pool.id)
+    # The state of the generator believes that it is inside a capture, until one ends well.
+    CudaArena(arena.device)
