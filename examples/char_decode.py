@@ -68,9 +68,7 @@ class Corpus:
         """Openings, 6 to 24 characters long, of paragraphs that the model was not trained on."""
         paragraphs = [p for p in self._held_out.split("\n\n") if len(p) > 60 and p[0].isupper()]
         rng.shuffle(paragraphs)
-        return [
-            self.encode(paragraphs[i % len(paragraphs)][: rng.randint(6, 24)]) for i in range(count)
-        ]
+        return [self.encode(paragraphs[i % len(paragraphs)][: rng.randint(6, 24)]) for i in range(count)]
 
 
 class Attention(nn.Module):
@@ -301,9 +299,7 @@ def first_difference(a: list[list[int]], b: list[list[int]]) -> tuple[int, int] 
 
 def count_identical(rows: list[list[int]], others: list[list[int]]) -> int:
     return sum(
-        x == y
-        for row, other in zip(rows, others, strict=True)
-        for x, y in zip(row, other, strict=False)
+        x == y for row, other in zip(rows, others, strict=True) for x, y in zip(row, other, strict=False)
     )
 
 
@@ -404,9 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.double().eval().requires_grad_(False)
 
     prompts = corpus.prompts(args.prompts, rng)
-    limits = [
-        SHORTEST + (LONGEST - SHORTEST) * (i + 1) // args.prompts for i in range(args.prompts)
-    ]
+    limits = [SHORTEST + (LONGEST - SHORTEST) * (i + 1) // args.prompts for i in range(args.prompts)]
     rng.shuffle(limits)
     # Slot 0 is where padded rows would write by mistake, were they filled with zeros: let it live
     # longest, so that such a mistake is seen.

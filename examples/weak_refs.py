@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class Shown:
     after: dict[int, list[float]]
 
 
+def one_more(rows: Tensor) -> list[Tensor]:
+    return [rows + 1]
+
+
 def show(device: torch.device, unit: int, *, weak: bool) -> Shown:
     """Captures the four graphs into a pool of their own.
 
@@ -59,7 +64,7 @@ def show(device: torch.device, unit: int, *, weak: bool) -> Shown:
     with pool.runtime.ladder(device):
         for units in UNITS:
             # The output is the only thing that a capture allocates: one more than the input.
-            graphs[units], (outputs[units],) = lane.capture(lambda n=units: [rows[:n] + 1])
+            graphs[units], (outputs[units],) = lane.capture(partial(one_more, rows[:units]))
 
     def values() -> dict[int, list[float]]:
         return {units: outputs[units][:, 0].tolist() for units in UNITS}

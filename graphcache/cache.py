@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from graphcache import _C, config
 from graphcache.buckets import default_sizes, padded_size
@@ -445,7 +444,7 @@ def _refuse_where_graphs_hide(instance: Any) -> None:
         raise Unservable("inside another capture or first call")
     if torch._C._get_tracing_state() is not None:
         raise Unservable("torch.jit tracing")
-    if _len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0:
         raise Unservable("a TorchDispatchMode is active")
     if torch._C._len_torch_function_stack() > 0 and _foreign_function_mode():
         raise Unservable("a TorchFunctionMode is active")

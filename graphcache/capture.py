@@ -199,7 +199,7 @@ class _Body:
             if key == _C.storage_key(leaf):
                 if self._job.call.roles[index].role is not BOUND:
                     return tensor.clone()  # the next call overwrites the static input it lies in
-                offset = tensor.storage_offset() - leaf.storage_offset()
+                offset = int(tensor.storage_offset()) - int(leaf.storage_offset())
                 base = _C.weak_ref(tensor)
                 view = _C.alias(base, tensor.shape, tensor.stride(), offset)
                 return Output(view, argument=index)

@@ -22,8 +22,9 @@ def _switch(name: str) -> bool:
     )
 
 
-_disabled: ContextVar[bool] = ContextVar("graphcache_disabled", default=_switch("GRAPHCACHE_DISABLE"))
-_emulated: ContextVar[bool] = ContextVar("graphcache_emulated", default=_switch("GRAPHCACHE_EMULATE"))
+_DISABLE, _EMULATE = _switch("GRAPHCACHE_DISABLE"), _switch("GRAPHCACHE_EMULATE")
+_disabled: ContextVar[bool] = ContextVar("graphcache_disabled", default=_DISABLE)
+_emulated: ContextVar[bool] = ContextVar("graphcache_emulated", default=_EMULATE)
 
 is_disabled = _disabled.get
 is_emulated = _emulated.get

@@ -4,6 +4,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, overload
 
@@ -38,14 +39,19 @@ class _Caches:
         found = self._of.get(id(owner))
         if found is None:
             # Not finalize: nothing has to run at exit, where CUDA may be gone already.
-            forget = weakref.ref(owner, lambda _, key=id(owner): self._of.pop(key, None))
-            found = forget, GraphCache(function, _name(function, instance), self.options)
+            forget = partial(_forget, self._of, id(owner))
+            cache = GraphCache(function, _name(function, instance), self.options)
+            found = weakref.ref(owner, forget), cache
             self._of[id(owner)] = found
         return found[1]
 
     def existing(self) -> list[GraphCache]:
         """Returns every cache."""
         return [cache for _, cache in list(self._of.values())]
+
+
+def _forget(caches: dict[int, Any], key: int, _: Any) -> None:
+    caches.pop(key, None)
 
 
 def _name(function: Callable[..., Any], instance: Any) -> str:
@@ -96,7 +102,7 @@ class _Inspectable:
     __str__ = __repr__
 
 
-class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
     """`module.forward` of a class whose forward is decorated."""
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
@@ -112,7 +118,7 @@ class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[m
         return caches.of(self.__wrapped__, self._self_instance)
 
 
-class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc]
+class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """A decorated function: a plain one, or the forward in the body of a class."""
 
     __bound_function_wrapper__ = _BoundForward
@@ -135,11 +141,12 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc]
         return self._self_caches.of(wrapped, instance)(wrapped, instance, args, kwargs)
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
-        return self.__wrapped__, None
+        # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
+        return self.__wrapped__, getattr(self.__wrapped__, "__self__", None)
 
     def _cache(self) -> GraphCache:
         caches: _Caches = self._self_caches
-        return caches.of(self.__wrapped__, None)
+        return caches.of(*self._wrapped_call())
 
     def __reduce_ex__(self, protocol: Any) -> str:
         return str(self.__qualname__)  # by name, as functions are pickled
@@ -148,7 +155,7 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc]
         return self  # as functions are
 
 
-class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc]
+class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """The forward of one module that was decorated after it was made.
 
     It lies in the instance's `__dict__` and refers back to it weakly, so that the module, and its
@@ -209,7 +216,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[misc
 
 def _class_forward(kind: type) -> Callable[..., Any]:
     forward = kind.forward  # type: ignore[attr-defined]
-    return getattr(forward, "__wrapped__", forward) if isinstance(forward, _Inspectable) else forward
+    return forward.__wrapped__ if isinstance(forward, GraphedForward) else forward
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:
@@ -223,19 +230,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @overload
 def cuda_graphed(
-    target: F,
-    *,
-    batch_dim: int = ...,
-    sizes: Iterable[int] | None = ...,
-    pad: Pad = ...,
-    bind: Iterable[str] = ...,
-    stale: Stale = ...,
-    pool: GraphPool | None = ...,
-    fallback: bool = ...,
-    progress: bool | None = ...,
-) -> F: ...
-@overload
-def cuda_graphed(
     target: M,
     *,
     batch_dim: int = ...,
@@ -247,6 +241,19 @@ def cuda_graphed(
     fallback: bool = ...,
     progress: bool | None = ...,
 ) -> M: ...
+@overload
+def cuda_graphed(
+    target: F,
+    *,
+    batch_dim: int = ...,
+    sizes: Iterable[int] | None = ...,
+    pad: Pad = ...,
+    bind: Iterable[str] = ...,
+    stale: Stale = ...,
+    pool: GraphPool | None = ...,
+    fallback: bool = ...,
+    progress: bool | None = ...,
+) -> F: ...
 @overload
 def cuda_graphed(
     target: None = ...,
@@ -371,7 +378,7 @@ def _check_names(options: Options, function: Callable[..., Any]) -> None:
 
 def _check_pad(pad: Any) -> Pad:
     for fill in pad.values() if isinstance(pad, dict) else (pad,):
-        if not (fill is None and pad is None or fill == "edge" or isinstance(fill, (int, float))):
+        if not ((fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))):
             raise OptionError(
                 f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
                 "again), for all arguments or in a dictionary by argument name"

@@ -118,9 +118,7 @@ class Guards:
         )
 
     @classmethod
-    def find(
-        cls, function: Callable[..., Any], instance: Any, reached: Iterable[Tensor]
-    ) -> "Guards":
+    def find(cls, function: Callable[..., Any], instance: Any, reached: Iterable[Tensor]) -> "Guards":
         """Finds every place that leads from the forward to a tensor that it reached.
 
         Args:

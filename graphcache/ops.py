@@ -5,7 +5,7 @@ Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in
 
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def tensors_in(*trees: Any) -> Iterator[Tensor]:
             yield from tensors_in(*tree.values())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     return tuple(
         (index, argument.name)
@@ -88,14 +88,18 @@ def obstacle(
     if func in _SYNCHRONISES:
         return f"{func} {_SYNCHRONISES[func]}"
     if func is _aten.index.Tensor:
-        return f"{func} with a mask has a shape that depends on values" if any(
-            map(_is_mask, args[1])
-        ) else None
+        return (
+            f"{func} with a mask has a shape that depends on values"
+            if any(map(_is_mask, args[1]))
+            else None
+        )
     if func in (_aten.index_put_.default, _aten.index_put.default):
         fills = args[2].numel() == 1  # becomes masked_fill, which needs no value on the host
-        return f"{func} with a mask must count it on the host" if not fills and any(
-            map(_is_mask, args[1])
-        ) else None
+        return (
+            f"{func} with a mask must count it on the host"
+            if not fills and any(map(_is_mask, args[1]))
+            else None
+        )
     if torch.Tag.data_dependent_output in func.tags:
         return f"{func} hands a value to the host"
     if torch.Tag.dynamic_output_shape in func.tags:

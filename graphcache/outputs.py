@@ -120,13 +120,19 @@ class Result:
             return tensor if output.argument is None else arguments[output.argument]
         if output.argument is not None:  # the captured tensor's offset counts from that argument
             base = arguments[output.argument]
-            offset = base.storage_offset() + tensor.storage_offset()
+            offset = int(base.storage_offset()) + int(tensor.storage_offset())
             return _C.alias(base, tensor.shape, tensor.stride(), offset, tensor)
         shape = list(tensor.shape)
         if batch != size:
             for dim in output.batch_dims or ():
                 shape[dim] = batch
-        view = _C.alias(tensor if storage is None else storage, shape, tensor.stride(), tensor.storage_offset(), tensor)
+        view = _C.alias(
+            tensor if storage is None else storage,
+            shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor,
+        )
         return view if shape == list(tensor.shape) else _as_eager(view, tensor)
 
 

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from functools import lru_cache, reduce
+from functools import cache, reduce
 from operator import add
 from typing import Literal
 
@@ -145,16 +145,11 @@ class GraphPool:
     """
 
     def __init__(self, device: torch.device | str | None = None, *, weak: bool = True) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
-        if device.type not in ("cuda", "cpu"):
+        self.device = _indexed(device)
+        if self.device.type not in ("cuda", "cpu"):
             raise OptionError(f"graphcache: no graphs on {device}; use a CUDA device or the CPU")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
         self.weak = weak
-        self.runtime = runtime_for(device)
+        self.runtime = runtime_for(self.device)
         self.lanes: list[Lane] = []
         self.lock = threading.RLock()  # one graph of a pool is dispatched at a time
 
@@ -178,14 +173,16 @@ class GraphPool:
 
 def default_pool(device: torch.device | str | None = None) -> GraphPool:
     """Returns the global pool of `device` (default: the current CUDA device, or the CPU)."""
+    return _default_pool(_indexed(device))
+
+
+def _indexed(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _default_pool(device)
+    asked = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(asked) == "cuda" else asked
 
 
-@lru_cache(maxsize=None)
+@cache
 def _default_pool(device: torch.device) -> GraphPool:
     return GraphPool(device)

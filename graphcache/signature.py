@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.tree import NotATree, Node, flatten, rebuild
+from graphcache.tree import Node, NotATree, flatten, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 STAGE_LIMIT = 4 * 2**20  # bytes
@@ -82,9 +82,7 @@ class Signature:
         self.bind = frozenset(bind)
         parameters = inspect.signature(function).parameters.values()
         self.defaults = {
-            p.name: p.default
-            for p in parameters
-            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }
         self.by_position_only = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
         self.positional = [

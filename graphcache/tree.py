@@ -86,9 +86,7 @@ def flatten(value: Any, leaves: list[Tensor], names: list[str], name: str = "") 
         return Node(
             kind,
             None,
-            tuple(
-                flatten(item, leaves, names, f"{name}[{index}]") for index, item in enumerate(value)
-            ),
+            tuple(flatten(item, leaves, names, f"{name}[{index}]") for index, item in enumerate(value)),
         )
     if dataclasses.is_dataclass(kind):
         # transformers' ModelOutput is a dictionary too, of those fields that are not None
@@ -108,9 +106,7 @@ def flatten(value: Any, leaves: list[Tensor], names: list[str], name: str = "") 
         return Node(
             kind,
             tuple(value),
-            tuple(
-                flatten(item, leaves, names, f"{name}[{key!r}]") for key, item in value.items()
-            ),
+            tuple(flatten(item, leaves, names, f"{name}[{key!r}]") for key, item in value.items()),
             extra,
         )
     what = "a tensor subclass" if isinstance(value, Tensor) else "an object"
@@ -128,12 +124,12 @@ def rebuild(layout: Any, leaves: Iterator[Any]) -> Any:
     if keys is None:
         return kind._make(items) if _is_namedtuple(kind) else kind(items)
     if dataclasses.is_dataclass(kind):
-        made = object.__new__(kind) if extra is None else kind.__new__(kind)
+        made: Any = kind.__new__(kind)  # type: ignore[arg-type]
         for key, item in zip(keys, items, strict=True):
             object.__setattr__(made, key, item)  # also where the dataclass is frozen
         if extra is not None:
             for key in extra:
-                OrderedDict.__setitem__(made, key, getattr(made, key))  # type: ignore[call-overload]
+                OrderedDict.__setitem__(made, key, getattr(made, key))
         return made
     pairs = zip(keys, items, strict=True)
     return defaultdict(extra, pairs) if kind is defaultdict else kind(pairs)

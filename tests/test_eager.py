@@ -140,9 +140,7 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         "torch.Generator",
     ),
 }
-GENERATORS = {
-    kind: torch.Generator(kind) for kind in ("cpu", *(["cuda"] * torch.cuda.is_available()))
-}
+GENERATORS = {kind: torch.Generator(kind) for kind in ("cpu", *(["cuda"] * torch.cuda.is_available()))}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -172,7 +170,7 @@ def test_what_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> No
 @pytest.mark.parametrize("name", BAD)
 def test_fallback_false_raises(backend: Backend, name: str) -> None:
     forward, why = BAD[name]
-    model = cuda_graphed(lambda x: forward(x), sizes=(2,), fallback=False)
+    model = cuda_graphed(forward, sizes=(2,), fallback=False)
     with pytest.raises(CaptureError, match=why):
         model(backend.randn(2, 2))
 
@@ -290,9 +288,7 @@ def test_threads_get_their_own_results(backend: Backend, mlp: MLP) -> None:
     assert not wrong
 
 
-def test_captures_are_logged(
-    backend: Backend, mlp: MLP, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_captures_are_logged(backend: Backend, mlp: MLP, caplog: pytest.LogCaptureFixture) -> None:
     cuda_graphed(mlp, sizes=(1, 2))
     with caplog.at_level(logging.INFO, "graphcache"):
         mlp(backend.randn(2, 8))

@@ -246,6 +246,19 @@ def double(x: Tensor) -> Tensor:
     return x * 2
 
 
+def test_a_bound_method(backend: Backend) -> None:
+    model = MLP().to(backend.device)
+    graphed = cuda_graphed(model.forward, sizes=(4,))
+    for factor in (1, 2):
+        model.up.weight.mul_(factor)
+        model.up.weight.data = model.up.weight.data.clone()
+        for _ in range(3):
+            x = backend.randn(3, 8)
+            assert torch.allclose(graphed(x), model(x), atol=1e-5)
+    assert graphed.cache_info().captures == 2
+    assert graphed.cache_info().hits == 2
+
+
 def test_a_forward_that_was_put_on_the_instance(backend: Backend) -> None:
     """As some libraries do to add hooks."""
     model = MLP().to(backend.device)

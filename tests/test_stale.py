@@ -96,9 +96,9 @@ def test_feeding_a_stale_output_back_raises(backend: Backend, mlp: MLP) -> None:
     model = settled(cuda_graphed(mlp, sizes=(4,)), backend.randn(4, 8))
     old = model(backend.randn(4, 8))
     new = model(backend.randn(4, 8))
-    with pytest.raises(RuntimeError, match="output of call 3 of MLP.forward"):
+    with pytest.raises(RuntimeError, match=r"output of call 3 of MLP\.forward"):
         model(old)
-    with pytest.raises(RuntimeError, match="output of call 3 of MLP.forward"):
+    with pytest.raises(RuntimeError, match=r"output of call 3 of MLP\.forward"):
         model(old)
     assert torch.isfinite(new).all()  # a call that failed overwrote nothing
 

@@ -3,6 +3,7 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 
+#include <string>
 #include <utility>
 
 namespace graphcache {
@@ -20,6 +21,13 @@ c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbyte
       c10::DataPtr(memory, memory, &keep, owner.device()),
       /*allocator=*/nullptr,
       /*resizable=*/false));
+}
+
+// Not by a stream: in a build that links libstdc++ statically, streaming a number crashes, since the
+// locale belongs to torch's copy of the library.
+template <typename Number>
+std::string text(Number number) {
+  return std::to_string(number);
 }
 
 // A fresh tensor over `storage`; under inference mode it is an inference tensor, as in eager.
@@ -83,7 +91,7 @@ at::Tensor alias(
     const at::Tensor& like) {
   TORCH_CHECK_VALUE(
       sizes.size() == strides.size(),
-      "graphcache: ", sizes.size(), " sizes but ", strides.size(), " strides");
+      "graphcache: " + text(sizes.size()) + " sizes but " + text(strides.size()) + " strides");
   int64_t last = offset; // in elements, the furthest one that the view reaches
   bool empty = false;
   bool negative = offset < 0;
@@ -95,8 +103,8 @@ at::Tensor alias(
   const auto bytes = static_cast<int64_t>(tensor.storage().nbytes());
   TORCH_CHECK_VALUE(
       !negative && (empty || (last + 1) * static_cast<int64_t>(like.element_size()) <= bytes),
-      "graphcache: a view of elements ", offset, " to ", last, " does not fit in a storage of ", bytes,
-      " bytes");
+      "graphcache: a view of elements " + text(offset) + " to " + text(last) +
+          " does not fit in a storage of " + text(bytes) + " bytes");
   return over(tensor.storage(), like, sizes, strides, offset);
 }
 
@@ -104,7 +112,8 @@ at::Tensor carve(const at::Tensor& tensor, int64_t offset, int64_t nbytes) {
   const auto whole = static_cast<int64_t>(tensor.storage().nbytes());
   TORCH_CHECK_VALUE(
       offset >= 0 && nbytes >= 0 && nbytes <= whole - offset,
-      "graphcache: bytes ", offset, " to ", offset + nbytes, " of a storage of ", whole);
+      "graphcache: bytes " + text(offset) + " to " + text(offset + nbytes) + " of a storage of " +
+          text(whole));
   auto bytes = at::detail::make_tensor<c10::TensorImpl>(
       weak_storage(tensor.storage(), offset, nbytes),
       c10::DispatchKeySet(tensor.options().computeDispatchKey()),

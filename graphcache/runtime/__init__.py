@@ -24,7 +24,7 @@ class PoolMemory(NamedTuple):
     reserved: int
     allocated: int
 
-    def __add__(self, other: object) -> "PoolMemory":  # type: ignore[override]
+    def __add__(self, other: object) -> "PoolMemory":
         if not isinstance(other, PoolMemory):
             return NotImplemented
         return PoolMemory(self.reserved + other.reserved, self.allocated + other.allocated)
@@ -76,9 +76,7 @@ def is_capturing() -> bool:
 
     A graphed forward that is called there is inlined: it runs as if it were not decorated.
     """
-    return getattr(_thread, "inside", False) or (
-        _HAS_CUDA and torch.cuda.is_current_stream_capturing()
-    )
+    return getattr(_thread, "inside", False) or (_HAS_CUDA and torch.cuda.is_current_stream_capturing())
 
 
 @contextmanager

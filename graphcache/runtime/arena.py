@@ -81,6 +81,6 @@ def _extent(tensor: Tensor) -> int:
 def copy_memory(target: Tensor, source: Tensor) -> None:
     """Copies `source` over `target`, which has the same strides, even where elements overlap."""
     extent = _extent(source)
-    _C.alias(target, (extent,), (1,), target.storage_offset()).copy_(
-        _C.alias(source, (extent,), (1,), source.storage_offset())
+    _C.alias(target, (extent,), (1,), int(target.storage_offset())).copy_(
+        _C.alias(source, (extent,), (1,), int(source.storage_offset()))
     )

@@ -4,11 +4,16 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
+
+
+def _handle(pool: torch.cuda.MemPool) -> Any:
+    return pool.id  # torch types what it gives and what it takes here differently
 
 
 class CudaArena:
@@ -37,7 +42,7 @@ class CudaArena:
         scratch = torch.zeros(1, device=self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
+            graph.capture_begin(pool=_handle(self.pool), capture_error_mode="thread_local")
             scratch.zero_()
             graph.capture_end()
         return graph
@@ -94,7 +99,7 @@ class CudaRuntime:
         # The outer context brings the thread back to its stream even if ending the capture raises.
         with torch.cuda.device(arena.device), torch.cuda.stream(arena.stream):
             # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
-            graph.capture_begin(pool=arena.pool.id, capture_error_mode="thread_local")
+            graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
             try:
                 result = body()
             except BaseException:
@@ -128,8 +133,8 @@ def _clean_up(arena: CudaArena) -> None:
     index = torch.cuda.current_device()
     # Each of these raises where a later torch has done it already; then nothing is released twice.
     with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(index, arena.pool.id)  # type: ignore[attr-defined]
-        torch._C._cuda_releasePool(index, arena.pool.id)  # type: ignore[attr-defined]
+        torch._C._cuda_endAllocateToPool(index, arena.pool.id)
+        torch._C._cuda_releasePool(index, arena.pool.id)
     with suppress(RuntimeError):
         _C.end_host_capture(*arena.pool.id)
     # The state of the generator believes that it is inside a capture, until one ends well.

@@ -71,9 +71,7 @@ class EmulatedRuntime:
         """Nothing has to be done once for all sizes."""
         yield
 
-    def capture(
-        self, arena: EmulatedArena, body: Callable[[], Result]
-    ) -> tuple[EmulatedGraph, Result]:
+    def capture(self, arena: EmulatedArena, body: Callable[[], Result]) -> tuple[EmulatedGraph, Result]:
         """Records `body`; see `Runtime.capture`.
 
         A capture has no effects, but shapes and strides are only known from running: so it runs, and

@@ -1,0 +1,1 @@
+"""Records of runs on a GPU, and the tables that are made from them."""

@@ -1,0 +1,103 @@
+"""Run the tests and the examples on this machine's GPU and record what came out.
+
+    python -m benchmarks.record --out benchmarks/results
+
+Writes one JSON file for each, with device, driver, versions, date and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ("weak_refs", "char_decode")
+
+
+def environment() -> dict[str, str]:
+    """Returns what a figure is worth nothing without."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[0]
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver.strip(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "commit": os.environ.get("GRAPHCACHE_COMMIT") or _commit(),
+    }
+
+
+def _commit() -> str:
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or "unknown"
+
+
+def run_tests(folder: Path) -> dict[str, Any]:
+    """Runs the suite; returns how many tests passed, failed and were skipped on each runtime."""
+    report = folder / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "tests"]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    counts: dict[str, Counter[str]] = {"cuda": Counter(), "emulated": Counter(), "both": Counter()}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("name", "")
+        runtime = next((key for key in ("cuda", "emulated") if key in name), "both")
+        failed = case.find("failure") is not None or case.find("error") is not None
+        skipped = case.find("skipped") is not None
+        counts[runtime]["failed" if failed else "skipped" if skipped else "passed"] += 1
+    return {"status": status, "counts": {key: dict(count) for key, count in counts.items()}}
+
+
+def run_example(name: str, folder: Path) -> dict[str, Any]:
+    """Runs one example and returns its figures; its exit status tells whether they are right."""
+    path = folder / f"{name}.json"
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--json", str(path)]
+    status = subprocess.run(command, cwd=folder, check=False).returncode
+    return {"status": status, **json.loads(path.read_text())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Records everything; 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--only", choices=("tests", *EXAMPLES), help="record this one")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("records are of runs on a GPU, and torch finds none here")
+    where = environment()
+    short = where["device"].replace("NVIDIA ", "").split()[0].lower()
+    worst = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("tests", *EXAMPLES):
+            if args.only in (None, name):
+                figures = run_tests(folder) if name == "tests" else run_example(name, folder)
+                record = {"name": name, "environment": where, "figures": figures}
+                path = args.out / f"{name}-{short}.json"
+                path.write_text(json.dumps(record, indent=2) + "\n")
+                worst = max(worst, figures["status"])
+    return int(worst != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Write the tables of docs/results.md from the records in benchmarks/results.
+
+python -m benchmarks.tables            # writes
+python -m benchmarks.tables --check    # 1 if the page is not what the records say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+HEADER = """# Results
+
+Made by `python -m benchmarks.tables` from the records in `benchmarks/results`; do not edit. Made anew on
+a GPU by `python -m benchmarks.record --out benchmarks/results`.
+"""
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Returns a Markdown table; the first row is the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def mib(nbytes: int) -> str:
+    """Returns a number of bytes in MiB."""
+    return f"{nbytes / 2**20:,.2f} MiB"
+
+
+def tests(figures: dict[str, Any]) -> str:
+    """One row for each runtime."""
+    rows: list[tuple[str, ...]] = [("runtime", "passed", "failed", "skipped")]
+    for runtime, counts in figures["counts"].items():
+        name = "neither in particular" if runtime == "both" else runtime
+        rows.append((name, *(str(counts.get(key, 0)) for key in ("passed", "failed", "skipped"))))
+    return "The test suite, on one machine.\n\n" + table(rows)
+
+
+def weak_refs(figures: dict[str, Any]) -> str:
+    """Strong against weak references."""
+    unit = 2**30 if figures["unit"] == "GiB" else 2**20
+    rows = [("references", "pool", "unit 0 of the outputs of 4, 3, 2, 1 after the smallest ran")]
+    for kind in ("strong", "weak"):
+        after = figures[f"{kind}_values_after"]
+        rows.append(
+            (
+                kind,
+                f"{figures[f'{kind}_reserved_bytes'] / unit:.2f} {figures['unit']}",
+                ", ".join(f"{after[size][0]:g}" for size in ("4", "3", "2", "1")),
+            )
+        )
+    text = "`examples/weak_refs.py`: 2 is what all graphs wrote, 6 what the smallest wrote then.\n\n"
+    return text + table(rows)
+
+
+def char_decode(figures: dict[str, Any]) -> str:
+    """The main example."""
+    rates = figures["tokens_per_second"]
+    rows = [
+        ("`examples/char_decode.py`", ""),
+        ("tokens identical to eager", f"{figures['identical']} of {figures['tokens']}"),
+        ("sizes captured", ", ".join(map(str, figures["sizes"]))),
+        ("capture time", f"{figures['capture_seconds']:.2f} s"),
+        ("replays by size", ", ".join(f"{k}: {v}" for k, v in figures["replays"].items())),
+        ("rows padded", f"{figures['padded_rows']} beside {figures['fed']}"),
+        ("pool, weak outputs", mib(figures["pool_bytes_weak"])),
+        ("pool, strong outputs", mib(figures["pool_bytes_strong"])),
+        ("tokens per second, eager", f"{rates['eager']:,.0f}"),
+        ("tokens per second, graphed", f"{rates['graphed']:,.0f}"),
+        ("graphed against eager", f"{rates['graphed'] / rates['eager']:.2f} times"),
+    ]
+    return (
+        f"A character model in {figures['dtype']}, {figures['prompts']} prompts; arms interleaved, "
+        "medians of whole decodes.\n\n" + table(rows)
+    )
+
+
+SECTIONS = {"tests": tests, "weak_refs": weak_refs, "char_decode": char_decode}
+
+
+def page() -> str:
+    """Returns the page that the records make."""
+    parts = [HEADER]
+    for name, section in SECTIONS.items():
+        for path in sorted(RESULTS.glob(f"{name}-*.json")):
+            record = json.loads(path.read_text())
+            where = record["environment"]
+            parts.append(f"## {name}, {where['device']}\n")
+            parts.append(section(record["figures"]) + "\n")
+            parts.append(
+                f"{where['date']}, commit {where['commit'][:12]}, driver {where['driver']}, torch "
+                f"{where['torch']}, Python {where['python']}.\n"
+            )
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    args = parser.parse_args(argv)
+    if args.check:
+        return int(PAGE.read_text() != page())
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

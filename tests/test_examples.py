@@ -1,0 +1,69 @@
+"""The examples, as a user runs them: from another folder, as programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BACKENDS
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEVICES = ["cpu", *(["cuda"] if "cuda" in BACKENDS else [])]
+
+
+def run(name: str, folder: Path, *options: str) -> tuple[dict, str]:
+    figures = folder / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--json", str(figures), *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(figures.read_text()), done.stdout
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weak_refs(tmp_path: Path, device: str) -> None:
+    figures, printed = run("weak_refs.py", tmp_path, "--device", device)
+    unit = 2**30 if device == "cuda" else 2**20
+    assert figures["strong_reserved_bytes"] == 10 * unit
+    assert figures["weak_reserved_bytes"] == 4 * unit
+    assert figures["weak_values_after"]["4"] == [6, 2, 2, 2]
+    assert figures["strong_values_after"]["4"] == [2, 2, 2, 2]
+    assert "weak references: 4.00" in printed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_char_decode(tmp_path: Path, device: str) -> None:
+    figures, printed = run(
+        "char_decode.py", tmp_path, "--device", device, "--steps", "30", "--prompts", "12"
+    )
+    assert figures["identical"] == figures["tokens"] > 500
+    assert figures["sizes"] == [1, 2, 4, 8, 16]
+    assert set(figures["replays"]) == {"16", "8", "4", "2", "1"}
+    assert figures["eager"] == {"the first call of a signature": 1}
+    assert figures["padded_rows"] > 0
+    assert figures["pool_bytes_weak"] <= figures["pool_bytes_strong"]
+    assert figures["pinned_bytes_weak"] < figures["pinned_bytes_strong"]
+    assert ("tokens per second" in printed) == (device == "cuda")
+
+
+def test_char_decode_notices_padded_rows_that_write_where_they_must_not(tmp_path: Path) -> None:
+    """A check that can't fail is worth nothing: here padded rows write into the first row's slot."""
+    broken = tmp_path / "broken.py"
+    text = (EXAMPLES / "char_decode.py").read_text()
+    right, wrong = 'pad={"slots": SPARE_SLOT}', 'pad={"slots": 0, "positions": "edge"}'
+    assert right in text
+    broken.write_text(text.replace(right, wrong))
+    done = subprocess.run(
+        [sys.executable, str(broken), "--device", "cpu", "--steps", "60", "--prompts", "12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "FAILED: tokens differ from eager" in done.stderr
