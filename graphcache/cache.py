@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
 from graphcache.buckets import default_sizes, padded_size
 from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import AttributeWatch, Guards, submodule_with_hooks
+from graphcache.modes import modes_of, refuse_where_watched
 from graphcache.observe import Observer
 from graphcache.pool import GraphPool, Stale, default_pool
-from graphcache.runtime import inlining, is_capturing
+from graphcache.runtime import inlining
 from graphcache.signature import BOUND, Call, Signature, Unservable
 from graphcache.staging import Pad
 from graphcache.stats import CacheInfo, Counts
@@ -112,8 +112,8 @@ class GraphCache:
         """Serves one call: by a graph, or eagerly with the reason counted."""
         self._counts.calls += 1
         try:
-            _refuse_where_graphs_hide(instance)
-            call = self._signature.read(args, kwargs, _modes(instance), self._written)
+            refuse_where_watched(instance)
+            call = self._signature.read(args, kwargs, modes_of(instance), self._written)
             pool = self._pool_for(call)
             with pool.lock:
                 entry = self._serving(call, instance)
@@ -178,7 +178,8 @@ class GraphCache:
                 self._warn(
                     "signatures",
                     f"it was called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants); "
-                    "new ones run eagerly. Pad the other dimensions, or pass numbers as tensors",
+                    "new ones run eagerly. Pad the other dimensions, pass numbers as tensors, and keep "
+                    "large arguments and those that are written to at one address",
                 )
                 raise Unservable(f"more than {MAX_SIGNATURES} signatures")
         elif entry.complete and entry.exact is None and entry.bucket(call.batch) is None:
@@ -227,8 +228,8 @@ class GraphCache:
     ) -> None:
         """Captures for such calls without making one: what the forward writes is put back."""
         try:
-            _refuse_where_graphs_hide(instance)
-            call = self._signature.read(args, kwargs, _modes(instance), self._written)
+            refuse_where_watched(instance)
+            call = self._signature.read(args, kwargs, modes_of(instance), self._written)
             with self._pool_for(call).lock:
                 entry = self._serving(call, instance)
                 if entry is not None and entry.bucket(call.batch) is not None:
@@ -428,49 +429,17 @@ class GraphCache:
         )
 
     def clear(self) -> None:
-        """Drops the graphs and the counts; outputs that are held stay readable until the next replay."""
+        """Drops the graphs and the counts.
+
+        Outputs that are held stay as they are, until another graph of their pool runs.
+        """
         self._entries.clear()
+        if self._pool is not None:
+            self._pool.trim()
         self._written.clear()
         self._warned.clear()
         self._recaptures = self._unsettled = 0
         self._counts = Counts()
-
-
-def _refuse_where_graphs_hide(instance: Any) -> None:
-    """Raises `Unservable` where somebody watches the operations, which a replay would hide."""
-    if config.is_disabled():
-        raise Unservable("disabled")
-    if is_capturing():
-        raise Unservable("inside another capture or first call")
-    if torch._C._get_tracing_state() is not None:
-        raise Unservable("torch.jit tracing")
-    if torch._C._len_torch_dispatch_stack() > 0:
-        raise Unservable("a TorchDispatchMode is active")
-    if torch._C._len_torch_function_stack() > 0 and _foreign_function_mode():
-        raise Unservable("a TorchFunctionMode is active")
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise Unservable("a torch.func transform")
-    if getattr(instance, "_is_replica", False):
-        raise Unservable("a DataParallel replica")
-
-
-def _foreign_function_mode() -> bool:
-    depth = torch._C._len_torch_function_stack()
-    modes = [torch._C._get_function_stack_at(level) for level in range(depth)]
-    return any(not isinstance(mode, DeviceContext) for mode in modes)  # torch.set_default_device
-
-
-def _modes(instance: Any) -> tuple[Any, ...]:
-    """Returns the modes that decide what a forward does; each combination has its own graphs."""
-    return (
-        getattr(instance, "training", None),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-    )
 
 
 def _wants_grad(call: Call, instance: Any) -> bool:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
-from graphcache.ops import HostReads, obstacle, tensors_in, user_line, written_by
+from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
 from graphcache.state import SavedState, uncached_autocast
 
 _aten = torch.ops.aten
@@ -75,11 +75,9 @@ class Observer(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # autograd, which takes composites apart, is off
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        parts = take_apart(func, args, kwargs, self)
+        if parts is not NotImplemented:
+            return parts
         why = obstacle(func, args, kwargs, self.device)
         if why is not None:
             self.blocked(f"{why}, at {user_line()}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import CaptureError
 
@@ -62,6 +63,33 @@ def written_by(
         for index, name in _written_arguments(func)
         for tensor in tensors_in(args[index] if index < len(args) else kwargs.get(name))
     ]
+
+
+@cache
+def _is_composite(func: torch._ops.OpOverload, backend: str) -> bool:
+    name = func.name()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, backend)
+
+
+def take_apart(
+    func: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: TorchDispatchMode,
+) -> Any:
+    """Runs `func` under `mode` if it is made of other operations; else returns NotImplemented.
+
+    Autograd does that before a mode sees an operation, and is off under inference mode. The kernel is
+    the one that eager would run, not a decomposition written in Python.
+    """
+    if not torch.is_inference_mode_enabled():
+        return NotImplemented
+    devices = {tensor.device.type for tensor in tensors_in(args, kwargs)}
+    if not _is_composite(func, "CUDA" if "cuda" in devices else "CPU"):
+        return NotImplemented
+    with mode:
+        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
 def _is_mask(index: Any) -> bool:

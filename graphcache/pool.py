@@ -73,15 +73,21 @@ class Lane:
         self._weak = weak
         self._live: list[Outputs] = []
         self._guests: list[StorageWeakRef] = []
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         # The memory goes with the lane; whoever holds an output then must not read what follows.
         weakref.finalize(self, _bury, self._live).atexit = False
 
     def is_free(self) -> bool:
         """Tells whether a graph may be captured here that runs while today's outputs are held."""
-        if any(outputs.held() for outputs in self._live):
-            return False
         self._guests = [guest for guest in self._guests if not guest.expired()]
-        return not self._guests
+        return self.open and not self._guests and not self._holds_outputs()
+
+    def is_done(self) -> bool:
+        """Tells whether nothing refers to the memory of this lane any more."""
+        return not self._graphs and not self._holds_outputs()
+
+    def _holds_outputs(self) -> bool:
+        return any(outputs.held() for outputs in self._live)
 
     def capture(self, body: Callable[[], list[Tensor]]) -> tuple[Graph, list[Tensor]]:
         """Captures `body` into this lane.
@@ -102,10 +108,12 @@ class Lane:
             return _C.weak_ref(outputs) if self._weak else outputs
 
         try:
-            return self._runtime.capture(self.arena, weakened)
+            graph, outputs = self._runtime.capture(self.arena, weakened)
         except BaseException:
             self.open = False
             raise
+        self._graphs.add(graph)
+        return graph, outputs
 
     def before_replay(self, overwritten_by: Callable[[], str]) -> int:
         """Makes the lane ready to be overwritten; returns how many held storages were given up."""
@@ -156,10 +164,18 @@ class GraphPool:
     def lane(self) -> Lane:
         """Returns the first lane in which no output is held, opening one where there is none."""
         for lane in self.lanes:
-            if lane.open and lane.is_free():
+            if lane.is_free():
                 return lane
         self.lanes.append(Lane(self.runtime, self.device, weak=self.weak))
         return self.lanes[-1]
+
+    def trim(self) -> None:
+        """Gives the memory of lanes that no graph and no output uses back to the allocator.
+
+        On CUDA, `torch.cuda.empty_cache()` then returns it to the device.
+        """
+        with self.lock:
+            self.lanes = [lane for lane in self.lanes if not lane.is_done()]
 
     def memory(self) -> PoolMemory:
         """Returns the bytes of all lanes: taken from the device, and of that owned by somebody."""

@@ -135,7 +135,25 @@ def test_clear_and_capture_again(backend: Backend, mlp: MLP) -> None:
         reserved.append(pool.memory().reserved)
         mlp.forward.cache_clear()
         assert mlp.forward.cache_info().calls == 0
+        assert pool.memory().reserved == 0
     assert len(set(reserved)) == 1
+
+
+def test_trim_spares_what_is_in_use(backend: Backend, mlp: MLP) -> None:
+    pool = backend.pool()
+    cuda_graphed(mlp, sizes=(2,), pool=pool)
+    x = backend.randn(2, 8)
+    mlp(x)
+    expected = mlp(x).clone()
+    pool.trim()
+    assert len(pool.lanes) == 1
+    held = mlp(x)
+    mlp.forward.cache_clear()
+    assert len(pool.lanes) == 1
+    assert torch.equal(held, expected)
+    del held
+    pool.trim()
+    assert pool.lanes == []
 
 
 def test_repr_tells_what_is_in_it(backend: Backend) -> None:

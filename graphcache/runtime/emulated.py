@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
 from graphcache.errors import CaptureError
-from graphcache.ops import HostReads, obstacle, tensors_in, user_line, written_by
+from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
 from graphcache.runtime import Result
 from graphcache.runtime.arena import EmulatedArena, copy_memory
 from graphcache.state import SavedState
@@ -102,11 +102,9 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        parts = take_apart(func, args, kwargs, self)
+        if parts is not NotImplemented:
+            return parts
         why = obstacle(func, args, kwargs, _CPU)
         if why is not None:
             raise CaptureError(f"{why}, at {user_line()}")
