@@ -361,8 +361,8 @@ def print_table(figures: dict[str, Any]) -> None:
         *(
             (
                 f"pool memory, {kind} outputs",
-                f"{mib(figures[f'pool_bytes_{kind}'])}, of which outputs pin "
-                f"{mib(figures[f'pinned_bytes_{kind}'])}",
+                f"{mib(figures[f'pool_bytes_{kind}'])}, in use at rest "
+                f"{mib(figures[f'at_rest_bytes_{kind}'])}",
             )
             for kind in ("weak", "strong")
         ),
@@ -447,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eager": dict(info.eager),
         "padded_rows": info.padded_rows,
         **{f"pool_bytes_{kind}": pool.memory().reserved for kind, pool in pools.items()},
-        **{f"pinned_bytes_{kind}": pool.memory().allocated for kind, pool in pools.items()},
+        **{f"at_rest_bytes_{kind}": pool.memory().allocated for kind, pool in pools.items()},
     }
     if on_gpu:
         figures["tokens_per_second"] = time_arms(

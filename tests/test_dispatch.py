@@ -166,6 +166,8 @@ def test_equal_constants_of_different_types_differ(backend: Backend) -> None:
     zeros = cuda_graphed(lambda x, z: x / z, sizes=(2,))
     for _ in range(3):
         assert [zeros(x + 1, z)[0].item() for z in (0.0, -0.0)] == [float("inf"), -float("inf")]
+        assert zeros(x + 1, float("nan")).isnan().all()
+    assert zeros.cache_info().captures == 3  # not one for each nan
 
 
 def test_wrong_arguments_raise_what_eager_raises(backend: Backend, mlp: MLP) -> None:

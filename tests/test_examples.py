@@ -48,7 +48,7 @@ def test_char_decode(tmp_path: Path, device: str) -> None:
     assert figures["eager"] == {"the first call of a signature": 1}
     assert figures["padded_rows"] > 0
     assert figures["pool_bytes_weak"] <= figures["pool_bytes_strong"]
-    assert figures["pinned_bytes_weak"] < figures["pinned_bytes_strong"]
+    assert figures["at_rest_bytes_weak"] < figures["at_rest_bytes_strong"]
     assert ("tokens per second" in printed) == (device == "cuda")
 
 

@@ -47,6 +47,18 @@ def test_stale_copy_moves_what_is_held_with_its_views(backend: Backend, mlp: MLP
     assert model.forward.cache_info().expired == 0
 
 
+def test_a_view_of_an_argument_survives_the_staging_of_the_next(backend: Backend) -> None:
+    """It would lie in the static input, which is filled before anything is moved away."""
+    model = cuda_graphed(lambda x: x.t(), sizes=(2,), stale="copy")
+    kept = []
+    for _ in range(5):
+        x = backend.randn(2, 2)
+        kept.append((model(x), x.t().clone()))
+    for out, expected in kept:
+        assert torch.equal(out, expected)
+    assert model.cache_info().hits == 4
+
+
 def test_an_output_that_nobody_holds_costs_nothing(backend: Backend, mlp: MLP) -> None:
     model = settled(cuda_graphed(mlp, sizes=(4,)), backend.randn(4, 8))
     addresses = {model(backend.randn(4, 8)).data_ptr() for _ in range(5)}

@@ -122,6 +122,7 @@ def test_an_argument_that_carries_the_batch_and_is_written(backend: Backend) -> 
         assert model(x, out) is out
         assert torch.equal(out, x * 2)
     assert model.cache_info().padded_rows == 0
+    assert "an argument that is bound by address carries the batch" in model.cache_info().notes[0]
 
 
 def test_writing_to_an_output_of_a_graph(backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
+
+_IDLE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
 def _handle(pool: torch.cuda.MemPool) -> Any:
@@ -28,7 +31,12 @@ class CudaArena:
         self.device = device
         with torch.cuda.device(device):
             self.pool = torch.cuda.MemPool()
-            self.stream = torch.cuda.Stream(device)
+            # cuBLAS keeps a workspace for each stream, for ever. Used again, a stream costs one, and
+            # with those of before cleared, the next capture allocates it here.
+            idle = _IDLE_STREAMS.setdefault(device, [])
+            self.stream = idle.pop() if idle else torch.cuda.Stream(device)
+            weakref.finalize(self, idle.append, self.stream).atexit = False
+            torch._C._cuda_clearCublasWorkspaces()
             self._last = torch.cuda.current_stream(device)
             self._anchor = self._capture_nothing()
 
