@@ -53,11 +53,11 @@ def _commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def run_tests(folder: Path) -> dict[str, Any]:
+def run_tests(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Runs the suite; returns how many tests passed, failed and were skipped on each runtime."""
     report = folder / "junit.xml"
     # Without the tests of the records themselves: those hold once the records are in the repository.
-    suite = ["tests", "--ignore=tests/test_results.py"]
+    suite = ["tests", "--ignore=tests/test_results.py", *options]
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *suite]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     counts: dict[str, Counter[str]] = {"cuda": Counter(), "emulated": Counter(), "both": Counter()}
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Records everything; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
     parser.add_argument("--only", choices=("tests", *EXAMPLES), help="record this one")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -91,9 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in ("tests", *EXAMPLES):
+        for name in (*EXAMPLES, "tests"):
             if args.only in (None, name):
-                figures = run_tests(folder) if name == "tests" else run_example(name, folder)
+                figures = (
+                    run_tests(folder, args.pytest.split())
+                    if name == "tests"
+                    else run_example(name, folder)
+                )
                 record = {"name": name, "environment": where, "figures": figures}
                 path = args.out / f"{name}-{short}.json"
                 path.write_text(json.dumps(record, indent=2) + "\n")

@@ -7,6 +7,7 @@ global) is watched: the same object must still be there, at the same address.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from operator import itemgetter
 from types import CellType, FunctionType
 from typing import Any
@@ -56,47 +57,47 @@ class _WatchedModule:
     """The attributes of one module, its parameters, buffers and children, all by identity.
 
     Modules are watched through weak references: a child that knows its parent must not keep the
-    parent, and with it these guards, alive for ever.
+    parent, and with it these guards, alive for ever. An id stands for an object as long as that lives:
+    tensors and plain values are held here, and each child is watched, and so known to live, itself.
     """
 
+    __slots__ = ("_children", "_get", "_held", "_hooks", "_ids", "_module", "_size", "_tensors")
+
     def __init__(self, module: nn.Module, *, is_root: bool) -> None:
-        self.module = weakref.ref(module)
-        self.hooks = () if is_root else ("_forward_hooks", "_forward_pre_hooks")
+        self._module = weakref.ref(module)
+        self._hooks = () if is_root else ("_forward_hooks", "_forward_pre_hooks")
         attributes = vars(module)
-        self.size = len(attributes)
-        self.names = tuple(name for name in attributes if name not in _OF_MODULE) or ("training",)
-        self.get = itemgetter(*self.names, "training")  # two names or more: it returns a tuple
-        values = self.get(attributes)
-        self.ids = tuple(map(id, values))
-        # Held, so that no other value can take the id; containers are watched on their own.
-        self.values = [v for v in values if isinstance(v, (int, float, str, bytes, Tensor))]
-        self.tables = [(name, dict(attributes[name])) for name in ("_parameters", "_buffers")]
-        self.children = {
-            name: weakref.ref(child) if child is not None else None
-            for name, child in module._modules.items()
-        }
+        own = [name for name in attributes if name not in _OF_MODULE]
+        self._get = itemgetter(*own, "training")  # two names or more, "training" twice: it gives a tuple
+        values = self._get(attributes)
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        self._size = len(attributes)
+        self._ids = tuple(map(id, values))
+        self._tensors = tuple(map(id, tensors))
+        self._children = tuple(map(id, module._modules.values()))
+        self._held = [*tensors, *filter(_is_plain, values)]
 
     def holds(self) -> bool:
-        module = self.module()
+        module = self._module()
         if module is None:
             return False
-        attributes = vars(module)
-        if len(attributes) != self.size or tuple(map(id, self.get(attributes))) != self.ids:
-            return False
-        for name, expected in self.tables:
-            now = attributes[name]
-            if len(now) != len(expected):
-                return False
-            for key, tensor in expected.items():
-                if now.get(key) is not tensor:
-                    return False
-        now = attributes["_modules"]
-        if len(now) != len(self.children):
-            return False
-        for key, child in self.children.items():
-            if now.get(key) is not (None if child is None else child()):
-                return False
-        return not any(attributes[name] for name in self.hooks)
+        attributes = module.__dict__
+        return (
+            len(attributes) == self._size
+            and tuple(map(id, self._get(attributes))) == self._ids
+            and tuple(
+                map(id, chain(attributes["_parameters"].values(), attributes["_buffers"].values()))
+            )
+            == self._tensors
+            and tuple(map(id, attributes["_modules"].values())) == self._children
+            and not any(attributes[name] for name in self._hooks)
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float, complex, str, bytes, Tensor))
 
 
 class Guards:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphcache
-from graphcache import CaptureError, GraphCacheWarning, cuda_graphed
+from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
 from tests.conftest import MLP, Backend, close, eager
 
 
@@ -210,6 +210,21 @@ def test_the_process_is_in_good_order_after_a_failed_capture(backend: Backend, m
     later(x)
     assert close(later(x), eager(later, x))
     assert later.forward.cache_info().hits == 1
+
+
+def test_a_capture_that_failed_is_under_way_nowhere(backend: Backend) -> None:
+    """Not in the allocator of pinned host memory either, whose filter would point to a dead graph."""
+    x = backend.randn(2, 2)
+    lane = (pool := backend.pool()).lane()
+    with pytest.raises(RuntimeError):
+        lane.capture(lambda: [x * x.sum().item()])
+    assert not lane.open
+    if backend.name == "cuda":
+        with pytest.raises(RuntimeError, match="not currently recording"):
+            _C.end_host_capture(*lane.arena.pool.id)
+    graph, (output,) = pool.lane().capture(lambda: [x * 2])
+    graph.replay()
+    assert torch.equal(output, x * 2)
 
 
 def test_an_exception_of_the_forward_is_the_callers(backend: Backend) -> None:
