@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard graphcache/_C/*.cpp graphcache/_C/*.h)
 # numpy: torch warns without it, and warnings are errors in tests. mypy and ruff: what `test` checks.
-TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff mypy types-tqdm
+TOOLS := setuptools ninja numpy wrapt tqdm pytest ruff mypy types-tqdm
 
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:

@@ -17,6 +17,7 @@ except ImportError:
         "    pip install --no-build-isolation .\n"
     )
 
+HEADERS = sorted(str(path) for path in Path("graphcache/_C").glob("*.h"))
 SOURCES = sorted(str(path) for path in Path("graphcache/_C").glob("*.cpp"))
 
 
@@ -36,6 +37,7 @@ setup(
         CppExtension(
             "graphcache._C._native",
             SOURCES,
+            depends=HEADERS,
             # No -std: torch's own headers say which they need, and it changes between versions.
             extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
         )

@@ -1,4 +1,4 @@
-"""`python -m graphcache doctor`: the environment, and whether graphs work in it."""
+"""`python -m graphcache`: `doctor` reports the environment and tries it, `demo` serves a module."""
 
 import argparse
 import os
@@ -47,12 +47,24 @@ def _try(device: torch.device) -> bool:
     return bool(graphed.cache_info().hits == 2)  # type: ignore[attr-defined]
 
 
+def demo() -> int:
+    """Serves a small module at batches that shrink, and prints what `cache_info()` tells of it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(256, 256), torch.nn.ReLU())]
+    model = graphcache.cuda_graphed(torch.nn.Sequential(*layers).to(device), sizes=(1, 2, 4, 8, 16))
+    with graphcache.emulate(), torch.inference_mode():
+        for batch in range(16, 0, -1):
+            for _ in range(3):
+                model(torch.randn(batch, 256, device=device))
+    print(model.forward.cache_info())  # type: ignore[attr-defined]
+    return 0
+
+
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m graphcache", description=__doc__)
-    parser.add_argument("command", choices=["doctor"], help="doctor: report and try the environment")
-    parser.parse_args()
-    return doctor()
+    parser.add_argument("command", choices=["doctor", "demo"])
+    return {"doctor": doctor, "demo": demo}[parser.parse_args().command]()
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ class GraphCache:
                     result = function(*args, **kwargs)
                 self._learn(function, instance, call, observer, attributes, result)
         except Unservable as reason:
-            logger.info("%s: nothing to warm up: %s", self.name, reason)
+            self._warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
 
     def _learn(
         self,
@@ -286,12 +286,14 @@ class GraphCache:
             self._capture(job, entry, layout, [tensor.shape for tensor in tensors])
         except Unservable:
             return  # with its written arguments bound, as they are from the next call on
-        except (CaptureError, NotATree) as error:
-            self._give_up(call, str(error))
+        except Exception as error:  # whatever it is, the caller has a result, and gets it
+            self._give_up(call, error)
             return
         self._entries[call.key] = entry
+        theirs = {_C.storage_key(tensor) for tensor in call.leaves} | observer.external.keys()
+        made = [tensor for tensor in tensors if _C.storage_key(tensor) not in theirs]
         for bucket in entry.buckets.values():
-            bucket.lane.reserve_for(tensors)
+            bucket.lane.reserve_for(made)
 
     def _bind_written(self, call: Call, observer: Observer) -> Call:
         """Returns the call read again, with the arguments that the forward wrote to bound."""
@@ -364,9 +366,12 @@ class GraphCache:
             eager = function(*call.args, **call.kwargs)
         self._counts.eager["compared with the first padded replay of a size"] += 1
         tensors: list[Tensor] = []
-        layout = flatten(eager, tensors, [])
-        shapes = [tensor.shape for tensor in tensors]
-        why = learn_batch_dims([bucket], call.batch, layout, shapes)
+        try:
+            layout = flatten(eager, tensors, [])
+            shapes = [tensor.shape for tensor in tensors]
+            why = learn_batch_dims([bucket], call.batch, layout, shapes)
+        except NotATree as error:
+            why = str(error)
         if why is None and entry.pure and not same(eager, self._compare(call, bucket)):
             why = "its rows depend on each other"
         if why is None:
@@ -387,10 +392,13 @@ class GraphCache:
         self._counts.replays[bucket.size], self._counts.padded_rows = before
         return result
 
-    def _give_up(self, call: Call, why: str) -> None:
+    def _give_up(self, call: Call, error: Exception) -> None:
         """Runs this signature eagerly from here on, with one warning; or raises."""
+        expected = isinstance(error, (CaptureError, NotATree))
+        why = str(error) if expected else f"{type(error).__name__}: {error}"
+        logger.debug("%s can't be captured", self.name, exc_info=error)
         if not self.options.fallback:
-            raise CaptureError(f"graphcache: {self.name} can't be captured: {why}")
+            raise CaptureError(f"graphcache: {self.name} can't be captured: {why}") from error
         self._entries[call.key] = Entry(eager=why)
         self._warn(
             why,

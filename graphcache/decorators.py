@@ -45,10 +45,6 @@ class _Caches:
             self._of[id(owner)] = found
         return found[1]
 
-    def existing(self) -> list[GraphCache]:
-        """Returns every cache."""
-        return [cache for _, cache in list(self._of.values())]
-
 
 def _forget(caches: dict[int, Any], key: int, _: Any) -> None:
     caches.pop(key, None)

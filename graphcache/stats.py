@@ -59,11 +59,15 @@ class CacheInfo:
             *((f"eager: {reason}", str(count)) for reason, count in self.eager.items()),
             ("captures", f"{self.captures} in {self.capture_seconds:.2f} s"),
             ("held outputs", f"{self.expired} expired, {self.copied} copied"),
-            ("pool", f"{self.pool_bytes / 2**20:.1f} MiB ({self.backend}, {self.launch})"),
+            ("pool", f"{_readable(self.pool_bytes)} ({self.backend}, {self.launch})"),
             *(("note", note) for note in self.notes),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
 
 @dataclass

@@ -135,6 +135,14 @@ def test_a_process_ends_well_with_live_graphs() -> None:
     assert ended.returncode == 0
 
 
+def test_demo_shows_a_module_at_work() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "graphcache", "demo"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "48: 44 replayed, 4 eager" in told
+    assert "1, 2, 4, 8, 16" in told
+
+
 def test_doctor_tells_the_environment() -> None:
     told = subprocess.run(
         [sys.executable, "-m", "graphcache", "doctor"], capture_output=True, text=True, check=True

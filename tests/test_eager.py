@@ -227,6 +227,43 @@ def test_a_capture_that_failed_is_under_way_nowhere(backend: Backend) -> None:
     assert torch.equal(output, x * 2)
 
 
+def test_an_attribute_that_cannot_be_searched_costs_no_result(backend: Backend) -> None:
+    class Strange:
+        @property
+        def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+            raise ValueError("not to be looked at")
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.strange = Strange()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    x = backend.randn(2, 2)
+    with pytest.warns(GraphCacheWarning, match="ValueError: not to be looked at"):
+        assert torch.equal(cuda_graphed(Holds(), sizes=(2,))(x), x * 2)
+    with pytest.raises(CaptureError, match="not to be looked at") as raised:
+        cuda_graphed(Holds(), sizes=(2,), fallback=False)(x)
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_a_result_that_changes_its_structure(backend: Backend) -> None:
+    calls: list[int] = []
+
+    def forward(x: Tensor) -> Any:
+        calls.append(1)
+        return (x * 2, object()) if len(calls) == 3 else x * 2
+
+    model = cuda_graphed(forward, sizes=(4,))
+    x = backend.randn(3, 2)
+    model(x)
+    with pytest.warns(GraphCacheWarning, match="object of type builtins.object"):
+        out = model(x)
+    assert torch.equal(out[0], x * 2)
+
+
 def test_an_exception_of_the_forward_is_the_callers(backend: Backend) -> None:
     def forward(x: Tensor) -> Tensor:
         if broken:

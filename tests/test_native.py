@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import graphcache
 from graphcache import _C
 from tests.conftest import Backend
 
@@ -150,6 +151,13 @@ def test_every_access_to_an_expired_tensor_raises(backend: Backend, access) -> N
     assert weak.shape == owner.shape
     assert _C.is_expired(view)
     assert not _C.is_expired(owner)
+
+
+def test_expire_has_a_text_of_its_own() -> None:
+    graphcache.expire(tensor := torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"expired by graphcache\.expire\(\).*\.clone\(\)"):
+        tensor + 1
+    assert graphcache.is_expired(tensor)
 
 
 def test_weak_ref_of_an_expired_tensor_raises_its_text() -> None:

@@ -78,7 +78,7 @@ def test_a_bad_switch_names_the_good_ones(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_info_prints_as_a_table() -> None:
-    model = cuda_graphed(nn.Linear(2, 2), sizes=(4,))
+    model = cuda_graphed(nn.Linear(2, 2), sizes=(4,), pool=graphcache.GraphPool("cpu"))
     with graphcache.emulate(), torch.no_grad():
         for _ in range(3):
             model(torch.ones(3, 2))
@@ -86,4 +86,4 @@ def test_info_prints_as_a_table() -> None:
     assert "calls" in table
     assert "3: 1 replayed, 2 eager" in table
     assert "eager: the first call of a signature" in table
-    assert "MiB (emulated, torch)" in table
+    assert "KiB (emulated, torch)" in table

@@ -141,6 +141,25 @@ def test_siblings_get_lanes_of_their_own(backend: Backend) -> None:
     assert len(pool.lanes) == 2
 
 
+def test_results_that_lie_outside_keep_no_lane_busy(backend: Backend) -> None:
+    """A parameter or an argument that a forward returns lives on, and says nothing of the lane."""
+
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.weight, x, x + self.weight
+
+    pool = backend.pool()
+    models = [cuda_graphed(Returns().to(backend.device), sizes=(2,), pool=pool) for _ in range(3)]
+    x = backend.randn(2, 3)
+    for model in models:
+        model(x)
+    assert len(pool.lanes) == 1
+
+
 def test_outputs_that_share_memory_expire_together(backend: Backend) -> None:
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         y = x * 2

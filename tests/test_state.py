@@ -188,6 +188,12 @@ def test_warmup_captures_and_changes_nothing(backend: Backend) -> None:
     assert model.forward.cache_info().captures == 2
 
 
+def test_a_warmup_that_captures_nothing_says_so(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    with torch.enable_grad(), pytest.warns(GraphCacheWarning, match="captured nothing: gradients"):
+        mlp.forward.warmup(backend.randn(2, 8))
+
+
 def test_what_needs_a_warm_up_gets_one_without_its_effects(backend: Backend) -> None:
     """A library that refuses to work in a capture until it has seen the size, as autotuners do."""
     tuned: set[int] = set()

@@ -62,7 +62,7 @@ def carve(tensor: Tensor, offset: int, nbytes: int) -> Tensor:
 def is_weak(tensor: Tensor) -> bool:
     """Tells whether `weak_ref` made the storage of `tensor` and it owns no memory."""
 
-def expire(tensor: Tensor, message: str) -> None:
+def expire(tensor: Tensor, message: str = ...) -> None:
     """Makes every later data access through the storage of `tensor`, views included, raise.
 
     Args:

@@ -59,7 +59,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "carve", &graphcache::carve, py::arg("tensor"), py::arg("offset"), py::arg("nbytes"));
   m.def("is_weak", &graphcache::is_weak, py::arg("tensor"));
-  m.def("expire", &graphcache::expire, py::arg("tensor"), py::arg("message"));
+  m.def(
+      "expire",
+      &graphcache::expire,
+      py::arg("tensor"),
+      py::arg("message") =
+          "graphcache: this tensor was expired by graphcache.expire(); what it held may have been "
+          "overwritten. Use it before that, or keep a copy with .clone()");
   m.def("is_expired", &graphcache::is_expired, py::arg("tensor"));
   m.def("storage_key", &graphcache::storage_key, py::arg("tensor"));
   m.def("is_held", &graphcache::is_held, py::arg("tensor"));
