@@ -68,7 +68,8 @@ class _WatchedModule:
         self._hooks = () if is_root else ("_forward_hooks", "_forward_pre_hooks")
         attributes = vars(module)
         own = [name for name in attributes if name not in _OF_MODULE]
-        self._get = itemgetter(*own, "training")  # two names or more, "training" twice: it gives a tuple
+        # Two names or more, so that it gives a tuple; some modules have no "training" of their own.
+        self._get = itemgetter(*own, "_parameters", "_buffers")
         values = self._get(attributes)
         tensors = (*module._parameters.values(), *module._buffers.values())
         self._size = len(attributes)

@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 
 class _Report(HostReads):
     def __init__(self, observer: "Observer") -> None:
-        super().__init__()
+        super().__init__(observer.device)
         self._observer = observer
 
     def found(self, what: str) -> None:

@@ -155,28 +155,42 @@ def user_line_of(error: BaseException) -> str:
 
 
 class HostReads(TorchFunctionMode):
-    """Sees the calls that exchange values with the host below, or without, an operation."""
+    """Sees the calls that exchange values with the host below, or without, an operation.
+
+    Args:
+        device: tensors on it count. On the CPU, where emulation makes it the device, naming "cpu" is
+            taken for the host, and `x.to(y.device)` for what it is on a GPU: nothing.
+    """
 
     _READS = (
         Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__,
         Tensor.__format__, Tensor.__dlpack__,
     )  # fmt: skip
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self._READS:
+        if func in (torch.tensor, torch.as_tensor):
+            target = kwargs.get("device")
+            on_device = target is not None and torch.device(target).type == self._device.type
+            if on_device and not isinstance(args[0] if args else kwargs.get("data"), Tensor):
+                self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
+        elif func in self._READS and args[0].device == self._device:
             self.found(f"{func.__name__} copies to the host")
-        elif func is Tensor.to and any(
-            isinstance(to, (str, torch.device)) and torch.device(to).type == "cpu"
-            for to in (*args[1:2], kwargs.get("device"))
-        ):
+        elif func is Tensor.to and args[0].device == self._device and _names_the_host(args, kwargs):
             self.found("to('cpu') copies to the host")
-        elif func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
         return func(*args, **kwargs)
 
     def found(self, what: str) -> None:
         """Called with what was seen; raises by default."""
         raise CaptureError(f"{what} at {user_line()}")
+
+
+def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = (*args[1:2], kwargs.get("device"))
+    return any(isinstance(to, str) and to == "cpu" for to in given)

@@ -1,10 +1,13 @@
 """Import, build and installation: what a user meets first."""
 
+import fcntl
 import os
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,22 @@ def test_logging_through_torch_logs() -> None:
     )
     assert "captured <lambda> at sizes [2]" in python(code, TORCH_LOGS="graphcache").stderr
     assert python(code).stderr == ""
+
+
+def test_a_slow_capture_shows_its_progress_on_a_terminal_only() -> None:
+    code = (
+        "import time, torch, graphcache\n"
+        "def slow(x):\n    time.sleep(0.25); return x * 2\n"
+        "with graphcache.emulate():\n"
+        "    graphcache.cuda_graphed(slow, sizes=range(1, 9))(torch.ones(2))"
+    )
+    assert python(code).stderr == ""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))  # rows, columns
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
+    assert b"graphcache: capturing slow" in os.read(ours, 65536)
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_process_ends_well_with_live_graphs() -> None:

@@ -167,6 +167,20 @@ def test_what_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> No
     assert model.cache_info().captures == 0
 
 
+def test_what_looks_like_a_host_copy_and_is_none(backend: Backend) -> None:
+    """To the device where it is already: a no-op on a GPU, and so in emulation."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = x.to(x.device).to(device=x.device, dtype=torch.float32)
+        return torch.as_tensor(y, device=x.device) * torch.tensor(2.0)
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 2)
+    for _ in range(3):
+        assert torch.equal(model(x), x * 2)
+    assert model.cache_info().hits == 2
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_fallback_false_raises(backend: Backend, name: str) -> None:
     forward, why = BAD[name]

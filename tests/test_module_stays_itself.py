@@ -203,6 +203,17 @@ def test_torch_compile_sees_the_plain_forward(model: nn.Module, backend: Backend
     assert model.forward.cache_info().calls == calls
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_module_can_be_graphed(backend: Backend) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(MLP().to(backend.device), backend="eager")
+    model = cuda_graphed(compiled, sizes=(2,))
+    for _ in range(3):
+        x = backend.randn(2, 8)
+        assert torch.allclose(model(x), eager(model, x), atol=1e-5)
+    assert model.forward.cache_info().hits == 2
+
+
 def test_torch_export_sees_the_plain_forward(model: nn.Module, backend: Backend) -> None:
     x = backend.randn(3, 8)
     exported = torch.export.export(model, (x,))

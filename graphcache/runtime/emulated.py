@@ -80,7 +80,7 @@ class EmulatedRuntime:
         recorder = _Recorder(arena)
         segments = [segment.clone() for segment in arena.segments]
         try:
-            with torch.random.fork_rng(devices=[]), HostReads(), recorder:
+            with torch.random.fork_rng(devices=[]), HostReads(_CPU), recorder:
                 result = body()
         finally:
             recorder.saved.restore()
