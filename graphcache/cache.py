@@ -211,13 +211,18 @@ class GraphCache:
 
     def _first(self, function: Callable[..., Any], instance: Any, call: Call) -> Any:
         """Runs the forward eagerly, once, and captures it afterwards."""
-        observer = Observer(call.leaves[0].device, call.leaves, restore=False)
+        result, observed = self._observe(function, instance, call, restore=False)
+        self._counts.eager["the first call of a signature"] += 1
+        self._learn(function, instance, call, *observed, result)
+        return result
+
+    def _observe(
+        self, function: Callable[..., Any], instance: Any, call: Call, *, restore: bool
+    ) -> tuple[Any, tuple[Observer, AttributeWatch]]:
+        observer = Observer(call.leaves[0].device, call.leaves, restore=restore)
         attributes = AttributeWatch(instance)
         with inlining(), observer.watch():
-            result = function(*call.args, **call.kwargs)
-        self._counts.eager["the first call of a signature"] += 1
-        self._learn(function, instance, call, observer, attributes, result)
-        return result
+            return function(*call.args, **call.kwargs), (observer, attributes)
 
     def warm_up(
         self,
@@ -234,11 +239,8 @@ class GraphCache:
                 entry = self._serving(call, instance)
                 if entry is not None and entry.bucket(call.batch) is not None:
                     return
-                observer = Observer(call.leaves[0].device, call.leaves, restore=True)
-                attributes = AttributeWatch(instance)
-                with inlining(), observer.watch():
-                    result = function(*args, **kwargs)
-                self._learn(function, instance, call, observer, attributes, result)
+                result, observed = self._observe(function, instance, call, restore=True)
+                self._learn(function, instance, call, *observed, result)
         except Unservable as reason:
             self._warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
 
@@ -283,7 +285,7 @@ class GraphCache:
                 self.options.stale,
                 self.options.progress,
             )
-            self._capture(job, entry, layout, [tensor.shape for tensor in tensors])
+            self._capture(job, entry, layout, tensors)
         except Unservable:
             return  # with its written arguments bound, as they are from the next call on
         except Exception as error:  # whatever it is, the caller has a result, and gets it
@@ -324,7 +326,7 @@ class GraphCache:
             return "it writes to outside state, and pad does not say what a padded row must hold"
         return None
 
-    def _capture(self, job: Job, entry: Entry, layout: Any, shapes: list[torch.Size]) -> None:
+    def _capture(self, job: Job, entry: Entry, layout: Any, tensors: list[Tensor]) -> None:
         """Captures what `entry` lacks for this call, and finds out whether it can be padded."""
         start, batch = perf_counter(), job.call.batch
         buckets: list[Bucket] = []
@@ -333,7 +335,7 @@ class GraphCache:
             sizes = [size for size in wanted if size not in entry.buckets]
             try:
                 buckets = capture_or_warm_up(job, sizes)
-                entry.exact = learn_batch_dims(buckets, batch, layout, shapes)
+                entry.exact = learn_batch_dims(buckets, batch, layout, tensors)
             except CaptureError as error:
                 if sizes == [batch]:
                     raise
@@ -368,8 +370,7 @@ class GraphCache:
         tensors: list[Tensor] = []
         try:
             layout = flatten(eager, tensors, [])
-            shapes = [tensor.shape for tensor in tensors]
-            why = learn_batch_dims([bucket], call.batch, layout, shapes)
+            why = learn_batch_dims([bucket], call.batch, layout, tensors)
         except NotATree as error:
             why = str(error)
         if why is None and entry.pure and not same(eager, self._compare(call, bucket)):

@@ -13,7 +13,7 @@ from graphcache import _C
 from graphcache.errors import CaptureError
 from graphcache.observe import Observer
 from graphcache.ops import user_line_of
-from graphcache.outputs import Output, Result
+from graphcache.outputs import Output, Place, Result
 from graphcache.pool import GraphPool, Lane, Stale
 from graphcache.runtime import Graph, inlining
 from graphcache.signature import BOUND, Call
@@ -131,30 +131,30 @@ def capture_or_warm_up(job: Job, sizes: Sequence[int]) -> list[Bucket]:
 
 
 def learn_batch_dims(
-    buckets: Sequence[Bucket], batch: int, layout: Any, shapes: Sequence[torch.Size]
+    buckets: Sequence[Bucket], batch: int, layout: Any, tensors: Sequence[Tensor]
 ) -> str | None:
     """Learns which dimensions of the outputs carry the batch, by comparing sizes.
 
     Args:
         buckets: what was captured.
-        batch: rows of an eager call, whose result had `layout` and tensors of `shapes`.
+        batch: rows of an eager call, whose result had `layout` and `tensors`.
         layout: see above.
-        shapes: see above.
+        tensors: see above.
 
     Returns:
         None, or why the outputs can't be cut back to a smaller batch.
     """
-    seen = {batch: list(shapes)}
+    seen = {batch: [Place.of(tensor) for tensor in tensors]}
     for bucket in buckets:
         if bucket.result.layout != layout:
             return "the structure of its result, or a Python value in it, depends on the batch"
-        seen.setdefault(bucket.size, [output.tensor.shape for output in bucket.result.outputs])
+        seen.setdefault(bucket.size, [output.place for output in bucket.result.outputs])
     for bucket in buckets:
         other = next((size for size in seen if size != bucket.size), None)
         if other is None:
             continue  # one size only: the first padded call teaches the rest
-        for output, shape in zip(bucket.result.outputs, seen[other], strict=True):
-            why = output.learn(bucket.size, shape, other)
+        for output, there in zip(bucket.result.outputs, seen[other], strict=True):
+            why = output.learn(bucket.size, there, other)
             if why is not None:
                 return why
     return None
@@ -188,27 +188,31 @@ class _Body:
     def result(self, weak: list[Tensor]) -> Result:
         """Returns the result, with the owned tensors replaced by `weak`."""
         rest = iter(weak)
-        outputs = [Output(next(rest)) if output is None else output for output in self._outputs]
+        outputs = [_in_pool(next(rest)) if output is None else output for output in self._outputs]
         return Result(self._layout, outputs, self._job.stale)
 
     def _lies_outside(self, tensor: Tensor, leaves: list[Tensor]) -> Output | Tensor:
-        key = _C.storage_key(tensor)
+        key, place = _C.storage_key(tensor), Place.of(tensor)
         for index, leaf in enumerate(leaves):
             if tensor is leaf:
-                return Output(_C.weak_ref(tensor), argument=index, same=True)
+                return Output(_C.weak_ref(tensor), place, argument=index, same=True)
             if key == _C.storage_key(leaf):
                 if self._job.call.roles[index].role is not BOUND:
                     return tensor.clone()  # the next call overwrites the static input it lies in
                 offset = int(tensor.storage_offset()) - int(leaf.storage_offset())
                 base = _C.weak_ref(tensor)
                 view = _C.alias(base, tensor.shape, tensor.stride(), offset)
-                return Output(view, argument=index)
+                return Output(view, place, argument=index)
         if key in self._job.outside:
             same = tensor is self._job.outside[key]
-            return Output(tensor, outside=True, same=same)
+            return Output(tensor, place, outside=True, same=same)
         if tensor.device != self._job.pool.device:  # a constant on the host
-            return Output(tensor, outside=True, same=True)
+            return Output(tensor, place, outside=True, same=True)
         return tensor
+
+
+def _in_pool(weak: Tensor) -> Output:
+    return Output(weak, Place.of(weak))
 
 
 def _stager(job: Job, inputs: StaticInputs, size: int) -> Stager:

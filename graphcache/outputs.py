@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,26 @@ from graphcache.pool import Outputs, Stale
 from graphcache.tree import rebuild
 
 
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    address: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Place":
+        """Returns where `tensor` lies."""
+        return cls(tensor.shape, tensor.stride(), tensor.data_ptr())
+
+
 @dataclass
 class Output:
     """One tensor of the result of a capture.
 
     Attributes:
         tensor: as captured: weak where it lies in the pool, the tensor itself where it lies outside.
+        place: where it lay in the capture.
         argument: position of the argument that it is or lies in; None for memory of the graph.
         same: it is that very argument, and the caller's own object is returned.
         outside: it lies in memory that the forward found outside (a parameter, a buffer).
@@ -25,6 +39,7 @@ class Output:
     """
 
     tensor: Tensor
+    place: Place
     argument: int | None = None
     same: bool = False
     outside: bool = False
@@ -34,12 +49,18 @@ class Output:
         """Tells whether another replay of the lane overwrites it."""
         return self.argument is None and not self.outside
 
-    def learn(self, size: int, other: torch.Size, other_size: int) -> str | None:
-        """Finds the dimensions that carry the batch by the shape that it has at another size.
+    def learn(self, size: int, there: Place, other_size: int) -> str | None:
+        """Finds the dimensions that carry the batch by what it is at another size.
 
         Returns:
             None, or why rows can't be cut out of it.
         """
+        if not self.is_weak():
+            self.batch_dims = ()
+            # Memory outside does not move with the size: a view of it that does is another part.
+            moved = not self.same and there != self.place
+            return "an output views other memory outside at another batch" if moved else None
+        other = there.shape
         if len(other) != self.tensor.dim():
             return f"an output has {self.tensor.dim()} dimensions at one batch, {len(other)} at another"
         dims = []
@@ -122,17 +143,13 @@ class Result:
             base = arguments[output.argument]
             offset = int(base.storage_offset()) + int(tensor.storage_offset())
             return _C.alias(base, tensor.shape, tensor.stride(), offset, tensor)
+        if storage is None:
+            return _C.alias(tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         shape = list(tensor.shape)
         if batch != size:
             for dim in output.batch_dims or ():
                 shape[dim] = batch
-        view = _C.alias(
-            tensor if storage is None else storage,
-            shape,
-            tensor.stride(),
-            int(tensor.storage_offset()),
-            tensor,
-        )
+        view = _C.alias(storage, shape, tensor.stride(), int(tensor.storage_offset()), tensor)
         return view if shape == list(tensor.shape) else _as_eager(view, tensor)
 
 

@@ -63,6 +63,39 @@ def test_padded_rows_write_to_the_sink_only(backend: Backend) -> None:
     assert told.padded_rows == 1 + 3 + 2 + 3
 
 
+def test_views_of_state_that_follow_the_batch(backend: Backend) -> None:
+    """Outside memory can't be cut as a graph's own can: at another batch the view is another one."""
+
+    class Views(nn.Module):
+        def __init__(self, view) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(18.0).view(9, 2))
+            self.register_buffer("steps", torch.zeros(()))
+            self.view = view
+
+        def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+            self.steps.add_(1)
+            cache.add_(0)
+            return x + 1, self.view(self.table, cache, x.shape[0])
+
+    cache = torch.arange(20.0, device=backend.device).view(10, 2)
+    for view in (
+        lambda table, cache, n: table[:n],
+        lambda table, cache, n: table[-n:],
+        lambda table, cache, n: table[n],
+        lambda table, cache, n: cache[:n],
+        lambda table, cache, n: cache[n],
+    ):
+        model = cuda_graphed(Views(view).to(backend.device), sizes=(4, 8), pad=0)
+        for batch in (3, 3, 8, 5, 5, 3):
+            x = backend.randn(batch, 2)
+            first, second = model(x, cache)
+            assert torch.equal(first, x + 1)
+            assert torch.equal(second, view(model.table, cache, batch))
+        assert model.forward.cache_info().padded_rows == 0
+        assert "views other memory" in model.forward.cache_info().notes[0]
+
+
 def test_without_pad_state_is_captured_at_exact_sizes(backend: Backend) -> None:
     model = cuda_graphed(Cached().to(backend.device), sizes=(4, 8))
     plain = Cached().to(backend.device)
