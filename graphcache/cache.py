@@ -1,5 +1,6 @@
 """The graphs of one forward: which serves a call, and what happens where none can."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
 from graphcache.buckets import default_sizes, padded_size
@@ -18,7 +20,7 @@ from graphcache.guards import AttributeWatch, Guards, submodule_with_hooks
 from graphcache.modes import modes_of, refuse_where_watched
 from graphcache.observe import Observer
 from graphcache.pool import GraphPool, Stale, default_pool
-from graphcache.runtime import inlining
+from graphcache.runtime import inlining, is_stream_capturing
 from graphcache.signature import BOUND, Call, Signature, Unservable
 from graphcache.staging import Pad
 from graphcache.stats import CacheInfo, Counts
@@ -57,6 +59,7 @@ class Entry:
         pure: the forward writes to nothing outside, so that running it twice does no harm.
         complete: no sizes will be added: they were given, or no more fit into memory.
         buckets: its graphs by size, ascending.
+        native: the same, for the calls that native code serves.
     """
 
     eager: str | None = None
@@ -65,6 +68,7 @@ class Entry:
     complete: bool = False
     guards: Guards = field(default_factory=Guards)
     buckets: dict[int, Bucket] = field(default_factory=dict)
+    native: _C.Entry | None = None
 
     def add(self, buckets: list[Bucket]) -> None:
         """Adds graphs, keeping the sizes ascending."""
@@ -86,12 +90,23 @@ class GraphCache:
         function: the forward, bound; only its signature is kept.
         name: its qualified name, for messages.
         options: see `cuda_graphed`.
+        instance: what it is bound to, or None; not kept.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, options: Options) -> None:
+    def __init__(
+        self, function: Callable[..., Any], name: str, options: Options, instance: Any
+    ) -> None:
         self.name = name
         self.options = options
         self._signature = Signature(function, options.batch_dim, options.bind)
+        self._native = _C.Dispatcher(
+            config.disabled_var,
+            config.emulated_var,
+            DeviceContext,
+            None if _driver_answers() else is_stream_capturing,
+            hasattr(instance, "training"),
+        )
+        self.serve = self._native.serve
         self._entries: dict[Any, Entry] = {}
         self._written: dict[Any, frozenset[int]] = {}
         self._recaptures = 0
@@ -109,8 +124,8 @@ class GraphCache:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Serves one call: by a graph, or eagerly with the reason counted."""
-        self._counts.calls += 1
+        """Serves one call that `serve` did not: by a graph, or eagerly with the reason counted."""
+        self._native.calls += 1
         try:
             refuse_where_watched(instance)
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
@@ -119,7 +134,7 @@ class GraphCache:
                 entry = self._serving(call, instance)
                 if entry is None or (bucket := entry.bucket(call.batch)) is None:
                     return self._first(function, instance, call)
-                if call.batch != bucket.size and not bucket.checked:
+                if call.batch != bucket.size and not bucket.native.checked:
                     return self._first_padded(function, call, entry, bucket)
                 return self._replay(call, bucket)
         except Unservable as reason:
@@ -158,7 +173,7 @@ class GraphCache:
             if entry.eager is not None:
                 raise Unservable(entry.eager)
             if not entry.guards.hold(grad=torch.is_grad_enabled()):
-                del self._entries[call.key]
+                self._drop(self._entries.pop(call.key))
                 self._recaptures += 1
                 entry = None
         if entry is None:
@@ -187,25 +202,34 @@ class GraphCache:
         return entry
 
     def _replay(self, call: Call, bucket: Bucket) -> Any:
-        counts = self._counts
-        batch, size, number, name = call.batch, bucket.size, counts.calls, self.name
+        stream = bucket.lane.follow_stream()
+        tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.leaves]
+        return bucket.native.run(tensors, call.batch, self._native.calls, stream)
 
-        def described() -> str:  # must not refer to self: the lane keeps it as long as an output
-            return f"call {number} of {name} (batch {batch}, size {size})"
+    def _publish(self, call: Call, instance: Any, entry: Entry) -> None:
+        """Lets native code serve calls like this one with the graphs that there are now."""
+        if entry.native is None:
+            entry.native = _C.Entry(self._pool_for(call).lock, entry.guards.native)
+            parameters, leaves = self._signature.native(call)
+            training = getattr(instance, "training", None)
+            self._native.add(parameters, leaves, training, entry.native)
+        entry.native.set(
+            [bucket.native for bucket in entry.buckets.values()], entry.exact is not None
+        )
 
-        bucket.stager.stage(call.leaves, batch)  # before anything expires: an input may be an output
-        given_up = bucket.lane.before_replay(described)
-        bucket.graph.replay()
-        result, outputs = bucket.result.give(batch, size, call.leaves, described)
-        bucket.lane.hand_out(outputs)
-        counts.replays[size] += 1
-        counts.padded_rows += size - batch
-        if given_up:
-            if self.options.stale == "copy":
-                counts.copied += given_up
-            else:
-                counts.expired += given_up
-        return result
+    def _drop(self, entry: Entry) -> None:
+        """Keeps the counts of graphs that go."""
+        self._withdraw(entry)
+        for bucket in entry.buckets.values():
+            self._retire(bucket)
+
+    def _withdraw(self, entry: Entry) -> None:
+        if entry.native is not None:
+            self._native.forget(entry.native)
+            entry.native = None
+
+    def _retire(self, bucket: Bucket) -> None:
+        self._counts.add(bucket.native, copied=self.options.stale == "copy")
 
     # The first call of a signature
 
@@ -272,6 +296,7 @@ class GraphCache:
             _check_reached(observer, guards)
             call = self._bind_written(call, observer)
             entry = self._entries.get(call.key) or Entry()
+            self._withdraw(entry)
             entry.guards = guards
             entry.pure = not observer.written
             entry.exact = entry.exact or self._why_exact(call, observer)
@@ -280,6 +305,7 @@ class GraphCache:
                 function,
                 call,
                 observer.external,
+                observer.draws,
                 self._pool_for(call),
                 self.options.pad,
                 self.options.stale,
@@ -292,6 +318,7 @@ class GraphCache:
             self._give_up(call, error)
             return
         self._entries[call.key] = entry
+        self._publish(call, instance, entry)
         theirs = {_C.storage_key(tensor) for tensor in call.leaves} | observer.external.keys()
         made = [tensor for tensor in tensors if _C.storage_key(tensor) not in theirs]
         for bucket in entry.buckets.values():
@@ -343,7 +370,10 @@ class GraphCache:
             entry.complete = self.options.sizes is not None or len(buckets) < len(sizes)
         if entry.exact is not None:
             logger.info("%s is captured at exact sizes: %s", self.name, entry.exact)
-            entry.buckets = {size: b for size, b in entry.buckets.items() if b.exact_only}
+            kept = {size: b for size, b in entry.buckets.items() if b.exact_only}
+            for size in entry.buckets.keys() - kept.keys():
+                self._retire(entry.buckets[size])
+            entry.buckets = kept
             buckets = capture_or_warm_up(job, [batch])
             if not buckets:
                 raise CaptureError(f"batch {batch} does not fit into memory")
@@ -352,7 +382,7 @@ class GraphCache:
             buckets[0].exact_only = True
         for bucket in buckets:
             # State would be advanced twice by a comparison; there, pad has said what is safe.
-            bucket.checked = not entry.pure and bucket.result.knows_batch_dims()
+            bucket.native.checked = not entry.pure and bucket.result.knows_batch_dims()
         entry.add(buckets)
         seconds = perf_counter() - start
         self._counts.captures += len(buckets)
@@ -376,7 +406,7 @@ class GraphCache:
         if why is None and entry.pure and not same(eager, self._compare(call, bucket)):
             why = "its rows depend on each other"
         if why is None:
-            bucket.checked = True
+            bucket.native.checked = True
             return eager
         self._warn(
             "rows",
@@ -384,13 +414,14 @@ class GraphCache:
             "captured at exactly the batch sizes that it is called with",
         )
         entry.exact = why
+        self._publish(call, None, entry)
         return eager
 
     def _compare(self, call: Call, bucket: Bucket) -> Any:
         """Replays for a comparison: the result goes to nobody, and counts for nothing."""
-        before = self._counts.replays[bucket.size], self._counts.padded_rows
+        before = bucket.native.replays, bucket.native.padded_rows
         result = self._replay(call, bucket)
-        self._counts.replays[bucket.size], self._counts.padded_rows = before
+        bucket.native.replays, bucket.native.padded_rows = before
         return result
 
     def _give_up(self, call: Call, error: Exception) -> None:
@@ -400,6 +431,8 @@ class GraphCache:
         logger.debug("%s can't be captured", self.name, exc_info=error)
         if not self.options.fallback:
             raise CaptureError(f"graphcache: {self.name} can't be captured: {why}") from error
+        if call.key in self._entries:
+            self._drop(self._entries[call.key])
         self._entries[call.key] = Entry(eager=why)
         self._warn(
             why,
@@ -417,11 +450,14 @@ class GraphCache:
     def info(self) -> CacheInfo:
         """Returns the counts; see `CacheInfo`."""
         graphed = [entry for entry in self._entries.values() if entry.buckets]
-        pool, counts = self._pool, self._counts
+        pool, counts = self._pool, self._counts.copy()
+        buckets = [bucket for entry in graphed for bucket in entry.buckets.values()]
+        for bucket in buckets:
+            counts.add(bucket.native, copied=self.options.stale == "copy")
         return CacheInfo(
             backend=pool.runtime.name if pool is not None and graphed else "none",
-            launch="torch",
-            calls=counts.calls,
+            launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
+            calls=self._native.calls,
             replays=dict(sorted(counts.replays.items())),
             padded_rows=counts.padded_rows,
             eager=dict(counts.eager),
@@ -442,13 +478,24 @@ class GraphCache:
 
         Outputs that are held stay as they are, until another graph of their pool runs.
         """
-        self._entries.clear()
+        while self._entries:
+            self._drop(self._entries.popitem()[1])
         if self._pool is not None:
             self._pool.trim()
         self._written.clear()
         self._warned.clear()
         self._recaptures = self._unsettled = 0
+        self._native.calls = 0
         self._counts = Counts()
+
+
+@functools.cache
+def _driver_answers() -> bool:
+    try:
+        _C.check_driver()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _wants_grad(call: Call, instance: Any) -> bool:

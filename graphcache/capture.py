@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from graphcache import _C
+from graphcache import _C, config, tree
 from graphcache.errors import CaptureError
 from graphcache.observe import Observer
 from graphcache.ops import user_line_of
@@ -17,7 +17,7 @@ from graphcache.outputs import Output, Place, Result
 from graphcache.pool import GraphPool, Lane, Stale
 from graphcache.runtime import Graph, inlining
 from graphcache.signature import BOUND, Call
-from graphcache.staging import Pad, Stager, StaticInputs
+from graphcache.staging import Pad, Stager, StaticInputs, native_stage
 from graphcache.state import uncached_autocast
 from graphcache.tree import NotATree, flatten
 
@@ -32,6 +32,7 @@ class Job(NamedTuple):
         function: the forward itself.
         call: the first call of its signature.
         outside: a tensor for each storage that the forward reached and was not given, by its key.
+        draws: whether it draws random numbers.
         pool, pad, stale, progress: see `cuda_graphed`.
     """
 
@@ -39,6 +40,7 @@ class Job(NamedTuple):
     function: Callable[..., Any]
     call: Call
     outside: dict[int, Tensor]
+    draws: bool
     pool: GraphPool
     pad: Pad
     stale: Stale
@@ -62,16 +64,18 @@ class Bucket:
     """One captured size: its graph, where its inputs go, what it returns.
 
     Attributes:
-        checked: a padded replay was compared with eager, or need not be.
+        native: what serves calls with it.
+        launch: how that reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
         exact_only: captured for batches of exactly this size.
     """
 
     size: int
     graph: Graph
     lane: Lane
-    stager: Stager
+    static: list[Tensor]
     result: Result
-    checked: bool = False
+    native: _C.Bucket
+    launch: str
     exact_only: bool = False
 
 
@@ -86,20 +90,67 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
         Exception: what stopped the capture of a size.
     """
     inputs = StaticInputs(job.call, max(sizes))
+    kernel, native = _staging(job, inputs, max(sizes))
     lane = job.pool.lane()
     buckets: list[Bucket] = []
     with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast():
         for size in _progress(job, sorted(sizes, reverse=True)):
-            stager = _stager(job, inputs, size)
-            body = _Body(job, stager.static)
+            static = inputs.at(size)
+            stage = native_stage(static, job.call, job.pad) if native else None
+            body = _Body(job, static)
             try:
-                graph, weak = lane.capture(body)
+                graph, weak = lane.capture(body, stage, kernel)
             except torch.OutOfMemoryError:
                 logger.warning("graphcache: %s: size %d does not fit into memory", job.name, size)
                 lane = job.pool.lane()
                 continue
-            buckets.append(Bucket(size, graph, lane, stager, body.result(weak)))
+            buckets.append(_bucket(job, size, lane, graph, static, stage, body.result(weak)))
     return buckets
+
+
+def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.StageKernel | None, bool]:
+    """Puts rows of the call into the static inputs, and says how calls to come will get there.
+
+    Returns:
+        The kernel of the staging nodes, if there are any, and whether native code stages at all.
+    """
+    # Emulation reads them while it captures.
+    static = inputs.at(largest)
+    _fill(job, static, largest)
+    if config.is_portable():
+        return None, False
+    try:
+        stage = native_stage(static, job.call, job.pad)
+        return job.pool.runtime.prepare(stage, job.pool.device), True
+    except RuntimeError as error:
+        logger.warning("graphcache: %s is staged by torch calls: %s", job.name, error)
+        return None, False
+
+
+def _bucket(
+    job: Job,
+    size: int,
+    lane: Lane,
+    graph: Graph,
+    static: list[Tensor],
+    stage: _C.Stage | None,
+    result: Result,
+) -> Bucket:
+    by_driver = graph.node is not None and not job.draws
+    native = _C.Bucket(
+        job.name,
+        size,
+        lane.native,
+        stage,
+        graph.node,
+        Stager(static, job.call, size, job.pad).stage,
+        None if by_driver else graph.replay,
+        tree.native(result.layout),
+        [output.native() for output in result.outputs],
+        job.stale == "copy",
+    )
+    launch = "torch" if stage is None else "copies" if graph.node is None else "node"
+    return Bucket(size, graph, lane, static, result, native, launch)
 
 
 def capture_or_warm_up(job: Job, sizes: Sequence[int]) -> list[Bucket]:
@@ -120,7 +171,9 @@ def capture_or_warm_up(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     try:
         inputs = StaticInputs(job.call, max(sizes))
         for size in sorted(sizes, reverse=True):
-            leaves = job.arguments(_stager(job, inputs, size).static)
+            static = inputs.at(size)
+            _fill(job, static, size)
+            leaves = job.arguments(static)
             with inlining(), Observer(job.pool.device, leaves, restore=True).watch():
                 job.run(leaves)
         return capture_ladder(job, sizes)
@@ -157,6 +210,7 @@ def learn_batch_dims(
             why = output.learn(bucket.size, there, other)
             if why is not None:
                 return why
+        bucket.native.set_batch_dims(bucket.result.batch_dims())
     return None
 
 
@@ -189,7 +243,7 @@ class _Body:
         """Returns the result, with the owned tensors replaced by `weak`."""
         rest = iter(weak)
         outputs = [_in_pool(next(rest)) if output is None else output for output in self._outputs]
-        return Result(self._layout, outputs, self._job.stale)
+        return Result(self._layout, outputs)
 
     def _lies_outside(self, tensor: Tensor, leaves: list[Tensor]) -> Output | Tensor:
         key, place = _C.storage_key(tensor), Place.of(tensor)
@@ -215,19 +269,14 @@ def _in_pool(weak: Tensor) -> Output:
     return Output(weak, Place.of(weak))
 
 
-def _stager(job: Job, inputs: StaticInputs, size: int) -> Stager:
-    """Returns the stager of one size, its static inputs holding rows of the call.
-
-    Emulation reads them while it captures, and a warm-up does so everywhere.
-    """
-    static = inputs.at(size)
+def _fill(job: Job, static: list[Tensor], size: int) -> None:
+    """Puts rows of the call into static inputs of one size, the last one again where they end."""
     rows = min(job.call.batch, size)
     leaves = [
         tensor if role.dim is None or role.role is BOUND else tensor.narrow(role.dim, 0, rows)
         for tensor, role in zip(job.call.leaves, job.call.roles, strict=True)
     ]
     Stager(static, job.call, size, "edge").stage(leaves, rows)
-    return Stager(static, job.call, size, job.pad)
 
 
 def _progress(job: Job, sizes: list[int]) -> "tqdm[int]":

@@ -23,11 +23,15 @@ def _switch(name: str) -> bool:
 
 
 _DISABLE, _EMULATE = _switch("GRAPHCACHE_DISABLE"), _switch("GRAPHCACHE_EMULATE")
-_disabled: ContextVar[bool] = ContextVar("graphcache_disabled", default=_DISABLE)
-_emulated: ContextVar[bool] = ContextVar("graphcache_emulated", default=_EMULATE)
+_PORTABLE = _switch("GRAPHCACHE_PORTABLE")
+disabled_var: ContextVar[bool] = ContextVar("graphcache_disabled", default=_DISABLE)
+emulated_var: ContextVar[bool] = ContextVar("graphcache_emulated", default=_EMULATE)
 
-is_disabled = _disabled.get
-is_emulated = _emulated.get
+portable_var: ContextVar[bool] = ContextVar("graphcache_portable", default=_PORTABLE)
+
+is_disabled = disabled_var.get
+is_emulated = emulated_var.get
+is_portable = portable_var.get  # stage by torch calls, as where the driver offers no better
 
 
 @contextmanager
@@ -36,11 +40,11 @@ def disabled() -> Iterator[None]:
 
     `GRAPHCACHE_DISABLE=1` does the same for the whole process.
     """
-    token = _disabled.set(True)
+    token = disabled_var.set(True)
     try:
         yield
     finally:
-        _disabled.reset(token)
+        disabled_var.reset(token)
 
 
 @contextmanager
@@ -51,8 +55,8 @@ def emulate() -> Iterator[None]:
     to test on any machine that a model is fit for graphs. `GRAPHCACHE_EMULATE=1` does the same for
     the whole process.
     """
-    token = _emulated.set(True)
+    token = emulated_var.set(True)
     try:
         yield
     finally:
-        _emulated.reset(token)
+        emulated_var.reset(token)

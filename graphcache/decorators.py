@@ -8,10 +8,12 @@ from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, overload
 
-import torch
 import wrapt
 from torch import nn
+from torch.compiler import is_compiling
 
+from graphcache import _C
+from graphcache._C import MISS
 from graphcache.buckets import check_sizes
 from graphcache.cache import GraphCache, Options
 from graphcache.errors import GraphCacheError, OptionError
@@ -31,19 +33,24 @@ class _Caches:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._of: dict[int, tuple[weakref.ref[Any], GraphCache]] = {}
+        self.by_id: dict[int, tuple[weakref.ref[Any], GraphCache]] = {}
 
     def of(self, function: Callable[..., Any], instance: Any) -> GraphCache:
         """Returns the cache of `instance`, or of the function itself where there is none."""
         owner = self if instance is None else instance
-        found = self._of.get(id(owner))
+        found = self.by_id.get(id(owner))
         if found is None:
             # Not finalize: nothing has to run at exit, where CUDA may be gone already.
-            forget = partial(_forget, self._of, id(owner))
-            cache = GraphCache(function, _name(function, instance), self.options)
+            forget = partial(_forget, self.by_id, id(owner))
+            cache = GraphCache(function, _name(function, instance), self.options, instance)
             found = weakref.ref(owner, forget), cache
-            self._of[id(owner)] = found
+            self.by_id[id(owner)] = found
         return found[1]
+
+    def serve(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns what native code makes of a call, or `_C.MISS`."""
+        found = self.by_id.get(id(self if instance is None else instance))
+        return _C.MISS if found is None else found[1].serve(args, kwargs, instance)
 
 
 def _forget(caches: dict[int, Any], key: int, _: Any) -> None:
@@ -120,21 +127,23 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
     __bound_function_wrapper__ = _BoundForward
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
-        super().__init__(function, self._dispatch)
-        self._self_caches = _Caches(options)
+        caches = _Caches(options)
 
-    def _dispatch(
-        self,
-        wrapped: Callable[..., Any],
-        instance: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if torch.compiler.is_compiling():
-            return wrapped(*args, **kwargs)
-        if instance is not None and not isinstance(wrapped, MethodType):
-            wrapped = self.__wrapped__.__get__(instance)  # called through the class
-        return self._self_caches.of(wrapped, instance)(wrapped, instance, args, kwargs)
+        # A closure, not a method: every attribute of a wrapper that it need not look up counts.
+        def dispatch(
+            wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            if is_compiling():
+                return wrapped(*args, **kwargs)
+            result = caches.serve(instance, args, kwargs)
+            if result is not MISS:
+                return result
+            if instance is not None and not isinstance(wrapped, MethodType):
+                wrapped = function.__get__(instance)  # called through the class
+            return caches.of(wrapped, instance)(wrapped, instance, args, kwargs)
+
+        super().__init__(function, dispatch)
+        self._self_caches = caches
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
@@ -168,8 +177,11 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
             owner = reference()
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
+            result = caches.serve(owner, args, kwargs)
+            if result is not MISS:
+                return result
             bound = MethodType(wrapped, owner) if is_method else wrapped
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 

@@ -105,6 +105,9 @@ class Guards:
     """Everything that the graphs of one signature depend on besides their arguments."""
 
     def __init__(self) -> None:
+        self.native = _C.Guard()
+        reference = weakref.ref(self)
+        self.native.stub = lambda grad: reference().hold(grad=grad)
         self._modules: list[_WatchedModule] = []
         self._places: list[_Watched] = []
         self._addresses: list[tuple[Tensor, int]] = []

@@ -1,6 +1,5 @@
 """The memory of graphs: one global pool per device, divided into lanes."""
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from functools import cache, reduce
@@ -18,47 +17,6 @@ from graphcache.runtime import Graph, PoolMemory, Runtime, runtime_for
 Stale = Literal["error", "copy"]
 
 
-class Outputs:
-    """The storages that one replay handed to its caller, until a graph of the lane overwrites them.
-
-    Attributes:
-        storages: a weak tensor for each storage; None where the caller keeps it for good.
-        made_by: which call that was, for the message.
-    """
-
-    def __init__(self, stale: Stale) -> None:
-        self.stale = stale
-        self.storages: list[Tensor | None] = []
-        self.made_by: Callable[[], str] = lambda: "a replay"
-
-    def held(self) -> list[int]:
-        """Returns the indices of the storages that somebody else still holds."""
-        return [i for i, kept in enumerate(self.storages) if kept is not None and _C.is_held(kept)]
-
-    def give_up(self, overwritten_by: Callable[[], str]) -> int:
-        """Expires or moves what is still held, and returns how many storages that were."""
-        held = self.held()
-        for index in held:
-            kept = self.storages[index]
-            if kept is None:
-                continue
-            if self.stale == "copy":
-                _C.materialize(kept)
-            else:
-                _C.expire(kept, _stale_message(self.made_by(), overwritten_by()))
-            self.storages[index] = None
-        return len(held)
-
-
-def _stale_message(made_by: str, overwritten_by: str) -> str:
-    return (
-        f"graphcache: this tensor is an output of {made_by}, and its memory was overwritten by "
-        f"{overwritten_by}. An output is valid until the next graph of its pool runs. Use it before "
-        "that, or keep a copy with .clone(), or decorate with cuda_graphed(..., stale='copy') to have "
-        "outputs that are still held copied for you."
-    )
-
-
 class Lane:
     """One allocator pool, in which only one graph's results are live at a time.
 
@@ -71,29 +29,32 @@ class Lane:
         self.arena = runtime.new_arena(device)
         self._runtime = runtime
         self._weak = weak
-        self._live: list[Outputs] = []
+        self.native = _C.Lane()
+        self.native.stream = -1  # none yet: the first replay comes through `follow_stream`
         self._guests: list[StorageWeakRef] = []
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        # The memory goes with the lane; whoever holds an output then must not read what follows.
-        weakref.finalize(self, _bury, self._live).atexit = False
 
     def is_free(self) -> bool:
         """Tells whether a graph may be captured here that runs while today's outputs are held."""
         self._guests = [guest for guest in self._guests if not guest.expired()]
-        return self.open and not self._guests and not self._holds_outputs()
+        return self.open and not self._guests and not self.native.holds_outputs()
 
     def is_done(self) -> bool:
         """Tells whether nothing refers to the memory of this lane any more."""
-        return not self._graphs and not self._holds_outputs()
+        return not self._graphs and not self.native.holds_outputs()
 
-    def _holds_outputs(self) -> bool:
-        return any(outputs.held() for outputs in self._live)
-
-    def capture(self, body: Callable[[], list[Tensor]]) -> tuple[Graph, list[Tensor]]:
+    def capture(
+        self,
+        body: Callable[[], list[Tensor]],
+        stage: _C.Stage | None = None,
+        kernel: _C.StageKernel | None = None,
+    ) -> tuple[Graph, list[Tensor]]:
         """Captures `body` into this lane.
 
         Args:
             body: runs the forward and returns its output tensors.
+            stage: see `Runtime.capture`.
+            kernel: likewise.
 
         Returns:
             The graph, and the outputs as weak references: their memory is free for the next capture.
@@ -108,34 +69,23 @@ class Lane:
             return _C.weak_ref(outputs) if self._weak else outputs
 
         try:
-            graph, outputs = self._runtime.capture(self.arena, weakened)
+            graph, outputs = self._runtime.capture(self.arena, weakened, stage, kernel)
         except BaseException:
             self.open = False
             raise
         self._graphs.add(graph)
         return graph, outputs
 
-    def before_replay(self, overwritten_by: Callable[[], str]) -> int:
-        """Makes the lane ready to be overwritten; returns how many held storages were given up."""
-        self.arena.follow_stream()
-        given_up = sum(outputs.give_up(overwritten_by) for outputs in self._live)
-        self._live.clear()
-        return given_up
-
-    def hand_out(self, outputs: Outputs) -> None:
-        """Notes what the replay that just ran gave to its caller."""
-        self._live.append(outputs)
+    def follow_stream(self) -> int:
+        """Orders what follows after the last replay; returns the current stream."""
+        self.native.stream = self.arena.follow_stream()
+        return self.native.stream
 
     def reserve_for(self, tensors: Iterable[Tensor]) -> None:
         """Counts the results of an eager first call as held, as a replay's will be in their place."""
         self._guests = [
             StorageWeakRef(t.untyped_storage()) for t in tensors if t.layout is torch.strided
         ]
-
-
-def _bury(live: list[Outputs]) -> None:
-    for outputs in live:
-        outputs.give_up(lambda: "the deletion of its graph pool")
 
 
 class GraphPool:
@@ -159,7 +109,7 @@ class GraphPool:
         self.weak = weak
         self.runtime = runtime_for(self.device)
         self.lanes: list[Lane] = []
-        self.lock = threading.RLock()  # one graph of a pool is dispatched at a time
+        self.lock = _C.PoolLock()  # one graph of a pool is dispatched at a time
 
     def lane(self) -> Lane:
         """Returns the first lane in which no output is held, opening one where there is none."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.tree import Node, NotATree, flatten, rebuild
+from graphcache.tree import Node, NotATree, flatten, native, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 STAGE_LIMIT = 4 * 2**20  # bytes
@@ -91,6 +91,31 @@ class Signature:
         self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
+    def native(self, call: Call) -> tuple[list[Any], list[Any]]:
+        """Returns what `graphcache._C.Dispatcher.add` takes: the parameters and the leaves."""
+        positions = {name: index for index, name in enumerate(self.positional)}
+        parameters = []
+        for name, layout in zip(call.layout.keys, call.layout.children, strict=True):
+            extra = name.startswith("*")
+            position = len(positions) + int(name[1:]) if extra else positions.get(name, -1)
+            default = self.defaults.get(name, _REQUIRED)
+            parameters.append(
+                (
+                    position,
+                    None if extra or name in self.by_position_only else name,
+                    None if default is _REQUIRED else (default,),
+                    native(layout),
+                )
+            )
+        leaves = []
+        for tensor, leaf in zip(call.leaves, call.roles, strict=True):
+            dim = self._dim(tensor)
+            carries = dim is not None and tensor.shape[dim] == call.batch
+            weak = leaf.role is WHOLE and _nbytes(tensor) > STAGE_LIMIT
+            role = (BATCHED, WHOLE, BOUND).index(leaf.role)
+            leaves.append((role, -1 if dim is None else dim, carries, weak, leaf.order or (), tensor))
+        return parameters, leaves
+
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments by name: given or default, in the order of the parameters."""
         if len(args) > len(self.positional) and not self.varargs:
@@ -171,7 +196,7 @@ class Signature:
             weak = _C.is_weak(tensor)
             if weak and index in bound:
                 raise Unservable(f"{names[index]} is bound by address, and is the output of a graph")
-            large = dim is None and tensor.numel() * tensor.element_size() > STAGE_LIMIT
+            large = dim is None and _nbytes(tensor) > STAGE_LIMIT
             if index in bound or (large and not weak):
                 roles.append(Leaf(BOUND, dim, None))
                 where = (tensor.data_ptr(), tensor.stride(), dim is not None)
@@ -203,6 +228,10 @@ class Signature:
 def top_name(path: str) -> str:
     """Returns the parameter that a path such as `batch['ids'][0]` or `state.h` starts from."""
     return path.partition("[")[0].partition(".")[0]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _order(tensor: Tensor) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from graphcache import _C
 from graphcache.signature import BATCHED, Call, Leaf, top_name
 
 Fill = float | int | bool | Literal["edge"]
@@ -58,8 +59,33 @@ def _shape(shape: tuple[int, ...], leaf: Leaf, size: int) -> tuple[int, ...]:
     return (*shape[: leaf.dim], size, *shape[leaf.dim + 1 :])
 
 
+def native_stage(static: list[Tensor], call: Call, pad: Pad) -> _C.Stage:
+    """Returns what copies arguments into the static inputs of one size without torch calls.
+
+    Args:
+        static: see `Stager`.
+        call: see `Stager`.
+        pad: see `Stager`.
+    """
+    fills = [fill_of(pad, call.names[index]) for index, _ in call.staged()]
+    return _C.Stage(
+        static,
+        [index for index, _ in call.staged()],
+        [-1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim for _, leaf in call.staged()],
+        [_sixteen_bytes(fill, tensor) for fill, tensor in zip(fills, static, strict=True)],
+        [fill == "edge" for fill in fills],
+    )
+
+
+def _sixteen_bytes(fill: Fill, like: Tensor) -> bytes:
+    with torch.inference_mode(False), torch.no_grad():
+        row = torch.empty(16 // like.element_size(), dtype=like.dtype, device="cpu")
+        row.fill_(0 if fill == "edge" else fill)
+        return bytes(row.view(torch.uint8).tolist())
+
+
 class Stager:
-    """Copies arguments into the static inputs of one size; every row is written at every call.
+    """The same by torch calls, for any device; every row is written at every call.
 
     Args:
         static: the static inputs, in the order of `call.staged()`.

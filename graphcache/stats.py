@@ -1,7 +1,9 @@
 """What `cache_info()` tells."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from graphcache import _C
 
 
 @dataclass(frozen=True)
@@ -10,7 +12,8 @@ class CacheInfo:
 
     Attributes:
         backend: "cuda" or "emulated"; "none" before the first capture.
-        launch: how a replay reaches the device: "torch" is through `CUDAGraph.replay()`.
+        launch: how a replay gets its inputs: "node" is one launch of a graph whose first node copies
+            them, "copies" is emulation's, "torch" is by torch calls where neither is to be had.
         calls: all calls; each is either a replay or eager.
         replays: calls served by each size.
         padded_rows: rows that were replayed and cut away again.
@@ -72,9 +75,8 @@ def _readable(nbytes: int) -> str:
 
 @dataclass
 class Counts:
-    """The counters behind `CacheInfo`."""
+    """The counters behind `CacheInfo` that outlive a graph."""
 
-    calls: int = 0
     replays: Counter[int] = field(default_factory=Counter)
     padded_rows: int = 0
     eager: Counter[str] = field(default_factory=Counter)
@@ -82,3 +84,17 @@ class Counts:
     capture_seconds: float = 0.0
     expired: int = 0
     copied: int = 0
+
+    def copy(self) -> "Counts":
+        """Returns counters that can be added to without changing these."""
+        return replace(self, replays=self.replays.copy(), eager=self.eager.copy())
+
+    def add(self, bucket: _C.Bucket, *, copied: bool) -> None:
+        """Adds what one graph counted; `copied` tells what it did to held outputs."""
+        if bucket.replays:
+            self.replays[bucket.size] += bucket.replays
+        self.padded_rows += bucket.padded_rows
+        if copied:
+            self.copied += bucket.given_up
+        else:
+            self.expired += bucket.given_up

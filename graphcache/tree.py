@@ -8,6 +8,7 @@ import dataclasses
 import enum
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -119,8 +120,11 @@ def rebuild(layout: Any, leaves: Iterator[Any]) -> Any:
         return next(leaves)
     if isinstance(layout, Constant):
         return layout.value
-    kind, keys, children, extra = layout
-    items = [rebuild(child, leaves) for child in children]
+    return _assemble(layout, [rebuild(child, leaves) for child in layout.children])
+
+
+def _assemble(layout: Node, items: list[Any]) -> Any:
+    kind, keys, _, extra = layout
     if keys is None:
         return kind._make(items) if _is_namedtuple(kind) else kind(items)
     if dataclasses.is_dataclass(kind):
@@ -133,3 +137,16 @@ def rebuild(layout: Any, leaves: Iterator[Any]) -> Any:
         return made
     pairs = zip(keys, items, strict=True)
     return defaultdict(extra, pairs) if kind is defaultdict else kind(pairs)
+
+
+def native(layout: Any) -> tuple[Any, ...]:
+    """Returns a layout as `graphcache._C` takes it: (kind, type, keys, children, extra, assemble)."""
+    if layout is SLOT:
+        return 0, None, (), (), None, None
+    if isinstance(layout, Constant):
+        return 1, layout.kind, (), (), layout.value, None
+    kind, keys, children, extra = layout
+    codes = {list: 2, tuple: 3, dict: 4, OrderedDict: 7, defaultdict: 7}
+    code = codes.get(kind, 5 if keys is None else 6)
+    parts = tuple(native(child) for child in children)
+    return code, kind, keys or (), parts, extra, partial(_assemble, layout)

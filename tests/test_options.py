@@ -86,4 +86,4 @@ def test_info_prints_as_a_table() -> None:
     assert "calls" in table
     assert "3: 1 replayed, 2 eager" in table
     assert "eager: the first call of a signature" in table
-    assert "KiB (emulated, torch)" in table
+    assert "KiB (emulated, copies)" in table

@@ -19,9 +19,9 @@ LEAVES = {
     "observe": {"_C", "ops", "state"},
     "ops": {"errors"},
     "signature": {"_C", "tree"},
-    "staging": {"signature"},
+    "staging": {"_C", "signature"},
     "state": {"_C"},
-    "stats": set(),
+    "stats": {"_C"},
     "tree": set(),
     "verify": {"tree"},
 }

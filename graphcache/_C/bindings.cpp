@@ -10,6 +10,10 @@
 
 namespace py = pybind11;
 
+namespace graphcache {
+void bind_replay(py::module_& m); // bind_replay.cpp
+}
+
 namespace {
 
 at::Tensor exact_tensor(const py::handle& object) {
@@ -37,6 +41,12 @@ py::object weak_ref(const py::handle& object) {
   return py::cast(graphcache::weak_refs(tensors)); // a list, in the same order
 }
 
+const c10::Storage& storage_of(const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
+  return tensor.storage();
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -57,8 +67,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("offset"),
       py::arg("like") = py::none());
   m.def(
-      "carve", &graphcache::carve, py::arg("tensor"), py::arg("offset"), py::arg("nbytes"));
-  m.def("is_weak", &graphcache::is_weak, py::arg("tensor"));
+      "carve",
+      [](const at::Tensor& tensor, int64_t offset, int64_t nbytes) {
+        return graphcache::carve(storage_of(tensor), offset, nbytes);
+      },
+      py::arg("tensor"),
+      py::arg("offset"),
+      py::arg("nbytes"));
+  m.def(
+      "is_weak",
+      [](const at::Tensor& tensor) {
+        return tensor.has_storage() && graphcache::is_weak(tensor.storage());
+      },
+      py::arg("tensor"));
   m.def(
       "expire",
       &graphcache::expire,
@@ -68,11 +89,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "overwritten. Use it before that, or keep a copy with .clone()");
   m.def("is_expired", &graphcache::is_expired, py::arg("tensor"));
   m.def("storage_key", &graphcache::storage_key, py::arg("tensor"));
-  m.def("is_held", &graphcache::is_held, py::arg("tensor"));
+  m.def(
+      "is_held",
+      [](const at::Tensor& tensor) { return graphcache::is_held(storage_of(tensor)); },
+      py::arg("tensor"));
   m.def(
       "end_host_capture",
       &graphcache::end_host_capture,
       py::arg("pool_first"),
       py::arg("pool_second"));
-  m.def("materialize", &graphcache::materialize, py::arg("tensor"));
+  m.def(
+      "materialize",
+      [](const at::Tensor& tensor) { graphcache::materialize(storage_of(tensor)); },
+      py::arg("tensor"));
+  graphcache::bind_replay(m);
 }

@@ -14,10 +14,7 @@ int64_t storage_key(const at::Tensor& tensor) {
   return reinterpret_cast<int64_t>(tensor.storage().unsafeGetStorageImpl());
 }
 
-bool is_held(const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(
-      tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
-  const auto& storage = tensor.storage();
+bool is_held(const c10::Storage& storage) {
   // Asking for `untyped_storage()` leaves a Python object on the storage: one reference of its own,
   // which says nothing unless somebody holds that object.
   auto* object = storage.unsafeGetStorageImpl()->pyobj_slot()->load_pyobj();
@@ -28,16 +25,16 @@ bool is_held(const at::Tensor& tensor) {
 }
 
 // Copies the bytes, then swaps the pointer inside the storage: all views follow, none is rebuilt.
-void materialize(const at::Tensor& tensor) {
+void materialize(const c10::Storage& storage) {
   TORCH_CHECK_VALUE(
-      is_weak(tensor), "graphcache: the tensor owns its memory already; only weak ones can be moved");
-  auto* weak = tensor.storage().unsafeGetStorageImpl();
-  // carve raises the stored text if the tensor has expired: its bytes are no longer its own
+      is_weak(storage), "graphcache: the tensor owns its memory already; only weak ones can be moved");
+  auto* weak = storage.unsafeGetStorageImpl();
+  // carve raises the stored text if the storage has expired: its bytes are no longer its own
   c10::impl::ExcludeDispatchKeyGuard below_modes(c10::DispatchKeySet(
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
-  const at::Tensor copy = carve(tensor, 0, static_cast<int64_t>(weak->nbytes())).clone();
+  const at::Tensor copy = carve(storage, 0, static_cast<int64_t>(weak->nbytes())).clone();
   weak->set_data_ptr_noswap(
-      copy.storage().unsafeGetStorageImpl()->set_data_ptr(c10::DataPtr(nullptr, tensor.device())));
+      copy.storage().unsafeGetStorageImpl()->set_data_ptr(c10::DataPtr(nullptr, storage.device())));
 }
 
 } // namespace graphcache

@@ -12,6 +12,15 @@ namespace {
 // The mark of a weak storage: only ours carry this deleter, and it deletes nothing.
 void keep(void* /*memory*/) {}
 
+// Not by a stream: in a build that links libstdc++ statically, streaming a number crashes, since the
+// locale belongs to torch's copy of the library.
+template <typename Number>
+std::string text(Number number) {
+  return std::to_string(number);
+}
+
+} // namespace
+
 c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbytes) {
   // mutable_data raises the stored text if `owner` has expired
   void* memory = static_cast<char*>(owner.mutable_data()) + offset;
@@ -23,31 +32,30 @@ c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbyte
       /*resizable=*/false));
 }
 
-// Not by a stream: in a build that links libstdc++ statically, streaming a number crashes, since the
-// locale belongs to torch's copy of the library.
-template <typename Number>
-std::string text(Number number) {
-  return std::to_string(number);
-}
+Metadata::Metadata(const at::Tensor& like)
+    : keys(like.options().computeDispatchKey()),
+      dtype(like.dtype()),
+      conj(like.is_conj()),
+      neg(like.is_neg()) {}
 
 // A fresh tensor over `storage`; under inference mode it is an inference tensor, as in eager.
 at::Tensor over(
     c10::Storage storage,
-    const at::Tensor& like,
+    const Metadata& like,
     at::IntArrayRef sizes,
     at::IntArrayRef strides,
     int64_t offset) {
-  const c10::DispatchKeySet keys(like.options().computeDispatchKey());
-  auto tensor =
-      at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), like.keys, like.dtype);
   auto* impl = tensor.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(sizes, strides, offset);
-  impl->_set_conj(like.is_conj());
-  impl->_set_neg(like.is_neg());
+  if (like.conj) {
+    impl->_set_conj(true);
+  }
+  if (like.neg) {
+    impl->_set_neg(true);
+  }
   return tensor;
 }
-
-} // namespace
 
 void check_weakable(const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(
@@ -78,7 +86,7 @@ std::vector<at::Tensor> weak_refs(const std::vector<at::Tensor>& tensors) {
       found = &made.emplace_back(owner, weak_storage(tensor.storage(), 0, tensor.storage().nbytes())).second;
     }
     weak.push_back(
-        over(*found, tensor, tensor.sizes(), tensor.strides(), tensor.storage_offset()));
+        over(*found, Metadata(tensor), tensor.sizes(), tensor.strides(), tensor.storage_offset()));
   }
   return weak;
 }
@@ -105,27 +113,26 @@ at::Tensor alias(
       !negative && (empty || (last + 1) * static_cast<int64_t>(like.element_size()) <= bytes),
       "graphcache: a view of elements " + text(offset) + " to " + text(last) +
           " does not fit in a storage of " + text(bytes) + " bytes");
-  return over(tensor.storage(), like, sizes, strides, offset);
+  return over(tensor.storage(), Metadata(like), sizes, strides, offset);
 }
 
-at::Tensor carve(const at::Tensor& tensor, int64_t offset, int64_t nbytes) {
-  const auto whole = static_cast<int64_t>(tensor.storage().nbytes());
+at::Tensor carve(const c10::Storage& storage, int64_t offset, int64_t nbytes) {
+  const auto whole = static_cast<int64_t>(storage.nbytes());
   TORCH_CHECK_VALUE(
       offset >= 0 && nbytes >= 0 && nbytes <= whole - offset,
       "graphcache: bytes " + text(offset) + " to " + text(offset + nbytes) + " of a storage of " +
           text(whole));
   auto bytes = at::detail::make_tensor<c10::TensorImpl>(
-      weak_storage(tensor.storage(), offset, nbytes),
-      c10::DispatchKeySet(tensor.options().computeDispatchKey()),
+      weak_storage(storage, offset, nbytes),
+      c10::DispatchKeySet(at::TensorOptions(storage.device()).computeDispatchKey()),
       caffe2::TypeMeta::Make<uint8_t>());
   bytes.unsafeGetTensorImpl()->set_sizes_contiguous(nbytes);
   return bytes;
 }
 
-bool is_weak(const at::Tensor& tensor) {
+bool is_weak(const c10::Storage& storage) {
   // Without the checks: an expired storage refuses its pointer, but its deleter still tells.
-  return tensor.has_storage() &&
-      tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() == &keep;
+  return storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() == &keep;
 }
 
 } // namespace graphcache

@@ -5,10 +5,11 @@ Everything above this package is the same for both; nothing above it names a dev
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import local
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+
+from graphcache import _C
 
 Result = TypeVar("Result")
 
@@ -31,7 +32,13 @@ class PoolMemory(NamedTuple):
 
 
 class Graph(Protocol):
-    """A captured graph."""
+    """A captured graph.
+
+    Attributes:
+        node: its staging node, where it has one.
+    """
+
+    node: _C.StageNode | None
 
     def replay(self) -> None:
         """Runs everything that was captured, on the current stream, over the captured addresses."""
@@ -43,8 +50,12 @@ class Arena(Protocol):
     def memory(self) -> PoolMemory:
         """Returns what the pool holds now."""
 
-    def follow_stream(self) -> None:
-        """Makes the current stream wait for the last replay if that ran on another one."""
+    def follow_stream(self) -> int:
+        """Makes the current stream wait for the last replay if that ran on another one.
+
+        Returns:
+            The handle of the current stream.
+        """
 
 
 class Runtime(Protocol):
@@ -58,8 +69,27 @@ class Runtime(Protocol):
     def ladder(self, device: torch.device) -> AbstractContextManager[None]:
         """Surrounds the captures of all sizes: does once what need not be done for each."""
 
-    def capture(self, arena: Any, body: Callable[[], Result]) -> tuple[Graph, Result]:
+    def prepare(self, stage: _C.Stage, device: torch.device) -> _C.StageKernel | None:
+        """Returns the kernel of a staging node; None where this device needs none.
+
+        Raises:
+            RuntimeError: where this device needs one and does not offer it.
+        """
+
+    def capture(
+        self,
+        arena: Any,
+        body: Callable[[], Result],
+        stage: _C.Stage | None,
+        kernel: _C.StageKernel | None,
+    ) -> tuple[Graph, Result]:
         """Records what `body` does, without its effects, and returns what it returned.
+
+        Args:
+            arena: where memory comes from.
+            body: what to record.
+            stage: what copies the inputs; None where torch calls do.
+            kernel: what the graph begins with, for that; see `prepare`.
 
         Raises:
             Exception: what `body` raised, or the driver; the process is in good order, but nothing
@@ -67,7 +97,6 @@ class Runtime(Protocol):
         """
 
 
-_thread = local()
 _HAS_CUDA = torch.backends.cuda.is_built()
 
 
@@ -76,18 +105,22 @@ def is_capturing() -> bool:
 
     A graphed forward that is called there is inlined: it runs as if it were not decorated.
     """
-    return getattr(_thread, "inside", False) or (_HAS_CUDA and torch.cuda.is_current_stream_capturing())
+    return _C.is_inlining() or is_stream_capturing()
+
+
+def is_stream_capturing() -> bool:
+    """Tells whether somebody captures on the current CUDA stream."""
+    return _HAS_CUDA and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
 def inlining() -> Iterator[None]:
     """Inlines the graphed forwards that are called inside the block, in this thread."""
-    before = getattr(_thread, "inside", False)
-    _thread.inside = True
+    before = _C.set_inlining(True)
     try:
         yield
     finally:
-        _thread.inside = before
+        _C.set_inlining(before)
 
 
 def runtime_for(device: torch.device) -> Runtime:

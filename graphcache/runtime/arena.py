@@ -46,8 +46,9 @@ class EmulatedArena:
             sum(nbytes for _, _, nbytes, _ in self._blocks),
         )
 
-    def follow_stream(self) -> None:
-        """Does nothing: a CPU has one order."""
+    def follow_stream(self) -> int:
+        """Returns 0: a CPU has one order."""
+        return 0
 
     def _sweep(self) -> None:
         self._blocks = [block for block in self._blocks if _C.is_held(block[3])]

@@ -5,12 +5,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
+from graphcache.runtime.nvrtc import stage_kernel
 
 _IDLE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
 
@@ -63,12 +65,25 @@ class CudaArena:
             sum(segment["allocated_size"] for segment in segments),
         )
 
-    def follow_stream(self) -> None:
+    def follow_stream(self) -> int:
         """Orders this call after the last one where the caller has changed streams."""
         current = torch.cuda.current_stream(self.device)
         if current != self._last:
             current.wait_stream(self._last)
             self._last = current
+        return int(current.cuda_stream)
+
+
+@dataclass(eq=False)  # known by identity
+class CudaGraph:
+    """A graph of torch, and its staging node."""
+
+    graph: torch.cuda.CUDAGraph
+    node: _C.StageNode | None
+
+    def replay(self) -> None:
+        """Launches the graph the way of torch, which advances the random generators."""
+        self.graph.replay()
 
 
 class CudaRuntime:
@@ -98,17 +113,30 @@ class CudaRuntime:
             if collecting:
                 gc.enable()
 
+    def prepare(self, stage: _C.Stage, device: torch.device) -> _C.StageKernel:
+        """Compiles the staging kernel for `device`, once."""
+        with torch.cuda.device(device):
+            return stage_kernel(device, stage.count)
+
     def capture(
-        self, arena: CudaArena, body: Callable[[], Result]
-    ) -> tuple[torch.cuda.CUDAGraph, Result]:
+        self,
+        arena: CudaArena,
+        body: Callable[[], Result],
+        stage: _C.Stage | None,
+        kernel: _C.StageKernel | None,
+    ) -> tuple[CudaGraph, Result]:
         """Captures `body` on the stream of the arena; see `Runtime.capture`."""
-        graph = torch.cuda.CUDAGraph()
+        node = None if stage is None or kernel is None else _C.StageNode(kernel, stage)
+        # The handle of a node lives as long as the graph that it was captured into.
+        graph = torch.cuda.CUDAGraph(keep_graph=node is not None)
         arena.stream.wait_stream(torch.cuda.current_stream(arena.device))
         # The outer context brings the thread back to its stream even if ending the capture raises.
         with torch.cuda.device(arena.device), torch.cuda.stream(arena.stream):
             # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
             graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
             try:
+                if node is not None:
+                    node.record(arena.stream.cuda_stream)
                 result = body()
             except BaseException:
                 _abandon(graph, arena)
@@ -118,7 +146,10 @@ class CudaRuntime:
             except BaseException:
                 _clean_up(arena)
                 raise
-        return graph, result
+            if node is not None:
+                graph.instantiate()
+                node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
+        return CudaGraph(graph, node), result
 
 
 def _end(graph: torch.cuda.CUDAGraph) -> None:

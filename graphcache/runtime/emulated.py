@@ -40,6 +40,8 @@ class _Operation(NamedTuple):
 class EmulatedGraph:
     """The operations of one capture, in order."""
 
+    node = None
+
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
         self.outside: dict[int, Any] = {}  # storages that the capture read but did not make
@@ -71,7 +73,16 @@ class EmulatedRuntime:
         """Nothing has to be done once for all sizes."""
         yield
 
-    def capture(self, arena: EmulatedArena, body: Callable[[], Result]) -> tuple[EmulatedGraph, Result]:
+    def prepare(self, stage: _C.Stage, device: torch.device) -> None:
+        """Nothing: the inputs are copied on the CPU."""
+
+    def capture(
+        self,
+        arena: EmulatedArena,
+        body: Callable[[], Result],
+        stage: _C.Stage | None,
+        kernel: _C.StageKernel | None,
+    ) -> tuple[EmulatedGraph, Result]:
         """Records `body`; see `Runtime.capture`.
 
         A capture has no effects, but shapes and strides are only known from running: so it runs, and

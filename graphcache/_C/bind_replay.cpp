@@ -1,0 +1,269 @@
+// The Python face of staging, buckets and dispatch.
+#include "dispatcher.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace py = pybind11;
+
+namespace graphcache {
+namespace {
+
+// A builtin instead of a method of pybind11: it takes its arguments without converting them.
+PyObject* serve(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && PyTuple_CheckExact(args[0]), "graphcache: serve(args, kwargs, instance)");
+  auto* dispatcher = static_cast<Dispatcher*>(PyCapsule_GetPointer(self, nullptr));
+  PyObject* kwargs = args[1] == Py_None ? nullptr : args[1];
+  return dispatcher->serve(args[0], kwargs, args[2]).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef serve_definition = {
+    "serve",
+    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(serve)),
+    METH_FASTCALL,
+    nullptr};
+
+py::object server(const std::shared_ptr<Dispatcher>& dispatcher) {
+  // The capsule keeps the dispatcher alive for as long as the builtin.
+  const auto self = py::reinterpret_steal<py::object>(
+      PyCapsule_New(dispatcher.get(), nullptr, [](PyObject* capsule) {
+        delete static_cast<std::shared_ptr<Dispatcher>*>(PyCapsule_GetContext(capsule));
+      }));
+  PyCapsule_SetContext(self.ptr(), new std::shared_ptr<Dispatcher>(dispatcher));
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&serve_definition, self.ptr()));
+}
+
+Leaves leaves_of(const py::list& tensors) {
+  Leaves leaves;
+  for (const auto tensor : tensors) {
+    TORCH_CHECK_TYPE(THPVariable_Check(tensor.ptr()), "graphcache: expected tensors");
+    leaves.add(tensor.ptr());
+  }
+  return leaves;
+}
+
+void bind_lane(py::module_& m) {
+  py::class_<PoolLock, std::shared_ptr<PoolLock>>(m, "PoolLock")
+      .def(py::init<>())
+      .def("__enter__", &PoolLock::lock, py::call_guard<py::gil_scoped_release>())
+      .def("__exit__", [](PoolLock& lock, const py::args&) { lock.unlock(); });
+  py::class_<Lane, std::shared_ptr<Lane>>(m, "Lane")
+      .def(py::init<>())
+      .def_readwrite("stream", &Lane::stream)
+      .def("holds_outputs", &Lane::holds_outputs);
+}
+
+void bind_stage(py::module_& m) {
+  py::class_<Stage, std::shared_ptr<Stage>>(m, "Stage")
+      .def(
+          py::init([](const std::vector<at::Tensor>& buffers,
+                      const std::vector<int64_t>& arguments,
+                      const std::vector<int64_t>& batch_dims,
+                      const std::vector<std::string>& fills,
+                      const std::vector<bool>& edges) {
+            std::vector<StaticInput> inputs;
+            for (size_t index = 0; index < buffers.size(); ++index) {
+              inputs.push_back(StaticInput{
+                  buffers[index],
+                  arguments.at(index),
+                  batch_dims.at(index),
+                  fills.at(index),
+                  edges.at(index)});
+            }
+            return std::make_shared<Stage>(std::move(inputs));
+          }),
+          py::arg("buffers"),
+          py::arg("arguments"),
+          py::arg("batch_dims"),
+          py::arg("fills"),
+          py::arg("edges"))
+      .def(
+          "read",
+          [](Stage& stage, const py::list& tensors, int64_t batch) {
+            return stage.read(leaves_of(tensors).tensors.data(), batch);
+          },
+          py::arg("tensors"),
+          py::arg("batch"))
+      .def("copy", &Stage::copy)
+      .def_property_readonly("count", &Stage::count);
+  py::class_<StageKernel, std::shared_ptr<StageKernel>>(m, "StageKernel")
+      .def(
+          py::init([](const py::bytes& image, size_t capacity) {
+            return std::make_shared<StageKernel>(std::string(image), capacity);
+          }),
+          py::arg("image"),
+          py::arg("capacity"));
+  py::class_<StageNode, std::shared_ptr<StageNode>>(m, "StageNode")
+      .def(
+          py::init([](const std::shared_ptr<StageKernel>& kernel, const std::shared_ptr<Stage>& stage) {
+            return std::make_shared<StageNode>(kernel, stage);
+          }),
+          py::arg("kernel"),
+          py::arg("stage"))
+      .def(
+          "record",
+          [](StageNode& node, int64_t stream) {
+            node.record(reinterpret_cast<driver::Stream>(stream));
+          },
+          py::arg("stream"))
+      .def(
+          "attach",
+          [](StageNode& node, int64_t graph, int64_t executable) {
+            node.attach(
+                reinterpret_cast<driver::GraphHandle>(graph),
+                reinterpret_cast<driver::GraphExec>(executable));
+          },
+          py::arg("graph"),
+          py::arg("executable"))
+      .def_property_readonly("nodes", &StageNode::nodes);
+  m.attr("INPUT_BYTES") = sizeof(StagedInput);
+}
+
+void bind_bucket(py::module_& m) {
+  py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
+      .def(
+          py::init([](const std::string& name,
+                      int64_t size,
+                      const std::shared_ptr<Lane>& lane,
+                      const std::shared_ptr<Stage>& stage,
+                      const std::shared_ptr<StageNode>& node,
+                      const py::object& fill,
+                      const py::object& replay,
+                      const py::handle& layout,
+                      const std::vector<std::tuple<int, py::object, int64_t>>& outputs,
+                      bool copy) {
+            std::vector<Output> parsed;
+            for (const auto& [kind, tensor, argument] : outputs) {
+              parsed.push_back(Output{
+                  static_cast<Output::Kind>(kind), py::cast<at::Tensor>(tensor), tensor, argument, {}});
+            }
+            Launch launch{stage, node, fill, replay.is_none() ? py::object() : replay};
+            return std::make_shared<Bucket>(
+                std::make_shared<const std::string>(name),
+                size,
+                lane,
+                std::move(launch),
+                Result(Tree(layout), std::move(parsed), copy));
+          }),
+          py::arg("name"),
+          py::arg("size"),
+          py::arg("lane"),
+          py::arg("stage"),
+          py::arg("node"),
+          py::arg("fill"),
+          py::arg("replay"),
+          py::arg("layout"),
+          py::arg("outputs"),
+          py::arg("copy"))
+      .def(
+          "run",
+          [](Bucket& bucket, const py::list& tensors, int64_t batch, int64_t call, int64_t stream) {
+            return bucket.run(leaves_of(tensors), batch, call, stream);
+          },
+          py::arg("tensors"),
+          py::arg("batch"),
+          py::arg("call"),
+          py::arg("stream"))
+      .def(
+          "set_batch_dims",
+          [](Bucket& bucket, const std::vector<std::vector<int64_t>>& dims) {
+            bucket.result.set_batch_dims(dims);
+          },
+          py::arg("dims"))
+      .def_readonly("size", &Bucket::size)
+      .def_readwrite("checked", &Bucket::checked)
+      .def_readwrite("replays", &Bucket::replays)
+      .def_readwrite("padded_rows", &Bucket::padded_rows)
+      .def_readonly("given_up", &Bucket::given_up);
+}
+
+void bind_dispatcher(py::module_& m) {
+  py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard").def(py::init<>()).def_readwrite("stub", &Guard::stub);
+  py::class_<Entry, std::shared_ptr<Entry>>(m, "Entry")
+      .def(
+          py::init([](const std::shared_ptr<PoolLock>& lock, const std::shared_ptr<Guard>& guard) {
+            return std::make_shared<Entry>(Entry{lock, guard});
+          }),
+          py::arg("lock"),
+          py::arg("guard"))
+      .def(
+          "set",
+          [](Entry& entry, const std::vector<std::shared_ptr<Bucket>>& buckets, bool exact) {
+            entry.buckets = buckets;
+            entry.exact = exact;
+          },
+          py::arg("buckets"),
+          py::arg("exact"));
+  using Slot = std::tuple<int64_t, py::object, py::object, py::object>;
+  using Role = std::tuple<int, int64_t, bool, bool, std::vector<int64_t>, at::Tensor>;
+  py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(m, "Dispatcher")
+      .def(
+          py::init([](const py::object& disabled,
+                      const py::object& emulated,
+                      const py::object& device_mode,
+                      const py::object& capturing,
+                      bool has_training) {
+            return std::make_shared<Dispatcher>(
+                Surroundings{disabled, emulated, device_mode, capturing}, has_training);
+          }),
+          py::arg("disabled"),
+          py::arg("emulated"),
+          py::arg("device_mode"),
+          py::arg("capturing"),
+          py::arg("has_training"))
+      .def_property_readonly("serve", &server)
+      .def(
+          "add",
+          [](Dispatcher& dispatcher,
+             const std::vector<Slot>& slots,
+             const std::vector<Role>& roles,
+             const py::object& training,
+             const std::shared_ptr<Entry>& entry) {
+            std::vector<Parameter> parameters;
+            for (const auto& [position, name, fallback, layout] : slots) {
+              parameters.push_back(Parameter{
+                  position,
+                  name.is_none() ? py::object() : name,
+                  // in a tuple, since None is a default too
+                  fallback.is_none() ? py::object() : py::cast<py::tuple>(fallback)[0],
+                  Tree(layout)});
+            }
+            std::vector<Leaf> leaves;
+            for (const auto& [role, batch_dim, carries_batch, must_be_weak, order, example] : roles) {
+              leaves.emplace_back(
+                  static_cast<Leaf::Role>(role), batch_dim, carries_batch, must_be_weak, order, example);
+            }
+            dispatcher.add(std::move(parameters), std::move(leaves), training, entry);
+          },
+          py::arg("parameters"),
+          py::arg("leaves"),
+          py::arg("training"),
+          py::arg("entry"))
+      .def("forget", &Dispatcher::forget, py::arg("entry"))
+      .def_property_readonly("signatures", &Dispatcher::signatures)
+      .def_readwrite("calls", &Dispatcher::calls);
+  m.attr("MISS") = Dispatcher::miss();
+  m.def("set_inlining", &set_inlining, py::arg("on"));
+  m.def("is_inlining", &is_inlining);
+  m.def(
+      "modes",
+      [](const py::object& device_mode) -> py::object {
+        const auto modes = Modes::now(device_mode);
+        return modes ? py::object(modes->key()) : py::object(py::none());
+      },
+      py::arg("device_mode"));
+  m.def("check_driver", [] { driver::api(); });
+}
+
+} // namespace
+
+void bind_replay(py::module_& m) {
+  bind_lane(m);
+  bind_stage(m);
+  bind_bucket(m);
+  bind_dispatcher(m);
+}
+
+} // namespace graphcache

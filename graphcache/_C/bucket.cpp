@@ -1,0 +1,60 @@
+#include "bucket.h"
+
+namespace py = pybind11;
+
+namespace graphcache {
+
+Bucket::Bucket(
+    std::shared_ptr<const std::string> name,
+    int64_t size,
+    std::shared_ptr<Lane> lane,
+    Launch launch,
+    Result result)
+    : name(std::move(name)),
+      size(size),
+      lane(std::move(lane)),
+      result(std::move(result)),
+      launch_(std::move(launch)) {}
+
+py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream) {
+  const Origin origin{name, call, batch, size};
+  start(arguments, batch, origin, stream);
+  lane->stream = stream;
+  auto made = result.give(batch, size, arguments, origin, *lane);
+  ++replays;
+  padded_rows += size - batch;
+  return made;
+}
+
+// An argument may be an output that this replay overwrites: it is read, or found expired, before.
+void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream) {
+  if (!launch_.stage) {
+    py::list tensors;
+    for (auto* const tensor : arguments.objects) {
+      tensors.append(py::handle(tensor));
+    }
+    launch_.fill(tensors, batch);
+    given_up += lane->give_up(origin);
+    launch_.replay();
+    return;
+  }
+  const bool changed = launch_.stage->read(arguments.tensors.data(), batch);
+  given_up += lane->give_up(origin);
+  if (!launch_.node) {
+    launch_.stage->copy();
+    launch_.replay();
+    return;
+  }
+  if (changed) {
+    launch_.node->patch();
+  }
+  if (launch_.replay) {
+    launch_.replay(); // torch's own: it advances the random generator
+    return;
+  }
+  // Others may run meanwhile, and a full queue blocks; the pool's lock keeps them off this graph.
+  const py::gil_scoped_release released;
+  launch_.node->launch(reinterpret_cast<driver::Stream>(stream));
+}
+
+} // namespace graphcache

@@ -1,0 +1,51 @@
+// One captured size: staged, launched, and its result handed out.
+#pragma once
+
+#include "lane.h"
+#include "node.h"
+#include "result.h"
+#include "stage.h"
+
+#include <memory>
+#include <string>
+
+namespace graphcache {
+
+// How a graph is reached. Without `stage`, `fill` copies the inputs by torch calls; without `node`, the
+// inputs are in the memory of the CPU; without `replay`, the node launches the graph.
+struct Launch {
+  std::shared_ptr<Stage> stage;
+  std::shared_ptr<StageNode> node;
+  pybind11::object fill; // (tensors, batch)
+  pybind11::object replay; // ()
+};
+
+class Bucket {
+ public:
+  Bucket(
+      std::shared_ptr<const std::string> name,
+      int64_t size,
+      std::shared_ptr<Lane> lane,
+      Launch launch,
+      Result result);
+
+  // Serves call number `call`. The pool's lock is held, and the lane follows `stream`.
+  pybind11::object run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream);
+
+  const std::shared_ptr<const std::string> name;
+  const int64_t size;
+  const std::shared_ptr<Lane> lane;
+  Result result;
+
+  bool checked = false; // a padded replay was compared with eager, or need not be
+  int64_t replays = 0;
+  int64_t padded_rows = 0;
+  int64_t given_up = 0; // held outputs that a replay expired or moved
+
+ private:
+  void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);
+
+  Launch launch_;
+};
+
+} // namespace graphcache

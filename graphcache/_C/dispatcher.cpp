@@ -1,0 +1,136 @@
+#include "dispatcher.h"
+
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <algorithm>
+
+namespace py = pybind11;
+
+namespace graphcache {
+namespace {
+
+thread_local bool inlining = false;
+
+bool is_set(const py::object& variable) {
+  PyObject* value = nullptr;
+  if (PyContextVar_Get(variable.ptr(), nullptr, &value) != 0) {
+    throw py::error_already_set();
+  }
+  const bool set = value == Py_True;
+  Py_XDECREF(value);
+  return set;
+}
+
+int64_t current_stream(const c10::Device& device) {
+  if (device.is_cpu()) {
+    return 0;
+  }
+  const auto* impl = c10::impl::getDeviceGuardImpl(device.type());
+  return reinterpret_cast<int64_t>(impl->getStreamNativeHandle(impl->getStream(device)));
+}
+
+} // namespace
+
+bool set_inlining(bool on) {
+  return std::exchange(inlining, on);
+}
+
+bool is_inlining() {
+  return inlining;
+}
+
+Bucket* Entry::find(int64_t batch) const {
+  const auto found = std::lower_bound(
+      buckets.begin(), buckets.end(), batch, [](const auto& bucket, int64_t rows) {
+        return bucket->size < rows;
+      });
+  if (found == buckets.end() || (exact && (*found)->size != batch) || batch == 0) {
+    return nullptr;
+  }
+  auto* bucket = found->get();
+  return bucket->checked || batch == bucket->size ? bucket : nullptr;
+}
+
+py::object Dispatcher::miss() {
+  static PyObject* const sentinel = PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
+  return py::reinterpret_borrow<py::object>(sentinel);
+}
+
+void Dispatcher::add(
+    std::vector<Parameter> parameters,
+    std::vector<Leaf> leaves,
+    py::object training,
+    std::shared_ptr<Entry> entry) {
+  const auto modes = Modes::now(surroundings_.device_mode);
+  if (modes) {
+    known_.push_back(std::make_shared<Signature>(
+        std::move(parameters), std::move(leaves), std::move(training), *modes, std::move(entry)));
+  }
+}
+
+void Dispatcher::forget(const std::shared_ptr<Entry>& entry) {
+  const auto first = std::remove_if(
+      known_.begin(), known_.end(), [&](const auto& signature) { return signature->entry == entry; });
+  known_.erase(first, known_.end());
+  last_ = 0;
+}
+
+py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instance) {
+  if (known_.empty() || inlining || is_set(surroundings_.disabled)) {
+    return miss();
+  }
+  const auto modes = Modes::now(surroundings_.device_mode);
+  if (!modes) {
+    return miss();
+  }
+  py::object training = py::none();
+  if (has_training_) {
+    static PyObject* const name = PyUnicode_InternFromString("training");
+    training = py::reinterpret_steal<py::object>(PyObject_GetAttr(instance, name));
+    if (!training) {
+      PyErr_Clear();
+      return miss();
+    }
+  }
+  Leaves leaves;
+  int64_t batch = 0;
+  for (size_t tried = 0; tried < known_.size(); ++tried) {
+    const size_t index = (last_ + tried) % known_.size();
+    const auto signature = known_[index]; // held: matching may run Python code, which may clear
+    if (signature->match(args, kwargs, training.ptr(), *modes, leaves, batch)) {
+      last_ = index;
+      return run(*signature, leaves, batch);
+    }
+  }
+  return miss();
+}
+
+py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int64_t batch) {
+  auto& entry = *signature.entry;
+  auto* bucket = entry.find(batch);
+  const std::unique_lock<PoolLock> locked(*entry.lock, std::try_to_lock);
+  if (bucket == nullptr || !locked.owns_lock()) {
+    return miss();
+  }
+  const auto& device = signature.device();
+  const int64_t stream = current_stream(device);
+  if (stream != bucket->lane->stream) {
+    return miss();
+  }
+  if (device.is_cpu()) {
+    if (!is_set(surroundings_.emulated)) {
+      return miss();
+    }
+  } else if (
+      surroundings_.capturing.is_none() ? is_capturing(reinterpret_cast<driver::Stream>(stream))
+                                        : py::cast<bool>(surroundings_.capturing())) {
+    return miss();
+  }
+  if (!entry.guard->hold(signature.grad())) {
+    return miss();
+  }
+  ++calls;
+  return bucket->run(leaves, batch, calls, stream);
+}
+
+} // namespace graphcache

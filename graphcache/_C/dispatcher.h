@@ -1,0 +1,66 @@
+// The hot path: from the arguments of a call to its result, or to Python, which serves what misses.
+#pragma once
+
+#include "bucket.h"
+#include "guard.h"
+#include "signature.h"
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace graphcache {
+
+// The graphs of one signature.
+struct Entry {
+  std::shared_ptr<PoolLock> lock;
+  std::shared_ptr<Guard> guard;
+  bool exact = false; // batches of exactly these sizes only
+  std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
+
+  Bucket* find(int64_t batch) const;
+};
+
+// A graphed forward that this thread calls inside another's first call or capture is inlined.
+bool set_inlining(bool on);
+bool is_inlining();
+
+// What the hot path asks Python for.
+struct Surroundings {
+  pybind11::object disabled; // context variables
+  pybind11::object emulated;
+  pybind11::object device_mode; // the type of torch's mode behind set_default_device
+  pybind11::object capturing; // () -> bool, where the driver can't be asked; or None
+};
+
+class Dispatcher {
+ public:
+  // `has_training`: calls come with an instance whose `training` is part of the signature.
+  Dispatcher(Surroundings surroundings, bool has_training)
+      : surroundings_(std::move(surroundings)), has_training_(has_training) {}
+
+  // The result of the call; or `miss()`, where Python has to serve it.
+  pybind11::object serve(PyObject* args, PyObject* kwargs, PyObject* instance);
+  static pybind11::object miss();
+
+  // Adds a signature, under today's modes.
+  void add(
+      std::vector<Parameter> parameters,
+      std::vector<Leaf> leaves,
+      pybind11::object training,
+      std::shared_ptr<Entry> entry);
+  void forget(const std::shared_ptr<Entry>& entry);
+  size_t signatures() const { return known_.size(); }
+
+  int64_t calls = 0;
+
+ private:
+  pybind11::object run(const Signature& signature, const Leaves& leaves, int64_t batch);
+
+  Surroundings surroundings_;
+  bool has_training_;
+  std::vector<std::shared_ptr<const Signature>> known_;
+  size_t last_ = 0; // the signature of the last call: most likely that of the next
+};
+
+} // namespace graphcache

@@ -1,0 +1,57 @@
+// What one lane has handed out: outputs that the next graph of the lane overwrites.
+#pragma once
+
+#include <c10/core/Storage.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace graphcache {
+
+// Which call made an output, or overwrote one: for the text that a stale output raises.
+struct Origin {
+  std::shared_ptr<const std::string> name; // of the forward; null: the pool went away
+  int64_t call = 0;
+  int64_t batch = 0;
+  int64_t size = 0;
+
+  std::string text() const;
+};
+
+// The storages of one result. The caller holds them through tensors that alias them.
+struct Handed {
+  std::vector<c10::Storage> storages; // null where the caller keeps it for good
+  bool copy = false; // what is held when it is overwritten moves away, instead of expiring
+  Origin origin;
+
+  bool held() const;
+  int64_t give_up(const Origin& overwritten_by);
+};
+
+class Lane {
+ public:
+  Lane() = default;
+  // The memory goes with the lane: whoever holds an output then must not read what follows.
+  ~Lane();
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  bool holds_outputs() const;
+
+  // Expires or moves what is still held; returns how many storages that were.
+  int64_t give_up(const Origin& overwritten_by);
+  void hand_out(std::shared_ptr<Handed> handed) { live_.push_back(std::move(handed)); }
+
+  int64_t stream = 0; // that the last replay was launched on
+
+ private:
+  std::vector<std::shared_ptr<Handed>> live_;
+};
+
+// One graph of a pool is dispatched at a time. Python waits for it without the GIL.
+using PoolLock = std::recursive_mutex;
+
+} // namespace graphcache

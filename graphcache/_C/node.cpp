@@ -1,0 +1,130 @@
+#include "node.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstring>
+
+namespace graphcache {
+namespace {
+
+using driver::api;
+using driver::check;
+
+// Another thread, or another device, may have made another context current, or none at all.
+class InContext {
+ public:
+  explicit InContext(driver::Context wanted) {
+    driver::Context current = nullptr;
+    check(api().cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+    if (current != wanted) {
+      check(api().cuCtxPushCurrent_v2(wanted), "cuCtxPushCurrent");
+      pushed_ = true;
+    }
+  }
+  ~InContext() {
+    if (pushed_) {
+      driver::Context popped = nullptr;
+      api().cuCtxPopCurrent_v2(&popped);
+    }
+  }
+  InContext(const InContext&) = delete;
+  InContext& operator=(const InContext&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+} // namespace
+
+StageKernel::StageKernel(const std::string& image, size_t capacity) : capacity_(capacity) {
+  check(api().cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
+  check(api().cuModuleLoadData(&module_, image.data()), "cuModuleLoadData");
+  check(api().cuModuleGetFunction(&function_, module_, "graphcache_stage"), "cuModuleGetFunction");
+}
+
+StageKernel::~StageKernel() {
+  if (module_ != nullptr) {
+    api().cuModuleUnload(module_); // at exit the driver may be gone already, and its memory with it
+  }
+}
+
+StageNode::StageNode(std::shared_ptr<const StageKernel> kernel, std::shared_ptr<Stage> stage)
+    : kernel_(std::move(kernel)), stage_(std::move(stage)) {
+  TORCH_CHECK_VALUE(
+      stage_->count() <= kernel_->capacity(), "graphcache: more inputs than the kernel takes");
+  memory_.resize(kernel_->capacity() * sizeof(StagedInput) + alignof(StagedInput));
+  parameters_[0] = memory_.data();
+  params_.function = kernel_->function();
+  params_.grid[0] = stage_->blocks();
+  params_.block[0] = kThreads;
+  params_.grid[1] = params_.grid[2] = params_.block[1] = params_.block[2] = 1;
+  params_.parameters = parameters_;
+  const int count = static_cast<int>(stage_->count());
+  std::memcpy(memory_.data() + kernel_->capacity() * sizeof(StagedInput), &count, sizeof(count));
+}
+
+void StageNode::fill_in() {
+  const auto& staged = stage_->staged();
+  std::memcpy(memory_.data(), staged.data(), staged.size() * sizeof(StagedInput));
+}
+
+void StageNode::record(driver::Stream stream) {
+  if (stage_->count() == 0) {
+    return;
+  }
+  fill_in();
+  const InContext here(kernel_->context());
+  check(
+      api().cuLaunchKernel(
+          params_.function, params_.grid[0], 1, 1, params_.block[0], 1, 1, 0, stream, parameters_, nullptr),
+      "cuLaunchKernel");
+}
+
+void StageNode::attach(driver::GraphHandle graph, driver::GraphExec executable) {
+  const InContext here(kernel_->context());
+  check(api().cuGraphGetNodes(graph, nullptr, &nodes_), "cuGraphGetNodes");
+  executable_ = executable;
+  if (stage_->count() == 0) {
+    return;
+  }
+  size_t count = 0;
+  check(api().cuGraphGetRootNodes(graph, nullptr, &count), "cuGraphGetRootNodes");
+  std::vector<driver::GraphNode> roots(count);
+  check(api().cuGraphGetRootNodes(graph, roots.data(), &count), "cuGraphGetRootNodes");
+  for (auto* const root : roots) {
+    int type = -1;
+    check(api().cuGraphNodeGetType(root, &type), "cuGraphNodeGetType");
+    driver::KernelNodeParams found{};
+    if (type == driver::kKernelNode) {
+      check(api().cuGraphKernelNodeGetParams_v2(root, &found), "cuGraphKernelNodeGetParams");
+    }
+    if (found.function == params_.function) {
+      node_ = root;
+    }
+  }
+  TORCH_CHECK(node_ != nullptr, "graphcache: the captured graph does not begin with its staging node");
+}
+
+void StageNode::patch() {
+  if (stage_->count() == 0) {
+    return;
+  }
+  fill_in();
+  const InContext here(kernel_->context());
+  check(
+      api().cuGraphExecKernelNodeSetParams_v2(executable_, node_, &params_),
+      "cuGraphExecKernelNodeSetParams");
+}
+
+void StageNode::launch(driver::Stream stream) const {
+  const InContext here(kernel_->context());
+  check(api().cuGraphLaunch(executable_, stream), "cuGraphLaunch");
+}
+
+bool is_capturing(driver::Stream stream) {
+  int status = 0;
+  check(api().cuStreamIsCapturing(stream, &status), "cuStreamIsCapturing");
+  return status != 0;
+}
+
+} // namespace graphcache

@@ -1,0 +1,145 @@
+#include "result.h"
+
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/DimVector.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace py = pybind11;
+
+namespace graphcache {
+namespace {
+
+// Dimensions from the innermost to the outermost.
+c10::DimVector ascending(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  c10::DimVector order(sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return strides[a] != strides[b] ? strides[a] < strides[b] : a > b;
+  });
+  return order;
+}
+
+bool is_dense(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  int64_t run = 1;
+  for (const auto dim : ascending(sizes, strides)) {
+    if (sizes[dim] != 1) {
+      if (strides[dim] != run) {
+        return false;
+      }
+      run *= sizes[dim];
+    }
+  }
+  return true;
+}
+
+} // namespace
+
+Result::Result(Tree layout, std::vector<Output> outputs, bool copy)
+    : layout_(std::move(layout)), outputs_(std::move(outputs)), handed_(std::make_shared<Handed>()) {
+  handed_->copy = copy;
+  for (const auto& output : outputs_) {
+    metadata_.emplace_back(output.tensor);
+    groups_.push_back(-1);
+    if (output.kind != Output::Pool) {
+      continue;
+    }
+    const auto& storage = output.tensor.storage();
+    const auto known = std::find_if(first_.begin(), first_.end(), [&](const c10::Storage& first) {
+      return first.is_alias_of(storage);
+    });
+    groups_.back() = static_cast<int>(known - first_.begin());
+    if (known == first_.end()) {
+      first_.push_back(storage);
+    }
+  }
+  handed_->storages.resize(first_.size());
+}
+
+void Result::set_batch_dims(const std::vector<std::vector<int64_t>>& dims) {
+  for (size_t index = 0; index < outputs_.size(); ++index) {
+    outputs_[index].batch_dims = dims.at(index);
+  }
+}
+
+py::object Result::give(
+    int64_t batch, int64_t size, const Leaves& arguments, const Origin& made_by, Lane& lane) {
+  for (size_t group = 0; group < first_.size(); ++group) {
+    auto& storage = handed_->storages[group];
+    if (!storage) {
+      storage = weak_storage(first_[group], 0, first_[group].nbytes());
+    }
+  }
+  handed_->origin = made_by;
+  made_.clear();
+  for (size_t index = 0; index < outputs_.size(); ++index) {
+    made_.push_back(tensor(index, batch, size, arguments));
+  }
+  auto next = made_.cbegin();
+  auto result = layout_.build(next);
+  made_.clear();
+  lane.hand_out(handed_);
+  return result;
+}
+
+py::object Result::tensor(
+    size_t index, int64_t batch, int64_t size, const Leaves& arguments) const {
+  const auto& output = outputs_[index];
+  const auto& captured = output.tensor;
+  switch (output.kind) {
+    case Output::OutsideSame:
+      return output.object;
+    case Output::ArgumentSame:
+      return py::reinterpret_borrow<py::object>(arguments.objects[output.argument]);
+    case Output::Outside:
+      return py::cast(alias(
+          captured, captured.sizes(), captured.strides(), captured.storage_offset(), captured));
+    case Output::Argument: {
+      const auto& base = *arguments.tensors[output.argument];
+      const auto offset = base.storage_offset() + captured.storage_offset();
+      return py::cast(alias(base, captured.sizes(), captured.strides(), offset, captured));
+    }
+    default: {
+      auto made = batch == size || output.batch_dims.empty()
+          ? over(
+                handed_->storages[groups_[index]],
+                metadata_[index],
+                captured.sizes(),
+                captured.strides(),
+                captured.storage_offset())
+          : cut(index, batch);
+      return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made)));
+    }
+  }
+}
+
+// With the strides that eager gives: copied, unless only outer rows were cut.
+at::Tensor Result::cut(size_t index, int64_t batch) const {
+  const auto& output = outputs_[index];
+  const auto& whole = output.tensor;
+  c10::DimVector sizes(whole.sizes());
+  for (const auto dim : output.batch_dims) {
+    sizes[dim] = batch;
+  }
+  auto part = over(
+      handed_->storages[groups_[index]],
+      metadata_[index],
+      sizes,
+      whole.strides(),
+      whole.storage_offset());
+  if (is_dense(sizes, whole.strides()) || !is_dense(whole.sizes(), whole.strides())) {
+    return part;
+  }
+  c10::DimVector strides(sizes.size());
+  int64_t run = 1;
+  for (const auto dim : ascending(sizes, whole.strides())) {
+    strides[dim] = run;
+    run *= std::max<int64_t>(sizes[dim], 1);
+  }
+  return at::empty_strided(sizes, strides, part.options()).copy_(part);
+}
+
+} // namespace graphcache

@@ -1,0 +1,53 @@
+// What a replay returns: new tensors over the memory of the graph, cut back to the caller's batch.
+#pragma once
+
+#include "lane.h"
+#include "tree.h"
+#include "weak.h"
+
+#include <memory>
+#include <vector>
+
+namespace graphcache {
+
+struct Output {
+  enum Kind {
+    Pool, // in memory of the graph
+    Outside, // a view of memory that the forward found outside
+    OutsideSame, // the very tensor that the forward found outside
+    Argument, // a view of an argument
+    ArgumentSame, // that very argument
+  };
+  Kind kind;
+  at::Tensor tensor; // as captured; of a view of an argument, the offset counts from that
+  pybind11::object object; // the same, for those that are returned as they are
+  int64_t argument;
+  std::vector<int64_t> batch_dims;
+};
+
+class Result {
+ public:
+  Result(Tree layout, std::vector<Output> outputs, bool copy);
+
+  void set_batch_dims(const std::vector<std::vector<int64_t>>& dims);
+
+  // Returns the result for `batch` of `size` rows, and notes in `lane` what the caller now shares.
+  pybind11::object give(
+      int64_t batch, int64_t size, const Leaves& arguments, const Origin& made_by, Lane& lane);
+
+ private:
+  pybind11::object tensor(
+      size_t index, int64_t batch, int64_t size, const Leaves& arguments) const;
+  at::Tensor cut(size_t index, int64_t batch) const;
+
+  Tree layout_;
+  std::vector<Output> outputs_;
+  std::vector<Metadata> metadata_;
+  std::vector<int> groups_; // for each output in the pool, its storage in `first_`
+  std::vector<c10::Storage> first_;
+  std::vector<pybind11::object> made_; // scratch
+  // Told apart from the graph's own storages: those of the caller can expire while the graph goes on.
+  std::shared_ptr<Handed> handed_;
+};
+
+} // namespace graphcache

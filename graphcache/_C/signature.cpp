@@ -1,0 +1,158 @@
+#include "signature.h"
+
+#include "weak.h"
+
+#include <c10/core/DispatchKeySet.h>
+#include <c10/util/DimVector.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace py = pybind11;
+
+namespace graphcache {
+namespace {
+
+// Inference tensors lack these, and are served by the same graphs.
+c10::DispatchKeySet keys_of(const at::Tensor& tensor) {
+  return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+}
+
+// As `_order` in signature.py has it.
+c10::DimVector order_of(const at::Tensor& tensor) {
+  const auto strides = tensor.strides();
+  c10::DimVector order(strides.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return strides[a] > strides[b];
+  });
+  const bool plain = std::is_sorted(order.begin(), order.end()) ||
+      std::find(strides.begin(), strides.end(), 0) != strides.end();
+  return plain ? c10::DimVector() : order;
+}
+
+} // namespace
+
+Leaf::Leaf(
+    Role role,
+    int64_t batch_dim,
+    bool carries_batch,
+    bool must_be_weak,
+    std::vector<int64_t> order,
+    const at::Tensor& example)
+    : role(role),
+      batch_dim(batch_dim),
+      carries_batch(carries_batch),
+      must_be_weak(must_be_weak),
+      order(std::move(order)),
+      keys(keys_of(example)),
+      dtype(example.dtype()),
+      device(example.device()),
+      sizes(example.sizes().vec()),
+      strides(example.strides().vec()),
+      address(example.const_data_ptr()) {}
+
+bool Leaf::matches(const at::Tensor& tensor, int64_t batch, bool grad) const {
+  const auto theirs = tensor.sizes();
+  if (keys_of(tensor) != keys || tensor.dtype() != dtype || tensor.device() != device ||
+      theirs.size() != sizes.size() || (grad && tensor.requires_grad())) {
+    return false;
+  }
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    const bool free = role == Batched && static_cast<int64_t>(dim) == batch_dim;
+    if (theirs[dim] != (free ? batch : sizes[dim])) {
+      return false;
+    }
+  }
+  if (batch_dim >= 0 && (theirs[batch_dim] == batch) != carries_batch) {
+    return false;
+  }
+  if (role == Bound) {
+    return !is_weak(tensor.storage()) && tensor.const_data_ptr() == address &&
+        tensor.strides() == at::IntArrayRef(strides);
+  }
+  if (must_be_weak && !is_weak(tensor.storage())) {
+    return false;
+  }
+  if (tensor.is_contiguous()) {
+    return order.empty();
+  }
+  return at::IntArrayRef(order_of(tensor)) == at::IntArrayRef(order);
+}
+
+Signature::Signature(
+    std::vector<Parameter> parameters,
+    std::vector<Leaf> leaves,
+    py::object training,
+    Modes modes,
+    std::shared_ptr<Entry> entry)
+    : entry(std::move(entry)),
+      parameters_(std::move(parameters)),
+      leaves_(std::move(leaves)),
+      training_(std::move(training)),
+      modes_(modes) {
+  const auto first = std::find_if(leaves_.begin(), leaves_.end(), [](const Leaf& leaf) {
+    return leaf.role != Leaf::Bound && leaf.batch_dim >= 0;
+  });
+  TORCH_CHECK_VALUE(first != leaves_.end(), "graphcache: no argument carries the batch");
+  batch_leaf_ = first - leaves_.begin();
+  for (const auto& parameter : parameters_) {
+    positional_ = std::max<Py_ssize_t>(positional_, parameter.position + 1);
+  }
+}
+
+bool Signature::match(
+    PyObject* args,
+    PyObject* kwargs,
+    PyObject* training,
+    const Modes& modes,
+    Leaves& leaves,
+    int64_t& batch) const {
+  leaves.clear();
+  if (training != training_.ptr() || !(modes == modes_) || !match_parameters(args, kwargs, leaves) ||
+      leaves.tensors.size() != leaves_.size()) {
+    return false;
+  }
+  const auto& carrier = *leaves.tensors[batch_leaf_];
+  if (carrier.dim() <= leaves_[batch_leaf_].batch_dim) {
+    return false;
+  }
+  batch = carrier.size(leaves_[batch_leaf_].batch_dim);
+  for (size_t index = 0; index < leaves_.size(); ++index) {
+    if (!leaves_[index].matches(*leaves.tensors[index], batch, modes.grad)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Signature::match_parameters(PyObject* args, PyObject* kwargs, Leaves& leaves) const {
+  const Py_ssize_t given = PyTuple_GET_SIZE(args);
+  Py_ssize_t by_name = kwargs == nullptr ? 0 : PyDict_GET_SIZE(kwargs);
+  if (given > positional_) {
+    return false;
+  }
+  for (const auto& parameter : parameters_) {
+    PyObject* value = nullptr;
+    if (parameter.position >= 0 && parameter.position < given) {
+      value = PyTuple_GET_ITEM(args, parameter.position);
+    } else if (parameter.name && by_name > 0) {
+      value = PyDict_GetItemWithError(kwargs, parameter.name.ptr());
+      if (value != nullptr) {
+        --by_name;
+      } else if (PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+    if (value == nullptr) {
+      value = parameter.fallback.ptr();
+    }
+    if (value == nullptr || !parameter.tree.match(value, leaves)) {
+      return false;
+    }
+  }
+  return by_name == 0;
+}
+
+} // namespace graphcache

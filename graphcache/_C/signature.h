@@ -1,0 +1,83 @@
+// Which calls one signature serves: graphcache/signature.py says it in Python, and decides on a miss.
+#pragma once
+
+#include "modes.h"
+#include "tree.h"
+
+#include <c10/core/Device.h>
+
+#include <memory>
+#include <vector>
+
+namespace graphcache {
+
+// One argument of the forward, in the order of its parameters.
+struct Parameter {
+  int64_t position; // among the positional arguments; -1: none
+  pybind11::object name; // null: it can't be given by name
+  pybind11::object fallback; // its default; null: none
+  Tree tree;
+};
+
+// The role of one tensor.
+struct Leaf {
+  enum Role { Batched, Whole, Bound };
+
+  Leaf(
+      Role role,
+      int64_t batch_dim,
+      bool carries_batch,
+      bool must_be_weak,
+      std::vector<int64_t> order,
+      const at::Tensor& example);
+  bool matches(const at::Tensor& tensor, int64_t batch, bool grad) const;
+
+  Role role;
+  int64_t batch_dim; // where the batch would lie; -1: it has too few dimensions
+  bool carries_batch; // that dimension is as long as the batch
+  bool must_be_weak; // larger than what is staged, unless it is the output of a graph
+  std::vector<int64_t> order; // dimensions by descending stride; empty: 0, 1, 2, ...
+  c10::DispatchKeySet keys;
+  caffe2::TypeMeta dtype;
+  c10::Device device;
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides; // Bound: exactly these
+  const void* address;
+};
+
+struct Entry;
+
+class Signature {
+ public:
+  Signature(
+      std::vector<Parameter> parameters,
+      std::vector<Leaf> leaves,
+      pybind11::object training,
+      Modes modes,
+      std::shared_ptr<Entry> entry);
+
+  // Tells whether a call is of this signature, and if so, its tensors and its batch.
+  bool match(
+      PyObject* args,
+      PyObject* kwargs,
+      PyObject* training,
+      const Modes& modes,
+      Leaves& leaves,
+      int64_t& batch) const;
+
+  const c10::Device& device() const { return leaves_.front().device; }
+  bool grad() const { return modes_.grad; }
+  const std::shared_ptr<Entry> entry; // its graphs
+
+ private:
+  bool match_parameters(PyObject* args, PyObject* kwargs, Leaves& leaves) const;
+
+  std::vector<Parameter> parameters_;
+  std::vector<Leaf> leaves_;
+  pybind11::object training_;
+  Modes modes_;
+  size_t batch_leaf_ = 0; // whose length is the batch
+  Py_ssize_t positional_ = 0;
+};
+
+} // namespace graphcache

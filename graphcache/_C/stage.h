@@ -1,0 +1,52 @@
+// Staging: from the tensors of a call to their static buffers, as data that a kernel or the CPU follows.
+#pragma once
+
+#include "stage_kernel.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace graphcache {
+
+// What one static buffer takes.
+struct StaticInput {
+  at::Tensor buffer; // of this size: dense, in whatever order of dimensions
+  int64_t argument; // which tensor of a call it takes
+  int64_t batch_dim; // -1: none
+  std::string fill; // 16 bytes: an element of a padded row, repeated
+  bool edge; // instead: padded rows repeat the last one
+};
+
+class Stage {
+ public:
+  explicit Stage(std::vector<StaticInput> inputs);
+
+  // Takes down where the arguments of a call lie. True if anything differs from the last call.
+  // Raises the stored text if one of them has expired.
+  bool read(const at::Tensor* const* arguments, int64_t batch);
+
+  // Copies on the CPU what `read` took down.
+  void copy() const;
+
+  // Takes down that every buffer is given already, so that a capture needs no arguments.
+  void read_nothing();
+
+  // How many inputs, and the blocks of a launch.
+  size_t count() const { return staged_.size(); }
+  unsigned blocks() const { return blocks_; }
+  const std::vector<StagedInput>& staged() const { return staged_; }
+  std::vector<at::Tensor> buffers() const;
+
+ private:
+  void read_strided(StagedInput& staged, size_t index, const at::Tensor& source, int64_t batch);
+
+  std::vector<StaticInput> inputs_;
+  std::vector<std::vector<int64_t>> orders_; // of each buffer, its dimensions from the outermost
+  std::vector<StagedInput> staged_;
+  unsigned blocks_ = 0;
+};
+
+} // namespace graphcache

@@ -1,0 +1,117 @@
+// How one input reaches its static buffer. Compiled twice: by the C++ compiler for emulation, and by
+// NVRTC, as text, for the first node of every captured graph. So it includes nothing.
+#pragma once
+
+#ifdef __CUDACC__
+#define GRAPHCACHE_INLINE __device__ __forceinline__
+#else
+#define GRAPHCACHE_INLINE inline
+#endif
+
+namespace graphcache {
+
+constexpr int kMaxDims = 6;
+constexpr int kThreads = 256;
+
+// Lengths, strides and positions are in bytes. The dimensions go from the outermost to the innermost of
+// the static buffer, which is dense in that order.
+struct alignas(16) StagedInput {
+  unsigned char fill[16]; // an element of a padded row, repeated
+  const char* source; // null: the caller gave the static buffer itself, and only padding is written
+  char* target;
+  long long bytes; // of the static buffer
+  long long period; // of the static buffer, for one step of the dimensions outside the batch
+  long long given; // of a period, how much the source has; the rest is padding
+  long long row; // of one row
+  long long strides[kMaxDims]; // of the source, where it is not dense
+  unsigned sizes[kMaxDims]; // of the static buffer
+  int dims; // 0: the source is dense
+  int batch_dim; // -1: no padding
+  unsigned batch; // rows that the source has
+  int element;
+  int unit; // that divides every length and address: what one thread copies at a time
+  int edge; // padded rows repeat the last one
+  unsigned first_block;
+};
+
+// Where the bytes at `position` of the static buffer come from; null: they stay.
+GRAPHCACHE_INLINE const char* origin(const StagedInput& input, long long position) {
+  if (input.dims == 0) {
+    const char* source = input.source;
+    long long start = 0;
+    if (input.period != input.bytes) {
+      const long long outer = position / input.period;
+      start = outer * input.period;
+      source = source == nullptr ? nullptr : source + outer * input.given;
+    }
+    long long within = position - start;
+    if (within < input.given) {
+      return source == nullptr ? nullptr : source + within;
+    }
+    if (!input.edge) {
+      return reinterpret_cast<const char*>(input.fill) + (position & 15);
+    }
+    within = input.given - input.row + (within - input.given) % input.row;
+    return (source == nullptr ? input.target + start : source) + within;
+  }
+  long long index = position / input.element;
+  long long offset = 0;
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
+  for (int dim = input.dims - 1; dim >= 0; --dim) {
+    const long long rest = index / input.sizes[dim];
+    long long at = index - rest * input.sizes[dim];
+    index = rest;
+    if (dim == input.batch_dim && at >= input.batch) {
+      if (!input.edge) {
+        return reinterpret_cast<const char*>(input.fill) + (position & 15);
+      }
+      at = input.batch - 1;
+    }
+    offset += at * input.strides[dim];
+  }
+  return input.source + offset;
+}
+
+#ifdef __CUDACC__
+
+struct Staged {
+  StagedInput inputs[GRAPHCACHE_CAPACITY];
+  int count;
+};
+
+template <typename Unit>
+__device__ __forceinline__ void copy(const char* from, char* to) {
+  *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(from);
+}
+
+extern "C" __global__ void graphcache_stage(const __grid_constant__ Staged staged) {
+  int index = 0;
+  while (index + 1 < staged.count && staged.inputs[index + 1].first_block <= blockIdx.x) {
+    ++index;
+  }
+  const StagedInput& input = staged.inputs[index];
+  const unsigned end = index + 1 < staged.count ? staged.inputs[index + 1].first_block : gridDim.x;
+  const long long thread = (long long)(blockIdx.x - input.first_block) * kThreads + threadIdx.x;
+  const long long step = (long long)(end - input.first_block) * kThreads * input.unit;
+#pragma unroll 1 // compiled on the first call, which is waiting
+  for (long long position = thread * input.unit; position < input.bytes; position += step) {
+    const char* from = origin(input, position);
+    char* to = input.target + position;
+    if (from == nullptr) {
+      continue;
+    }
+    switch (input.unit) {
+      case 16: copy<uint4>(from, to); break;
+      case 8: copy<unsigned long long>(from, to); break;
+      case 4: copy<unsigned>(from, to); break;
+      case 2: copy<unsigned short>(from, to); break;
+      default: *to = *from;
+    }
+  }
+}
+
+#endif
+
+} // namespace graphcache

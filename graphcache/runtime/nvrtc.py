@@ -1,0 +1,74 @@
+"""Compiles the staging kernel for the GPU at hand, with the NVRTC that torch brings."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from graphcache import _C
+
+_SOURCE = Path(_C.__file__).parent / "stage_kernel.h"
+# Inputs that a kernel takes: a parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
+_CAPACITIES = (4, 4096 // _C.INPUT_BYTES - 1, 32764 // _C.INPUT_BYTES - 1)
+
+
+class CompileError(RuntimeError):
+    """NVRTC is missing or did not take the kernel."""
+
+
+def stage_kernel(device: torch.device, inputs: int) -> _C.StageKernel:
+    """Returns the kernel that stages up to `inputs` inputs, compiled when first needed.
+
+    Args:
+        device: a CUDA device, which is the current one.
+        inputs: how many static inputs a graph has.
+
+    Raises:
+        CompileError: where there is no NVRTC, or more inputs than a kernel's parameter holds.
+        RuntimeError: where the driver lacks an entry point, or does not load the kernel.
+    """
+    capacity = next((capacity for capacity in _CAPACITIES if inputs <= capacity), None)
+    if capacity is None:
+        raise CompileError(f"{inputs} inputs do not fit into the parameter of one kernel")
+    return _loaded(device, capacity)
+
+
+@cache
+def _loaded(device: torch.device, capacity: int) -> _C.StageKernel:
+    _C.check_driver()
+    major, minor = torch.cuda.get_device_capability(device)
+    options = (f"--gpu-architecture=sm_{major}{minor}", f"-DGRAPHCACHE_CAPACITY={capacity}")
+    return _C.StageKernel(_compile(_SOURCE.read_bytes(), options), capacity)
+
+
+def _compile(source: bytes, options: tuple[str, ...]) -> bytes:
+    try:
+        nvrtc = torch.cuda._utils._get_gpu_rtc_library()
+    except (OSError, AttributeError) as error:
+        raise CompileError(f"no NVRTC: {error}") from error
+    program = ctypes.c_void_p()
+    given = [option.encode() for option in options]
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"stage.cu", 0, None, None))
+    try:
+        arguments = (ctypes.c_char_p * len(given))(*given)
+        if nvrtc.nvrtcCompileProgram(program, len(given), arguments) != 0:
+            raise CompileError(_read(nvrtc, program, "ProgramLog").decode(errors="replace"))
+        return _read(nvrtc, program, "CUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))
+    return text.raw
+
+
+def _check(nvrtc: ctypes.CDLL, status: int) -> None:
+    if status != 0:
+        name = nvrtc.nvrtcGetErrorString
+        name.restype = ctypes.c_char_p
+        raise CompileError(f"NVRTC failed with {name(status).decode()}")
