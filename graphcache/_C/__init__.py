@@ -28,6 +28,7 @@ if _built_for.split("+")[0] != torch.__version__.split("+")[0]:
 
 try:
     from graphcache._C._native import (
+        Guard,
         alias,
         carve,
         end_host_capture,
@@ -46,6 +47,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "Guard",
     "alias",
     "carve",
     "end_host_capture",
