@@ -2,14 +2,12 @@
 
 A graph reads the addresses and the Python values of its capture for ever. So each place from which the
 forward could get a tensor (a parameter, a buffer, an attribute, a list in an attribute, a closure, a
-global) is watched: the same object must still be there, at the same address.
+global) is watched: the same object must still be there, at the same address. Python searches, once;
+the native guard compares.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
-from operator import itemgetter
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,106 +19,26 @@ from graphcache import _C
 _OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
 
-
-class _Watched:
-    """One place: `container[key]` must be `expected`."""
-
-    __slots__ = ("container", "expected", "key")
-
-    def __init__(self, container: Any, key: Any, expected: Any) -> None:
-        self.container = container
-        self.key = key
-        # Modules weakly, as in _WatchedModule.
-        self.expected = weakref.ref(expected) if isinstance(expected, nn.Module) else expected
-
-    def holds(self) -> bool:
-        expected = self.expected() if isinstance(self.expected, weakref.ref) else self.expected
-        try:
-            return expected is not None and self.container[self.key] is expected
-        except (KeyError, IndexError):
-            return False
-
-
-class _Cell:
-    """A closure cell, made to look like a container."""
-
-    __slots__ = ("cell",)
-
-    def __init__(self, cell: CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.cell.cell_contents
-
-
-class _WatchedModule:
-    """The attributes of one module, its parameters, buffers and children, all by identity.
-
-    Modules are watched through weak references: a child that knows its parent must not keep the
-    parent, and with it these guards, alive for ever. An id stands for an object as long as that lives:
-    tensors and plain values are held here, and each child is watched, and so known to live, itself.
-    """
-
-    __slots__ = ("_children", "_get", "_held", "_hooks", "_ids", "_module", "_size", "_tensors")
-
-    def __init__(self, module: nn.Module, *, is_root: bool) -> None:
-        self._module = weakref.ref(module)
-        self._hooks = () if is_root else ("_forward_hooks", "_forward_pre_hooks")
-        attributes = vars(module)
-        own = [name for name in attributes if name not in _OF_MODULE]
-        # Two names or more, so that it gives a tuple; some modules have no "training" of their own.
-        self._get = itemgetter(*own, "_parameters", "_buffers")
-        values = self._get(attributes)
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        self._size = len(attributes)
-        self._ids = tuple(map(id, values))
-        self._tensors = tuple(map(id, tensors))
-        self._children = tuple(map(id, module._modules.values()))
-        self._held = [*tensors, *filter(_is_plain, values)]
-
-    def holds(self) -> bool:
-        module = self._module()
-        if module is None:
-            return False
-        attributes = module.__dict__
-        return (
-            len(attributes) == self._size
-            and tuple(map(id, self._get(attributes))) == self._ids
-            and tuple(
-                map(id, chain(attributes["_parameters"].values(), attributes["_buffers"].values()))
-            )
-            == self._tensors
-            and tuple(map(id, attributes["_modules"].values())) == self._children
-            and not any(attributes[name] for name in self._hooks)
-        )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, (int, float, complex, str, bytes, Tensor))
+_Place = tuple[Any, Any, Any]  # a container or a closure cell, a key, and what is there
 
 
 class Guards:
-    """Everything that the graphs of one signature depend on besides their arguments."""
+    """Everything that the graphs of one signature depend on besides their arguments.
 
-    def __init__(self) -> None:
-        self.native = _C.Guard()
-        reference = weakref.ref(self)
-        self.native.stub = lambda grad: reference().hold(grad=grad)
-        self._modules: list[_WatchedModule] = []
-        self._places: list[_Watched] = []
-        self._addresses: list[tuple[Tensor, int]] = []
-        self.unwatched: list[Tensor] = []
+    Attributes:
+        native: what holds and compares it.
+        unwatched: tensors that the forward reached, and to which no place was found to lead.
+    """
+
+    __slots__ = ("native", "unwatched")
+
+    def __init__(self, native: _C.Guard | None = None, unwatched: Iterable[Tensor] = ()) -> None:
+        self.native = native or _C.Guard()
+        self.unwatched = list(unwatched)
 
     def hold(self, *, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
-        return (
-            all(module.holds() for module in self._modules)
-            and all(place.holds() for place in self._places)
-            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
-            and not (grad and any(tensor.requires_grad for tensor, _ in self._addresses))
-        )
+        return self.native.hold(grad)
 
     @classmethod
     def find(cls, function: Callable[..., Any], instance: Any, reached: Iterable[Tensor]) -> "Guards":
@@ -134,47 +52,50 @@ class Guards:
         Returns:
             The guards; `unwatched` holds those of `reached` to which no place leads.
         """
-        guards = cls()
-        search = _Search(guards, {_C.storage_key(tensor): tensor for tensor in reached}, instance)
+        search = _Search({_C.storage_key(tensor): tensor for tensor in reached}, instance)
         if isinstance(instance, nn.Module):
             search.visit(instance, (), _DEPTH)
         elif instance is not None and hasattr(instance, "__dict__"):
             search.inside(vars(instance), (), _DEPTH)
-        for container, key, value in _free_variables(function):
-            search.visit(value, (_Watched(container, key, value),), _DEPTH)
-        found = search.found.values()
-        guards._addresses = [(tensor, tensor.data_ptr()) for tensor in found]
-        watched = {_C.storage_key(tensor) for tensor in found}
-        guards.unwatched = [t for key, t in search.wanted.items() if key not in watched]
-        return guards
+        for place in _free_variables(function):
+            search.visit(place[-1], (place,), _DEPTH)
+        native = _C.Guard(
+            modules=search.modules,
+            root=instance,
+            dicts=[nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks],
+            places=list(search.places.values()),
+            tensors=list(search.found.values()),
+        )
+        watched = {_C.storage_key(tensor) for tensor in search.found.values()}
+        return cls(native, [t for key, t in search.wanted.items() if key not in watched])
 
 
 class _Search:
-    """Walks modules, containers and objects, and adds to `guards` what leads to a wanted storage."""
+    """Walks modules, containers and objects, and notes what leads to a wanted storage."""
 
-    def __init__(self, guards: Guards, wanted: dict[int, Tensor], root: Any) -> None:
-        self.guards = guards
+    def __init__(self, wanted: dict[int, Tensor], root: Any) -> None:
         self.wanted = wanted
         self.root = root
+        self.modules: list[nn.Module] = []
+        self.places: dict[tuple[int, Any], _Place] = {}
         self.found: dict[int, Tensor] = {}
         self._seen: set[int] = set()
 
-    def visit(self, value: Any, places: tuple[_Watched, ...], depth: int) -> None:
+    def visit(self, value: Any, places: tuple[_Place, ...], depth: int) -> None:
         """Looks at one value, to which `places` lead."""
         if isinstance(value, Tensor):
             if value.layout is torch.strided and _C.storage_key(value) in self.wanted:
                 self.found[id(value)] = value
-                self.guards._places.extend(places)
+                self._watch(places)
         elif isinstance(value, nn.Module):
             for module in value.modules():
                 if id(module) not in self._seen:
                     self._seen.add(id(module))
-                    watched = _WatchedModule(module, is_root=module is self.root)
-                    self.guards._modules.append(watched)
+                    self.modules.append(module)
                     for held in _attributes(module):
                         self.visit(held, (), depth)
             if value is not self.root:
-                self.guards._places.extend(places)
+                self._watch(places)
         elif depth > 0 and id(value) not in self._seen and not isinstance(value, _NOT_SEARCHED):
             if isinstance(value, (dict, list, tuple)):
                 self._seen.add(id(value))
@@ -183,10 +104,14 @@ class _Search:
                 self._seen.add(id(value))
                 self.inside(vars(value), places, depth - 1)
 
-    def inside(self, container: Any, places: tuple[_Watched, ...], depth: int) -> None:
+    def inside(self, container: Any, places: tuple[_Place, ...], depth: int) -> None:
         """Looks at everything in a container."""
         for key, value in _items(container):
-            self.visit(value, (*places, _Watched(container, key, value)), depth)
+            self.visit(value, (*places, (container, key, value)), depth)
+
+    def _watch(self, places: tuple[_Place, ...]) -> None:
+        for place in places:
+            self.places[id(place[0]), place[1]] = place
 
 
 _NOT_SEARCHED = (str, bytes, int, float, type, FunctionType, type(torch), torch.dtype, torch.device)
@@ -201,13 +126,13 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
     return list(container.items() if isinstance(container, dict) else enumerate(container))
 
 
-def _free_variables(function: Callable[..., Any]) -> Iterator[tuple[Any, Any, Any]]:
+def _free_variables(function: Callable[..., Any]) -> Iterator[_Place]:
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType):
         return
     for cell in function.__closure__ or ():
         try:
-            yield _Cell(cell), None, cell.cell_contents
+            yield cell, None, cell.cell_contents
         except ValueError:  # not filled yet
             continue
     names = set(function.__code__.co_names)

@@ -1,11 +1,15 @@
 """Contract 4: what a graph holds by address or by value is compared on every call."""
 
+import gc
+import weakref
+from collections import UserDict, defaultdict, deque
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache import _C, GraphCacheWarning, cuda_graphed
 from tests.conftest import MLP, Backend, eager
 
 
@@ -251,9 +255,6 @@ def test_a_graph_output_kept_in_an_attribute_is_not_captured(backend: Backend) -
 
 
 def test_a_child_that_knows_its_parent_does_not_keep_it_alive(backend: Backend) -> None:
-    import gc
-    import weakref
-
     class Child(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2
@@ -289,3 +290,222 @@ def test_grad_mode_is_respected_when_parameters_change(backend: Backend, mlp: ML
         mlp(x).sum().backward()
         assert mlp.up.weight.grad is not None
     assert graphcache.default_pool(backend.device)
+
+
+def test_a_change_that_is_none_keeps_the_graphs(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    replay_equals_eager(mlp, x)
+    mlp.eval()
+    mlp.up.weight.requires_grad_(mlp.up.weight.requires_grad)
+    mlp.up.extra = 1
+    del mlp.up.extra
+    mlp.up.weight = mlp.up.weight
+    replay_equals_eager(mlp, x)
+    assert mlp.forward.cache_info().captures == 1
+    mlp.up.extra = 1  # seen still, after a change that was none
+    replay_equals_eager(mlp, x)
+    assert mlp.forward.cache_info().captures == 2
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_a_global_hook_is_noticed(backend: Backend, mlp: MLP, kind: str) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    replay_equals_eager(mlp, x)
+    called: list[nn.Module] = []
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    with register(lambda module, *_: called.append(module)):
+        mlp(x)
+        assert mlp.up in called
+    replay_equals_eager(mlp, x)
+    assert mlp.forward.cache_info().captures == 2
+
+
+def test_a_hook_of_a_submodule_is_noticed(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    replay_equals_eager(mlp, x)
+    called: list[nn.Module] = []
+    for register in (mlp.up.register_forward_hook, mlp.down.register_forward_pre_hook):
+        with register(lambda module, *_: called.append(module)):
+            mlp(x)
+        replay_equals_eager(mlp, x)
+    assert called == [mlp.up, mlp.down]
+    with mlp.register_forward_hook(lambda module, *_: called.append(module)):  # its own may stay
+        replays = mlp.forward.cache_info().hits
+        mlp(x)
+        assert mlp.forward.cache_info().hits == replays + 1
+
+
+def test_only_the_root_may_have_hooks() -> None:
+    module = nn.Identity()
+    module.register_forward_hook(lambda *_: None)
+    assert not guard(module).hold(False)
+    assert guard(module, root=module).hold(False)
+
+
+def guard(module: nn.Module, **what: object) -> _C.Guard:
+    given = {"modules": [module], "root": None, "dicts": [], "places": [], "tensors": []}
+    return _C.Guard(**{**given, **what})
+
+
+class Anything:
+    pass
+
+
+def test_another_object_at_the_same_address_is_noticed() -> None:
+    module = nn.Identity()
+    module.held = Anything()
+    held = guard(module)
+    for _ in range(1000):
+        address = id(module.held)
+        module.held = None  # freed, and its memory taken by the next of its kind
+        module.held = Anything()
+        if id(module.held) == address:
+            break
+        held = guard(module)
+    assert id(module.held) == address
+    assert not held.hold(False)
+
+
+def test_what_cannot_be_held_weakly_is_held() -> None:
+    module = nn.Identity()
+    module.number, module.text, module.kind = 10**20, "".join(["a", "b"]), torch.float32
+    held = guard(module)
+    numbers = id(module.number)
+    module.number = None
+    assert all(id(10**20 + i) != numbers for i in range(100))
+    assert not held.hold(False)
+
+
+def test_dict_of_a_module_replaced() -> None:
+    module = nn.Identity()
+    held = guard(module)
+    assert held.hold(False)
+    old = module.__dict__
+    module.__dict__ = {**old, "training": not module.training}
+    assert not held.hold(False)
+    module.__dict__ = old
+    assert held.hold(False)
+
+
+@pytest.mark.parametrize("name", ["_parameters", "_buffers", "_modules", "_forward_hooks"])
+@pytest.mark.parametrize("keep", [True, False], ids=["old one kept", "old one freed"])
+def test_table_of_a_module_replaced(name: str, keep: bool) -> None:
+    module = nn.Linear(2, 2)
+    held = guard(module)
+    assert held.hold(False)
+    old = [getattr(module, name)] if keep else []
+    setattr(module, name, type(getattr(module, name))(getattr(module, name)))
+    assert not held.hold(False)
+    assert not held.hold(False)
+    assert len(old) == keep
+
+
+def test_a_module_that_keeps_its_tables_elsewhere_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    vars(module)["_parameters"] = UserDict(module._parameters)
+    with pytest.raises(TypeError, match="_parameters is no dict"):
+        guard(module)
+
+
+def test_a_module_that_died_is_noticed() -> None:
+    module = nn.Linear(2, 2)
+    attributes = vars(module)
+    held, other = guard(module), guard(nn.Identity())
+    assert held.hold(False)
+    assert not other.hold(False)
+    del module
+    gc.collect()
+    assert not held.hold(False)
+    attributes.clear()
+    assert not held.hold(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        (lambda t: t.add_(1), True),
+        (lambda t: setattr(t, "data", t.data), True),
+        (lambda t: setattr(t, "data", t.data.clone()), False),
+        (lambda t: setattr(t, "data", t.data.as_strided((4, 4), (4, 1), 4)), False),
+        (lambda t: setattr(t, "data", t.data.t()), False),
+        (lambda t: setattr(t, "data", t.data.view(2, 8)), False),
+        (lambda t: t.set_(torch.zeros(4, 4)), False),
+        (lambda t: t.untyped_storage().resize_(0), False),
+        (lambda t: torch.utils.swap_tensors(t, torch.zeros(4, 4)), False),
+        (graphcache.expire, False),
+    ],
+    ids=["write", "same", "data", "offset", "layout", "shape", "set", "resize", "swap", "expired"],
+)
+def test_storage(change, holds: bool) -> None:
+    tensor = torch.ones(8, 4)[:4]
+    held = guard(nn.Identity(), modules=[], tensors=[torch.ones(2), tensor])
+    assert held.hold(True)
+    change(tensor)
+    assert held.hold(False) == holds
+
+
+def test_gradients() -> None:
+    held = guard(nn.Identity(), modules=[], tensors=[tensor := torch.ones(4)])
+    tensor.requires_grad_()
+    assert held.hold(False)
+    assert not held.hold(True)
+
+
+def cell(value: object):
+    return (lambda: value).__closure__[0]
+
+
+class Doubled(dict):
+    def __getitem__(self, key):
+        return super().__getitem__(key)[0]
+
+
+@pytest.mark.parametrize(
+    ("container", "key", "change"),
+    [
+        ({"k": 1}, "k", lambda d: d.clear()),
+        ({(1, 2.5): 1}, (1, 2.5), lambda d: d.update({(1, 2.5): 2})),
+        (defaultdict(lambda: 2, k=1), "k", lambda d: d.pop("k")),
+        (Doubled(k=[1]), "k", lambda d: d.update(k=[2])),
+        (Doubled(k=[1]), "k", lambda d: d.clear()),
+        ([0, 1], 1, lambda d: d.pop()),
+        ([0, 1], 1, lambda d: d.reverse()),
+        (deque([0, 1]), 1, lambda d: d.pop()),
+        (cell(1), None, lambda c: setattr(c, "cell_contents", 2)),
+        (cell(1), None, lambda c: delattr(c, "cell_contents")),
+    ],
+    ids=["dict", "tuple key", "default", "override", "gone", "short", "list", "other", "cell", "empty"],
+)
+def test_places(container, key, change) -> None:
+    held = guard(nn.Identity(), modules=[], places=[(container, key, 1), ((0, 1), 1, 1)])
+    assert held.hold(False)
+    change(container)
+    assert not held.hold(False)
+    assert not isinstance(container, defaultdict) or not container
+
+
+def test_guards_are_collected_with_what_leads_back_to_them(backend: Backend) -> None:
+    """By way of a list, which a guard holds: only Python's collector can find that."""
+
+    class Child(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.parent = [parent]
+            self.tensors = [torch.ones(2, device=backend.device)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.tensors[0]
+
+    parent = nn.Sequential()
+    parent.append(cuda_graphed(Child(parent), sizes=(2,)))
+    x = backend.randn(2, 2)
+    replay_equals_eager(parent[0], x)
+    assert parent[0].forward.cache_info().hits > 0
+    cache, gone = weakref.ref(parent[0].forward._cache()), weakref.ref(parent)
+    del parent
+    gc.collect()
+    assert gone() is None
+    assert cache() is None

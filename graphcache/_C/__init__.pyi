@@ -1,11 +1,12 @@
 """Types of the native helper; sizes, strides and offsets are in elements."""
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
+    "Guard",
     "alias",
     "carve",
     "end_host_capture",
@@ -96,3 +97,32 @@ def end_host_capture(pool_first: int, pool_second: int) -> None:
     Raises:
         RuntimeError: if no capture into that pool is under way there.
     """
+
+class Guard:
+    """What the graphs of one signature depend on besides their arguments, as it is now.
+
+    Modules are known weakly. An empty guard always holds.
+
+    Args:
+        modules: their attributes, parameters, buffers and children have to stay the same objects.
+        root: the one of `modules` that may have forward hooks; none of the others may.
+        dicts: have to stay as they are.
+        places: `(container, key, value)`: `container[key]` has to stay `value`. A closure cell is a
+            container too; its key is ignored.
+        tensors: have to keep their storage, at its address, and their offset in it.
+    """
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        modules: Sequence[nn.Module],
+        root: object,
+        dicts: Sequence[dict[Any, Any]],
+        places: Sequence[tuple[Any, Any, Any]],
+        tensors: Sequence[Tensor],
+    ) -> None: ...
+    def hold(self, grad: bool) -> bool:
+        """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""

@@ -180,7 +180,6 @@ void bind_bucket(py::module_& m) {
 }
 
 void bind_dispatcher(py::module_& m) {
-  py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard").def(py::init<>()).def_readwrite("stub", &Guard::stub);
   py::class_<Entry, std::shared_ptr<Entry>>(m, "Entry")
       .def(
           py::init([](const std::shared_ptr<PoolLock>& lock, const std::shared_ptr<Guard>& guard) {

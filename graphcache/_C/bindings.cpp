@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 namespace py = pybind11;
 
 namespace graphcache {
+void bind_guard(py::module_& m); // bind_guard.cpp
 void bind_replay(py::module_& m); // bind_replay.cpp
 }
 
@@ -102,5 +104,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "materialize",
       [](const at::Tensor& tensor) { graphcache::materialize(storage_of(tensor)); },
       py::arg("tensor"));
+  graphcache::bind_guard(m);
   graphcache::bind_replay(m);
 }

@@ -126,7 +126,8 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
                                         : py::cast<bool>(surroundings_.capturing())) {
     return miss();
   }
-  if (!entry.guard->hold(signature.grad())) {
+  const auto guard = entry.guard.lock();
+  if (guard == nullptr || !guard->hold(signature.grad())) {
     return miss();
   }
   ++calls;

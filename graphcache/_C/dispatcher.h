@@ -14,7 +14,9 @@ namespace graphcache {
 // The graphs of one signature.
 struct Entry {
   std::shared_ptr<PoolLock> lock;
-  std::shared_ptr<Guard> guard;
+  // Weakly: it refers to what may lead back here, and only Python's own reference shows that to Python's
+  // cycle collector.
+  std::weak_ptr<Guard> guard;
   bool exact = false; // batches of exactly these sizes only
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
 

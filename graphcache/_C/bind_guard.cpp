@@ -1,0 +1,60 @@
+// The Python face of the guards.
+#include "guard.h"
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+
+namespace py = pybind11;
+
+namespace graphcache {
+namespace {
+
+// Guards refer to what may lead back to them, so Python's cycle collector has to see through them. An
+// owner besides the Python object would need what they refer to: then nothing is shown.
+Guard* only_owned_guard(PyObject* object) {
+  if (!py::detail::is_holder_constructed(object)) {
+    return nullptr;
+  }
+  const auto guard = py::cast<std::shared_ptr<Guard>>(py::handle(object));
+  return guard.use_count() == 2 ? guard.get() : nullptr; // the other one is Python's
+}
+
+void make_collectable(PyHeapTypeObject* heap_type) {
+  auto& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const auto* guard = only_owned_guard(self);
+    return guard == nullptr ? 0 : guard->traverse(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (auto* guard = only_owned_guard(self)) {
+      guard->clear();
+    }
+    return 0;
+  };
+}
+
+} // namespace
+
+void bind_guard(py::module_& m) {
+  py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard", py::custom_type_setup(&make_collectable))
+      .def(py::init<>())
+      .def(
+          py::init<
+              const Guard::Objects&,
+              const py::object&,
+              const Guard::Objects&,
+              const Guard::Objects&,
+              const Guard::Objects&>(),
+          py::kw_only(),
+          py::arg("modules"),
+          py::arg("root"),
+          py::arg("dicts"),
+          py::arg("places"),
+          py::arg("tensors"))
+      .def("hold", &Guard::hold, py::arg("grad"));
+}
+
+} // namespace graphcache

@@ -1,0 +1,50 @@
+// "Has any of these dicts changed since?", from CPython's own bookkeeping, without a look inside.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace graphcache {
+
+// A group of dicts that are watched together. It keeps none of them alive. The GIL is held throughout.
+class DictGroup {
+ public:
+  DictGroup() = default;
+  DictGroup(const DictGroup&) = delete;
+  DictGroup& operator=(const DictGroup&) = delete;
+  ~DictGroup();
+
+  // Before Python 3.12 `clean` reads each dict, in the order of adding, up to the first that changed:
+  // so each must be known to live, or be held by one that was added before it.
+  void add(PyObject* dict);
+
+  // Tells whether none has changed since it was added, or since `rearm`. May err towards "changed".
+  bool clean() const;
+
+  // Tells whether one of them was freed; such a group never gets clean again.
+  bool lost() const;
+
+  // Takes the present contents for unchanged; only while all of the dicts live.
+  void rearm();
+
+#if PY_VERSION_HEX >= 0x030C0000
+ private:
+  friend struct DictWatcher;
+
+  std::vector<PyObject*> dicts_; // one that was freed stays in here, and is not looked at
+  bool changed_ = false;
+  bool lost_ = false;
+  bool blind_ = false; // one can't be watched
+#else
+ private:
+  struct Version {
+    PyObject* dict;
+    uint64_t tag; // unique among all dicts of the process
+  };
+  std::vector<Version> versions_;
+#endif
+};
+
+} // namespace graphcache
