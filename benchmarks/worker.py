@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -110,7 +111,7 @@ class _Run:
             if ours.shape != expected.shape or ours.dtype != expected.dtype:
                 return {"correct": False, "why": f"{ours.dtype}{list(ours.shape)}"}
             difference = (ours.double() - expected.double()).abs().max().item()
-            error = max(error, difference if difference == difference else float("inf"))
+            error = max(error, float("inf") if math.isnan(difference) else difference)
             scale = max(scale, expected.double().abs().max().item())
         tolerance = self.workload.tolerance * scale
         return {

@@ -221,8 +221,8 @@ WORKLOADS = {
         ),
         Workload(
             "gpt2",
-            "A decode step in the shape of GPT-2 small: 12 layers of 768, KV cache of 1,024 positions in "
-            "buffers, 2 inputs, bfloat16.",
+            "A decode step in the shape of GPT-2 small: 12 layers of 768, KV cache of 1,024 positions "
+            "in buffers, 2 inputs, bfloat16.",
             lambda device, small: gpt(device, small, GPT_ROWS, GPT_POSITIONS),
             gpt_inputs,
             sizes=(1, 2, 4, 8),
