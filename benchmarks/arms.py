@@ -41,6 +41,7 @@ class Arm:
         name: as it is recorded.
         about: one line for the docs.
         on_cpu: it exists without a GPU.
+        graphed: it replays graphs, so that a profile shows what it does besides.
         pads: it serves a batch by the graph of a larger size; others get the very batch.
         before: called before each call, outside the timed part.
     """
@@ -48,6 +49,7 @@ class Arm:
     name: ClassVar[str]
     about: ClassVar[str]
     on_cpu: ClassVar[bool] = False
+    graphed: ClassVar[bool] = True
     pads: ClassVar[bool] = False
     before: Callable[[], None] | None = None
 
@@ -94,6 +96,7 @@ class Eager(Arm):
 
     name = "eager"
     about = "the module as it is"
+    graphed = False
     on_cpu = True
 
 
@@ -292,11 +295,18 @@ class Compile(Arm):
 
     name = "compile"
     about = "`torch.compile`"
+    graphed = False
     options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._compiled = torch.compile(self.model, **self.options)
+
+    def served(self, scenario: Scenario) -> str | None:
+        """Leaves out what would cost more compilations than it tells."""
+        if scenario.name == "exact" or self.setup.workload.recompiled:
+            return None
+        return "left out: compile time"
 
     def call(self, scenario: Scenario) -> Callable[..., Any]:
         """Returns the compiled module."""
@@ -308,6 +318,7 @@ class ReduceOverhead(Compile):
 
     name = "reduce-overhead"
     about = '`torch.compile(mode="reduce-overhead")`, each step marked outside the timed part'
+    graphed = True
     options: ClassVar[dict[str, Any]] = {"mode": "reduce-overhead"}
 
     def __init__(self, setup: Setup) -> None:

@@ -25,19 +25,24 @@ def mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.2f} MiB"
 
 
-def _timed(figures: dict[str, Any], name: str, arm: dict[str, Any]) -> tuple[str, ...]:
-    about = f"{figures['arms'][name]}"
+def legend(figures: dict[str, Any]) -> str:
+    """Says what the arms are."""
+    return table([("arm", "what it is"), *figures.get("arms", {}).items()])
+
+
+def _timed(name: str, arm: dict[str, Any], replay: dict[str, Any]) -> tuple[str, ...]:
     if "left_out" in arm or "error" in arm:
-        why = arm.get("left_out") or str(arm["error"]).splitlines()[0][:80]
-        return (f"{about}: {why}", "", "", "", "", "")
+        why = arm.get("left_out") or str(arm["error"]).splitlines()[0][:80].replace("|", "/")
+        return (f"{name}: {why}", "", "", "", "", "", "")
     if not arm["correct"]:
-        return (f"{about}: **wrong**", "", "", "", "", "")
-    if arm["mode"] != "inference_mode":
-        about += f" ({arm['mode']})"
+        return (f"{name}: **wrong**", "", "", "", "", "", "")
+    about = name if arm["mode"] == "inference_mode" else f"{name} ({arm['mode']})"
     latency, host, outside = arm["latency_us"], arm["host_us"], arm.get("outside", {})
+    floor = replay["latency_us"]["median"] if "latency_us" in replay else None
     return (
         about,
         f"{latency['median']:,.1f} ({latency['p99']:,.1f})",
+        f"{latency['median'] / floor:.2f}" if floor else "",
         f"{host['median']:,.1f} ({host['p99']:,.1f})",
         f"{arm['calls_per_second']:,.0f}",
         f"{outside['launches']:g}" if "launches" in outside else "",
@@ -45,11 +50,13 @@ def _timed(figures: dict[str, Any], name: str, arm: dict[str, Any]) -> tuple[str
     )
 
 
-def _scenario(figures: dict[str, Any], name: str, scenario: dict[str, Any]) -> str:
+def _scenario(name: str, scenario: dict[str, Any]) -> str:
     batches = ", ".join(map(str, scenario["batches"]))
     title = TITLES[name].format(batches=batches, size=scenario["size"])
-    header = (name, "latency, us (p99)", "host, us (p99)", "calls per second", "launches", "allocations")
-    rows = [_timed(figures, arm, found) for arm, found in scenario["arms"].items()]
+    times = ("latency, us (p99)", "against replay", "host, us (p99)", "calls per second")
+    header = ("arm", *times, "launches", "allocations")
+    arms = scenario["arms"]
+    rows = [_timed(arm, found, arms.get("replay", {})) for arm, found in arms.items()]
     return f"**{name}**: {title}.\n\n" + table([header, *rows])
 
 
@@ -75,7 +82,7 @@ def workload(figures: dict[str, Any]) -> str:
     parts = [
         figures["about"],
         f"![Latency and host time]({plot_of(figures)})",
-        *(_scenario(figures, name, found) for name, found in figures["scenarios"].items()),
+        *(_scenario(name, found) for name, found in figures["scenarios"].items()),
         goals(figures),
     ]
     return "\n\n".join(parts)
@@ -115,6 +122,7 @@ def plot_of(figures: dict[str, Any]) -> str:
     return f"plots/bench-{figures['workload']}.svg"
 
 
+# The memory record says nothing of arms, so it is not the first.
 SECTIONS = {
     "bench-tiny": workload,
     "bench-gpt2": workload,

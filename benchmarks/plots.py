@@ -71,6 +71,7 @@ def main() -> int:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "graphcache"  # the same file from the same record
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a third of the size
     from matplotlib import pyplot
 
     (PAGE_FOLDER / "plots").mkdir(exist_ok=True)

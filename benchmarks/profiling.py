@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.timing import Timed
 
 MARK = "graphcache benchmark"
-CALLS = 20
+CALLS = 10
 ALLOCATION_CALLS = 100
 
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cuMemcpy", "cudaMemset", "cuMemset")

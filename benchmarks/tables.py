@@ -26,14 +26,14 @@ Made by `python -m benchmarks.tables` from the records in `benchmarks/results`; 
 a GPU by `python -m benchmarks.record --out benchmarks/results`.
 """
 
-COMPARISONS = """What follows is made by `python -m benchmarks --out benchmarks/results`, and its plots by
-`python -m benchmarks.plots`. All arms of a table are timed in one process on one card. They take turns of
-32 calls, and turns at going first. The GPU is synchronised before each timed call: *host* is the time
-until the call returns, *latency* the time until a synchronise after it returns; both are medians. *Calls
-per second* are of calls that nothing waits for. Every arm is compared with eager on fresh inputs in the
-same run, and runs under `torch.inference_mode()` unless its row says otherwise. *Launches* are the kernels,
-copies and fills that a call launches outside its graph, counted in a profile of its own, and *allocations*
-those of torch's caching allocator, both per call.
+COMPARISONS = """What follows is made by `python -m benchmarks --out benchmarks/results`, and its plots
+by `python -m benchmarks.plots`. All arms of a table are timed in one process on one card. They take
+turns of 32 calls, and turns at going first. The GPU is synchronised before each timed call: *host* is
+the time until the call returns, *latency* the time until a synchronise after it returns; both are
+medians. *Calls per second* are of calls that nothing waits for. Every arm is compared with eager on
+fresh inputs in the same run, and runs under `torch.inference_mode()` unless its row says otherwise.
+*Launches* are the kernels, copies and fills that a call launches outside its graph, counted in a
+profile of its own, and *allocations* those of torch's caching allocator, both per call.
 """
 
 
@@ -100,7 +100,7 @@ def page() -> str:
             record = json.loads(path.read_text())
             where = record["environment"]
             if name.startswith("bench-") and COMPARISONS not in parts:
-                parts.append(COMPARISONS)
+                parts += [COMPARISONS, comparison.legend(record["figures"]) + "\n"]
             parts.append(f"## {name}, {where['device']}\n")
             parts.append(section(record["figures"]) + "\n")
             parts.append(

@@ -139,7 +139,7 @@ class _Run:
             if name in self.failed:
                 found[name] = {"error": self.failed[name]}
                 continue
-            begin = time.perf_counter()
+            begin, compiled = time.perf_counter(), compilations()
             try:
                 arm, mode = self.ready(name, scenario)
                 left_out = arm.served(scenario)
@@ -147,7 +147,8 @@ class _Run:
                     found[name] = {"left_out": left_out}
                     continue
                 found[name] = {"mode": mode, **self.check(arm, mode, scenario, tests)}
-                calls = arm.calls(scenario, each)
+                with MODES[mode]():
+                    calls = arm.calls(scenario, each)
             except Exception as error:
                 text = (
                     str(error) if isinstance(error, NotInstalled) else f"{type(error).__name__}: {error}"
@@ -158,6 +159,7 @@ class _Run:
                 print(f"  {scenario.name} {name}: {found[name]['error'][:300]}", flush=True)
                 continue
             found[name]["prepare_seconds"] = time.perf_counter() - begin
+            found[name]["compiled_graphs"] = compilations() - compiled
             reset = partial(self.reset, arm.model)
             timed[name] = Timed(name, calls, MODES[mode], reset, arm.before)
         self.time(timed, found)
@@ -184,7 +186,7 @@ class _Run:
             found[name] |= facts | figures_of(arm)
         if self.device.type == "cuda":
             for name, arm in timed.items():
-                if arm.error is None:
+                if arm.error is None and self.arms[name][0].graphed:
                     found[name]["outside"] = self.profile(arm)
 
     def profile(self, arm: Timed) -> dict[str, Any]:
@@ -214,6 +216,11 @@ class _Run:
 
 class NotInstalled(Exception):
     """An arm's library is missing."""
+
+
+def compilations() -> int:
+    """Returns how many graphs torch.compile has made: a new one in a scenario is a recompilation."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def status_of(figures: dict[str, Any]) -> int:
@@ -296,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # Every arm compiles the same forward; their variants count against one limit.
     torch._dynamo.config.recompile_limit = 64
+    # What an earlier run learned of dynamic shapes would have the first compilation differ.
+    torch._dynamo.config.automatic_dynamic_local_pgo = False
     return record(args.workload, args.path, torch.device(args.device), args.quick)
 
 
