@@ -317,7 +317,7 @@ class ReduceOverhead(Compile):
     """Inductor with its own graphs."""
 
     name = "reduce-overhead"
-    about = '`torch.compile(mode="reduce-overhead")`, each step marked outside the timed part'
+    about = '`torch.compile(mode="reduce-overhead")`; `cudagraph_mark_step_begin` before each timed call'
     graphed = True
     options: ClassVar[dict[str, Any]] = {"mode": "reduce-overhead"}
 

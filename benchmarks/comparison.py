@@ -33,9 +33,9 @@ def legend(figures: dict[str, Any]) -> str:
 def _timed(name: str, arm: dict[str, Any], replay: dict[str, Any]) -> tuple[str, ...]:
     if "left_out" in arm or "error" in arm:
         why = arm.get("left_out") or str(arm["error"]).splitlines()[0][:80].replace("|", "/")
-        return (f"{name}: {why}", "", "", "", "", "", "")
+        return (f"{name}: {why}", *[""] * 7)
     if not arm["correct"]:
-        return (f"{name}: **wrong**", "", "", "", "", "", "")
+        return (f"{name}: **wrong**", *[""] * 7)
     about = name if arm["mode"] == "inference_mode" else f"{name} ({arm['mode']})"
     latency, host, outside = arm["latency_us"], arm["host_us"], arm.get("outside", {})
     floor = replay["latency_us"]["median"] if "latency_us" in replay else None
@@ -45,8 +45,10 @@ def _timed(name: str, arm: dict[str, Any], replay: dict[str, Any]) -> tuple[str,
         f"{latency['median'] / floor:.2f}" if floor else "",
         f"{host['median']:,.1f} ({host['p99']:,.1f})",
         f"{arm['calls_per_second']:,.0f}",
-        f"{outside['launches']:g}" if "launches" in outside else "",
-        f"{outside['allocations']:g}" if "allocations" in outside else "",
+        *(
+            f"{outside[key]:g}" if key in outside else ""
+            for key in ("launches", "synchronises", "allocations")
+        ),
     )
 
 
@@ -54,7 +56,7 @@ def _scenario(name: str, scenario: dict[str, Any]) -> str:
     batches = ", ".join(map(str, scenario["batches"]))
     title = TITLES[name].format(batches=batches, size=scenario["size"])
     times = ("latency, us (p99)", "against replay", "host, us (p99)", "calls per second")
-    header = ("arm", *times, "launches", "allocations")
+    header = ("arm", *times, "launches", "synchronises", "allocations")
     arms = scenario["arms"]
     rows = [_timed(arm, found, arms.get("replay", {})) for arm, found in arms.items()]
     return f"**{name}**: {title}.\n\n" + table([header, *rows])

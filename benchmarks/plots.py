@@ -36,8 +36,9 @@ def bars(figures: dict[str, Any], pyplot: Any) -> Any:
             drawn = axis.barh(names, values, color=colours)
             axis.bar_label(drawn, [f"{value:,.1f}" for value in values], padding=2, fontsize=8)
             axis.set_xscale("log")
+            axis.tick_params(axis="x", which="both", bottom=False, labelbottom=False)  # bars say it
             axis.set_xlim(min(values) * 0.7, max(values) * 2.5)
-            axis.set_title(f"{scenario}: {title}, us, median")
+            axis.set_title(f"{scenario}: {title}, us, median (log)")
             axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(figures["about"])
     return figure

@@ -32,8 +32,9 @@ turns of 32 calls, and turns at going first. The GPU is synchronised before each
 the time until the call returns, *latency* the time until a synchronise after it returns; both are
 medians. *Calls per second* are of calls that nothing waits for. Every arm is compared with eager on
 fresh inputs in the same run, and runs under `torch.inference_mode()` unless its row says otherwise.
-*Launches* are the kernels, copies and fills that a call launches outside its graph, counted in a
-profile of its own, and *allocations* those of torch's caching allocator, both per call.
+*Launches* are the kernels, copies and fills that a call launches outside its graph, *synchronises* its
+waits for the GPU, both counted in a profile after all timings, and *allocations* those of torch's
+caching allocator, each per call.
 """
 
 

@@ -59,6 +59,7 @@ class _Run:
         self.setup = Setup(workload, device, self.duplicate, self.inputs)
         self.arms: dict[str, tuple[Arm, str]] = {}
         self.failed: dict[str, str] = {}
+        self.to_profile: list[tuple[Timed, dict[str, Any]]] = []
         self.synchronize: Callable[[], Any] = (
             torch.cuda.synchronize if device.type == "cuda" else lambda: None
         )
@@ -185,9 +186,10 @@ class _Run:
                 }
             found[name] |= facts | figures_of(arm)
         if self.device.type == "cuda":
-            for name, arm in timed.items():
-                if arm.error is None and self.arms[name][0].graphed:
-                    found[name]["outside"] = self.profile(arm)
+            graphed = [
+                name for name, arm in timed.items() if arm.error is None and self.arms[name][0].graphed
+            ]
+            self.to_profile += [(timed[name], found[name]) for name in graphed]
 
     def profile(self, arm: Timed) -> dict[str, Any]:
         """Counts what an arm does outside its graph."""
@@ -209,8 +211,13 @@ class _Run:
             figures["scenarios"][scenario.name] = self.scenario(scenario)
             seconds = time.perf_counter() - begin
             print(f"  {self.workload.name} {scenario.name}: {seconds:.0f} s", flush=True)
+            figures["status"] = status_of(figures)
             save(figures)
-        figures["status"] = status_of(figures)
+        # After all timings: a profiler that was attached once may slow down every launch after it.
+        begin = time.perf_counter()
+        for arm, found in self.to_profile:
+            found["outside"] = self.profile(arm)
+        print(f"  {self.workload.name} profiles: {time.perf_counter() - begin:.0f} s", flush=True)
         return figures
 
 

@@ -1,6 +1,7 @@
 """The benchmark harness works where there is no GPU, and is not taken in by wrong arms."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ def test_tables_refuse_what_is_emulated(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="emulated"):
         tables.page()
+
+
+def test_the_page_shows_plots_that_exist() -> None:
+    for plot in re.findall(r"\]\((plots/[^)]*)\)", tables.PAGE.read_text()):
+        assert (tables.PAGE.parent / plot).exists(), f"{plot}: run python -m benchmarks.plots"
 
 
 def test_sizes_are_spread_over_the_ladder() -> None:
