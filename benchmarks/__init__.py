@@ -1,1 +1,1 @@
-"""Records of runs on a GPU, and the tables that are made from them."""
+"""Measurements, records of runs on a GPU, and the tables and plots that are made from them."""

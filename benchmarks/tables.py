@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import comparison
+from benchmarks.comparison import mib, table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -23,16 +26,16 @@ Made by `python -m benchmarks.tables` from the records in `benchmarks/results`; 
 a GPU by `python -m benchmarks.record --out benchmarks/results`.
 """
 
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Returns a Markdown table; the first row is the header."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def mib(nbytes: int) -> str:
-    """Returns a number of bytes in MiB."""
-    return f"{nbytes / 2**20:,.2f} MiB"
+COMPARISONS = """What follows is made by `python -m benchmarks --out benchmarks/results`, and its plots
+by `python -m benchmarks.plots`. All arms of a table are timed in one process on one card. They take
+turns of 32 calls, and turns at going first. The GPU is synchronised before each timed call: *host* is
+the time until the call returns, *latency* the time until a synchronise after it returns; both are
+medians. *Calls per second* are of calls that nothing waits for. Every arm is compared with eager on
+fresh inputs in the same run, and runs under `torch.inference_mode()` unless its row says otherwise.
+*Launches* are the kernels, copies and fills that a call launches outside its graph, *synchronises* its
+waits for the GPU, both counted in a profile after all timings, and *allocations* those of torch's
+caching allocator, each per call.
+"""
 
 
 def tests(figures: dict[str, Any]) -> str:
@@ -83,16 +86,22 @@ def char_decode(figures: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"tests": tests, "weak_refs": weak_refs, "char_decode": char_decode}
+SECTIONS = {"tests": tests, "weak_refs": weak_refs, "char_decode": char_decode, **comparison.SECTIONS}
 
 
 def page() -> str:
-    """Returns the page that the records make."""
+    """Returns the page that the records make.
+
+    Raises:
+        ValueError: where a record is of emulated graphs.
+    """
     parts = [HEADER]
     for name, section in SECTIONS.items():
         for path in sorted(RESULTS.glob(f"{name}-*.json")):
             record = json.loads(path.read_text())
             where = record["environment"]
+            if name.startswith("bench-") and COMPARISONS not in parts:
+                parts += [COMPARISONS, comparison.legend(record["figures"]) + "\n"]
             parts.append(f"## {name}, {where['device']}\n")
             parts.append(section(record["figures"]) + "\n")
             parts.append(

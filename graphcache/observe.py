@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
 from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
-from graphcache.state import SavedState, uncached_autocast
+from graphcache.state import SavedState, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ class Observer(TorchDispatchMode):
         host = _Report(self)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
-            with uncached_autocast(), host, self:
+            with uncached_autocast(), uncompiled(), host, self:
                 yield
         finally:
             self.draws = not torch.equal(before, self._random_state())

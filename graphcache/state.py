@@ -1,7 +1,9 @@
 """State around a forward: what was written is put back, what would outlive a capture is kept out."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,3 +42,19 @@ def uncached_autocast() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Runs compiled forwards eagerly inside the block.
+
+    Dynamo gives up on code that it meets under a dispatch mode, for good and for all modules that share
+    it: their compiled forwards would run eagerly from then on, and so would a capture.
+    """
+    # Nothing is compiled where Dynamo was never imported, and importing it takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    try:
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    except RuntimeError:  # refused between the graphs of a compiled caller
+        return nullcontext()
+    return stance

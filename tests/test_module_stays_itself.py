@@ -214,6 +214,34 @@ def test_a_compiled_module_can_be_graphed(backend: Backend) -> None:
     assert model.forward.cache_info().hits == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_module_stays_compiled_when_it_is_graphed(backend: Backend) -> None:
+    """Dynamo gives up for good on code that it meets under a dispatch mode, as the first call is."""
+    torch.compiler.reset()
+    runs = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> object:
+        def run(*args: torch.Tensor) -> object:
+            runs.append(graph)
+            return graph.forward(*args)
+
+        return run
+
+    other = torch.compile(MLP().to(backend.device), backend=counting)
+    compiled = torch.compile(MLP().to(backend.device), backend=counting)
+    x = backend.randn(2, 8)
+    other(x)
+    compiled(x)
+    model = cuda_graphed(compiled, sizes=(2,))
+    for _ in range(3):
+        model(x)
+    assert model.forward.cache_info().hits == 2
+    runs.clear()
+    other(x)
+    other(backend.randn(3, 8))
+    assert len(runs) == 2
+
+
 def test_torch_export_sees_the_plain_forward(model: nn.Module, backend: Backend) -> None:
     x = backend.randn(3, 8)
     exported = torch.export.export(model, (x,))

@@ -17,7 +17,7 @@ from graphcache.errors import CaptureError
 from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
 from graphcache.runtime import Result
 from graphcache.runtime.arena import EmulatedArena, copy_memory
-from graphcache.state import SavedState
+from graphcache.state import SavedState, uncompiled
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (
@@ -91,7 +91,7 @@ class EmulatedRuntime:
         recorder = _Recorder(arena)
         segments = [segment.clone() for segment in arena.segments]
         try:
-            with torch.random.fork_rng(devices=[]), HostReads(_CPU), recorder:
+            with torch.random.fork_rng(devices=[]), uncompiled(), HostReads(_CPU), recorder:
                 result = body()
         finally:
             recorder.saved.restore()
