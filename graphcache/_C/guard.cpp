@@ -53,19 +53,23 @@ bool Guard::Module::is_there() const {
 }
 
 void Guard::watch(const Module& module, bool is_root) {
-  const auto add = [this](PyObject* dict, bool must_be_empty) {
-    watched_.add(dict); // first: what changes from here on is noticed
-    tables_.push_back(must_be_empty ? Table::empty(dict) : Table::of(dict));
-  };
-  add(module.dict, false);
+  watch(module.dict);
   for (const auto* name : kContents) {
-    add(table(module.dict, name), false);
+    watch(table(module.dict, name));
   }
-  if (!is_root) {
-    for (const auto* name : kHooks) {
-      add(table(module.dict, name), true);
-    }
+  if (is_root) {
+    return;
   }
+  for (const auto* name : kHooks) {
+    auto* hooks = table(module.dict, name);
+    watch(hooks);
+    never_ = never_ || PyDict_GET_SIZE(hooks) != 0;
+  }
+}
+
+void Guard::watch(PyObject* dict) {
+  watched_.add(dict); // first: what changes from here on is noticed
+  tables_.emplace_back(dict);
 }
 
 // Places
@@ -161,8 +165,7 @@ Guard::Guard(
     watch(modules_.emplace_back(module), module.is(root));
   }
   for (const auto& dict : dicts) {
-    watched_.add(py::cast<py::dict>(dict).ptr());
-    tables_.push_back(Table::of(dict.ptr()));
+    watch(py::cast<py::dict>(dict).ptr());
   }
   for (const auto& place : places) {
     places_.emplace_back(py::cast<py::tuple>(place));
@@ -173,7 +176,7 @@ Guard::Guard(
 }
 
 bool Guard::hold(bool grad) {
-  return !cleared_ && modules_hold() && places_hold() && addresses_hold(grad);
+  return !never_ && modules_hold() && places_hold() && addresses_hold(grad);
 }
 
 bool Guard::modules_hold() {
@@ -237,7 +240,7 @@ int Guard::traverse(visitproc visit, void* arg) const {
 }
 
 void Guard::clear() {
-  cleared_ = true;
+  never_ = true;
   // Moved out first: what dies here may run code that asks this guard.
   const auto modules = std::move(modules_);
   const auto tables = std::move(tables_);

@@ -73,6 +73,7 @@ class Guard {
   };
 
   void watch(const Module& module, bool is_root);
+  void watch(PyObject* dict);
   bool modules_hold();
   bool places_hold() const;
   bool addresses_hold(bool grad) const;
@@ -84,7 +85,7 @@ class Guard {
   std::vector<Place> places_;
   std::vector<Address> addresses_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
-  bool cleared_ = false;
+  bool never_ = false; // hooked from the start, or cleared
 };
 
 } // namespace graphcache

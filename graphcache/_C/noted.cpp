@@ -47,19 +47,13 @@ int Noted::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-Table Table::empty(PyObject* dict) {
-  return Table(dict);
-}
-
-Table Table::of(PyObject* dict) {
-  Table table(dict);
+Table::Table(PyObject* dict) : dict_(dict) {
   // Held meanwhile: a weak reference is an allocation, which may set off the cycle collector.
   const auto items = py::reinterpret_steal<py::list>(PyDict_Items(dict));
   for (const auto item : items) {
-    table.entries_.emplace_back(
+    entries_.emplace_back(
         Noted(PyTuple_GET_ITEM(item.ptr(), 0)), Noted(PyTuple_GET_ITEM(item.ptr(), 1)));
   }
-  return table;
 }
 
 bool Table::same() const {

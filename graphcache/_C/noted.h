@@ -36,17 +36,13 @@ inline bool Noted::is(PyObject* object) const {
 // The keys and values of one dict, in their order.
 class Table {
  public:
-  // Notes a dict that is empty, or that has to be.
-  static Table empty(PyObject* dict);
-  static Table of(PyObject* dict);
+  explicit Table(PyObject* dict);
 
   // Tells whether the dict is as it was; whoever asks knows that it lives.
   bool same() const;
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  explicit Table(PyObject* dict) : dict_(dict) {}
-
   PyObject* dict_;
   std::vector<std::pair<Noted, Noted>> entries_;
 };
