@@ -99,14 +99,13 @@ class GraphCache:
         self.name = name
         self.options = options
         self._signature = Signature(function, options.batch_dim, options.bind)
-        self._native = _C.Dispatcher(
+        self.native = _C.Dispatcher(
             config.disabled_var,
             config.emulated_var,
             DeviceContext,
             None if _driver_answers() else is_stream_capturing,
             hasattr(instance, "training"),
         )
-        self.serve = self._native.serve
         self._entries: dict[Any, Entry] = {}
         self._written: dict[Any, frozenset[int]] = {}
         self._recaptures = 0
@@ -124,8 +123,8 @@ class GraphCache:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Serves one call that `serve` did not: by a graph, or eagerly with the reason counted."""
-        self._native.calls += 1
+        """Serves one call that `native` did not: by a graph, or eagerly with the reason counted."""
+        self.native.calls += 1
         try:
             refuse_where_watched(instance)
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
@@ -204,7 +203,7 @@ class GraphCache:
     def _replay(self, call: Call, bucket: Bucket) -> Any:
         stream = bucket.lane.follow_stream()
         tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.leaves]
-        return bucket.native.run(tensors, call.batch, self._native.calls, stream)
+        return bucket.native.run(tensors, call.batch, self.native.calls, stream)
 
     def _publish(self, call: Call, instance: Any, entry: Entry) -> None:
         """Lets native code serve calls like this one with the graphs that there are now."""
@@ -212,7 +211,7 @@ class GraphCache:
             entry.native = _C.Entry(self._pool_for(call).lock, entry.guards.native)
             parameters, leaves = self._signature.native(call)
             training = getattr(instance, "training", None)
-            self._native.add(parameters, leaves, training, entry.native)
+            self.native.add(parameters, leaves, training, entry.native)
         entry.native.set(
             [bucket.native for bucket in entry.buckets.values()], entry.exact is not None
         )
@@ -225,7 +224,7 @@ class GraphCache:
 
     def _withdraw(self, entry: Entry) -> None:
         if entry.native is not None:
-            self._native.forget(entry.native)
+            self.native.forget(entry.native)
             entry.native = None
 
     def _retire(self, bucket: Bucket) -> None:
@@ -457,7 +456,7 @@ class GraphCache:
         return CacheInfo(
             backend=pool.runtime.name if pool is not None and graphed else "none",
             launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
-            calls=self._native.calls,
+            calls=self.native.calls,
             replays=dict(sorted(counts.replays.items())),
             padded_rows=counts.padded_rows,
             eager=dict(counts.eager),
@@ -485,7 +484,7 @@ class GraphCache:
         self._written.clear()
         self._warned.clear()
         self._recaptures = self._unsettled = 0
-        self._native.calls = 0
+        self.native.calls = 0
         self._counts = Counts()
 
 

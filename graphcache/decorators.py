@@ -13,7 +13,6 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from graphcache import _C
-from graphcache._C import MISS
 from graphcache.buckets import check_sizes
 from graphcache.cache import GraphCache, Options
 from graphcache.errors import GraphCacheError, OptionError
@@ -33,7 +32,8 @@ class _Caches:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.by_id: dict[int, tuple[weakref.ref[Any], GraphCache]] = {}
+        # The last of each is for native code, which finds it here by the same id.
+        self.by_id: dict[int, tuple[weakref.ref[Any], GraphCache, Any]] = {}
 
     def of(self, function: Callable[..., Any], instance: Any) -> GraphCache:
         """Returns the cache of `instance`, or of the function itself where there is none."""
@@ -43,14 +43,15 @@ class _Caches:
             # Not finalize: nothing has to run at exit, where CUDA may be gone already.
             forget = partial(_forget, self.by_id, id(owner))
             cache = GraphCache(function, _name(function, instance), self.options, instance)
-            found = weakref.ref(owner, forget), cache
+            found = weakref.ref(owner, forget), cache, cache.native.capsule
             self.by_id[id(owner)] = found
         return found[1]
 
-    def serve(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns what native code makes of a call, or `_C.MISS`."""
-        found = self.by_id.get(id(self if instance is None else instance))
-        return _C.MISS if found is None else found[1].serve(args, kwargs, instance)
+    def served(self, instance: Any) -> tuple[Any, ...]:
+        """Returns what native code finds the cache by, for a forward bound to `instance` for good."""
+        if instance is None:
+            return self.by_id, id(self), None
+        return self.by_id, id(instance), weakref.ref(instance)
 
 
 def _forget(caches: dict[int, Any], key: int, _: Any) -> None:
@@ -129,21 +130,18 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         caches = _Caches(options)
 
-        # A closure, not a method: every attribute of a wrapper that it need not look up counts.
         def dispatch(
             wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
             if is_compiling():
                 return wrapped(*args, **kwargs)
-            result = caches.serve(instance, args, kwargs)
-            if result is not MISS:
-                return result
             if instance is not None and not isinstance(wrapped, MethodType):
                 wrapped = function.__get__(instance)  # called through the class
             return caches.of(wrapped, instance)(wrapped, instance, args, kwargs)
 
         super().__init__(function, dispatch)
         self._self_caches = caches
+        self._self_served = caches.served(getattr(function, "__self__", None))
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
@@ -179,15 +177,13 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             owner = reference()
             if is_compiling():
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
-            result = caches.serve(owner, args, kwargs)
-            if result is not MISS:
-                return result
             bound = MethodType(wrapped, owner) if is_method else wrapped
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)
         self._self_module = reference
         self._self_caches = caches
+        self._self_served = caches.served(module)
         self._self_is_method = is_method
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
@@ -220,6 +216,12 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         if not self._self_is_method:
             function = copy.deepcopy(function, memo)
         return InstanceForward(module, function, self._self_caches.options)
+
+
+# Calls that graphs serve never get to wrapt, which takes a microsecond to find out what it wraps.
+_C.serve_calls(GraphedForward)
+_C.serve_calls(InstanceForward)
+_C.serve_bound_calls(_BoundForward)
 
 
 def _class_forward(kind: type) -> Callable[..., Any]:

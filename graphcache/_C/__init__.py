@@ -29,7 +29,6 @@ if _built_for.split("+")[0] != torch.__version__.split("+")[0]:
 try:
     from graphcache._C._native import (
         INPUT_BYTES,
-        MISS,
         Bucket,
         Dispatcher,
         Entry,
@@ -50,6 +49,8 @@ try:
         is_weak,
         materialize,
         modes,
+        serve_bound_calls,
+        serve_calls,
         set_inlining,
         storage_key,
         weak_ref,
@@ -62,7 +63,6 @@ except ImportError as error:
 
 __all__ = [
     "INPUT_BYTES",
-    "MISS",
     "Bucket",
     "Dispatcher",
     "Entry",
@@ -83,6 +83,8 @@ __all__ = [
     "is_weak",
     "materialize",
     "modes",
+    "serve_bound_calls",
+    "serve_calls",
     "set_inlining",
     "storage_key",
     "weak_ref",

@@ -1,7 +1,6 @@
 // The Python face of staging, buckets and dispatch.
 #include "dispatcher.h"
 
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 namespace py = pybind11;
@@ -9,30 +8,15 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-// A builtin instead of a method of pybind11: it takes its arguments without converting them.
-PyObject* serve(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3 && PyTuple_CheckExact(args[0]), "graphcache: serve(args, kwargs, instance)");
-  auto* dispatcher = static_cast<Dispatcher*>(PyCapsule_GetPointer(self, nullptr));
-  PyObject* kwargs = args[1] == Py_None ? nullptr : args[1];
-  return dispatcher->serve(args[0], kwargs, args[2]).release().ptr();
-  END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef serve_definition = {
-    "serve",
-    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(serve)),
-    METH_FASTCALL,
-    nullptr};
-
-py::object server(const std::shared_ptr<Dispatcher>& dispatcher) {
-  // The capsule keeps the dispatcher alive for as long as the builtin.
-  const auto self = py::reinterpret_steal<py::object>(
+// What `__call__` finds its dispatcher by.
+py::object capsule_of(const std::shared_ptr<Dispatcher>& dispatcher) {
+  // It keeps the dispatcher alive.
+  auto capsule = py::reinterpret_steal<py::object>(
       PyCapsule_New(dispatcher.get(), nullptr, [](PyObject* capsule) {
         delete static_cast<std::shared_ptr<Dispatcher>*>(PyCapsule_GetContext(capsule));
       }));
-  PyCapsule_SetContext(self.ptr(), new std::shared_ptr<Dispatcher>(dispatcher));
-  return py::reinterpret_steal<py::object>(PyCFunction_New(&serve_definition, self.ptr()));
+  PyCapsule_SetContext(capsule.ptr(), new std::shared_ptr<Dispatcher>(dispatcher));
+  return capsule;
 }
 
 Leaves leaves_of(const py::list& tensors) {
@@ -212,7 +196,15 @@ void bind_dispatcher(py::module_& m) {
           py::arg("device_mode"),
           py::arg("capturing"),
           py::arg("has_training"))
-      .def_property_readonly("serve", &server)
+      .def_property_readonly("capsule", &capsule_of)
+      .def(
+          "serve",
+          [](Dispatcher& dispatcher, const py::tuple& args, const py::dict& kwargs, const py::object& instance) {
+            return dispatcher.serve(args.ptr(), kwargs.ptr(), instance.ptr());
+          },
+          py::arg("args"),
+          py::arg("kwargs"),
+          py::arg("instance"))
       .def(
           "add",
           [](Dispatcher& dispatcher,

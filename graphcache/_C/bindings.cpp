@@ -14,6 +14,7 @@ namespace py = pybind11;
 namespace graphcache {
 void bind_guard(py::module_& m); // bind_guard.cpp
 void bind_replay(py::module_& m); // bind_replay.cpp
+void bind_call(py::module_& m); // call.cpp
 }
 
 namespace {
@@ -106,4 +107,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("tensor"));
   graphcache::bind_guard(m);
   graphcache::bind_replay(m);
+  graphcache::bind_call(m);
 }

@@ -2,7 +2,7 @@
 
 #include <c10/util/Exception.h>
 
-#include <cstring>
+#include <algorithm>
 
 namespace graphcache {
 namespace {
@@ -40,6 +40,7 @@ StageKernel::StageKernel(const std::string& image, size_t capacity) : capacity_(
   check(api().cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
   check(api().cuModuleLoadData(&module_, image.data()), "cuModuleLoadData");
   check(api().cuModuleGetFunction(&function_, module_, "graphcache_stage"), "cuModuleGetFunction");
+  check(api().cuModuleGetFunction(&plain_, module_, "graphcache_stage_plain"), "cuModuleGetFunction");
 }
 
 StageKernel::~StageKernel() {
@@ -52,20 +53,24 @@ StageNode::StageNode(std::shared_ptr<const StageKernel> kernel, std::shared_ptr<
     : kernel_(std::move(kernel)), stage_(std::move(stage)) {
   TORCH_CHECK_VALUE(
       stage_->count() <= kernel_->capacity(), "graphcache: more inputs than the kernel takes");
-  memory_.resize(kernel_->capacity() * sizeof(StagedInput) + alignof(StagedInput));
-  parameters_[0] = memory_.data();
-  params_.function = kernel_->function();
+  plain_.resize(kernel_->capacity());
+  staged_.resize(kernel_->capacity());
   params_.grid[0] = stage_->blocks();
+  params_.grid[1] = static_cast<unsigned>(stage_->count());
   params_.block[0] = kThreads;
-  params_.grid[1] = params_.grid[2] = params_.block[1] = params_.block[2] = 1;
+  params_.grid[2] = params_.block[1] = params_.block[2] = 1;
   params_.parameters = parameters_;
-  const int count = static_cast<int>(stage_->count());
-  std::memcpy(memory_.data() + kernel_->capacity() * sizeof(StagedInput), &count, sizeof(count));
 }
 
 void StageNode::fill_in() {
-  const auto& staged = stage_->staged();
-  std::memcpy(memory_.data(), staged.data(), staged.size() * sizeof(StagedInput));
+  if (stage_->plain(plain_)) {
+    params_.function = kernel_->plain();
+    parameters_[0] = plain_.data();
+    return;
+  }
+  std::copy(stage_->staged().begin(), stage_->staged().end(), staged_.begin());
+  params_.function = kernel_->function();
+  parameters_[0] = staged_.data();
 }
 
 void StageNode::record(driver::Stream stream) {
@@ -76,7 +81,17 @@ void StageNode::record(driver::Stream stream) {
   const InContext here(kernel_->context());
   check(
       api().cuLaunchKernel(
-          params_.function, params_.grid[0], 1, 1, params_.block[0], 1, 1, 0, stream, parameters_, nullptr),
+          params_.function,
+          params_.grid[0],
+          params_.grid[1],
+          1,
+          params_.block[0],
+          1,
+          1,
+          0,
+          stream,
+          parameters_,
+          nullptr),
       "cuLaunchKernel");
 }
 

@@ -10,7 +10,7 @@
 
 namespace graphcache {
 
-// The staging kernel, loaded into the current context.
+// The staging kernel in its two forms, loaded into the current context.
 class StageKernel {
  public:
   // `image`: stage_kernel.h compiled for the device, for at most `capacity` inputs.
@@ -20,12 +20,14 @@ class StageKernel {
   StageKernel& operator=(const StageKernel&) = delete;
 
   driver::Function function() const { return function_; }
+  driver::Function plain() const { return plain_; }
   driver::Context context() const { return context_; }
   size_t capacity() const { return capacity_; }
 
  private:
   driver::Module module_ = nullptr;
   driver::Function function_ = nullptr;
+  driver::Function plain_ = nullptr;
   driver::Context context_ = nullptr;
   size_t capacity_;
 };
@@ -54,7 +56,8 @@ class StageNode {
 
   std::shared_ptr<const StageKernel> kernel_;
   std::shared_ptr<Stage> stage_;
-  std::vector<char> memory_; // the kernel's parameter
+  std::vector<PlainInput> plain_; // the parameter of the kernel in its short form
+  std::vector<StagedInput> staged_; // and in its long one
   void* parameters_[1];
   driver::KernelNodeParams params_{};
   driver::GraphNode node_ = nullptr;

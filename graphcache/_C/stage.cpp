@@ -11,7 +11,7 @@ namespace graphcache {
 namespace {
 
 constexpr int64_t kBytesPerBlock = kThreads * 16 * 4;
-constexpr int64_t kMaxBlocks = 512; // of one input: enough to fill the largest GPUs
+constexpr int64_t kMaxBlocks = 512; // enough to fill the largest GPUs
 
 std::vector<int64_t> order_of(const at::Tensor& buffer) {
   std::vector<int64_t> order(buffer.dim());
@@ -60,9 +60,8 @@ Stage::Stage(std::vector<StaticInput> inputs)
       staged.period = staged.row * buffer.size(input.batch_dim);
     }
     staged.edge = input.edge;
-    staged.first_block = blocks_;
     const int64_t wanted = (staged.bytes + kBytesPerBlock - 1) / kBytesPerBlock;
-    blocks_ += static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, kMaxBlocks));
+    blocks_ = std::max(blocks_, static_cast<unsigned>(std::min<int64_t>(wanted, kMaxBlocks)));
   }
   read_nothing();
 }
@@ -147,6 +146,26 @@ void Stage::read_strided(StagedInput& staged, size_t index, const at::Tensor& so
   }
 }
 
+bool Stage::plain(std::vector<PlainInput>& plain) const {
+  for (size_t index = 0; index < staged_.size(); ++index) {
+    const auto& staged = staged_[index];
+    const bool padded = staged.given != staged.period;
+    const bool repeats = std::memcmp(staged.fill, staged.fill + 8, 8) == 0;
+    if (staged.dims != 0 || staged.bytes > std::numeric_limits<unsigned>::max() ||
+        (padded && (staged.edge || !repeats || staged.period != staged.bytes))) {
+      return false;
+    }
+    auto& into = plain[index];
+    into.source = staged.source;
+    into.target = staged.target;
+    std::memcpy(&into.fill, staged.fill, sizeof(into.fill));
+    into.bytes = static_cast<unsigned>(staged.bytes);
+    into.given = static_cast<unsigned>(padded ? staged.given : staged.bytes);
+    into.unit = staged.unit;
+  }
+  return true;
+}
+
 void Stage::copy() const {
   for (const auto& staged : staged_) {
     for (long long position = 0; position < staged.bytes; position += staged.unit) {
@@ -156,14 +175,6 @@ void Stage::copy() const {
       }
     }
   }
-}
-
-std::vector<at::Tensor> Stage::buffers() const {
-  std::vector<at::Tensor> buffers;
-  for (const auto& input : inputs_) {
-    buffers.push_back(input.buffer);
-  }
-  return buffers;
 }
 
 } // namespace graphcache

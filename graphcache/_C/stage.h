@@ -34,11 +34,13 @@ class Stage {
   // Takes down that every buffer is given already, so that a capture needs no arguments.
   void read_nothing();
 
-  // How many inputs, and the blocks of a launch.
+  // Writes the same in the short form, if that holds it.
+  bool plain(std::vector<PlainInput>& plain) const;
+
+  // How many inputs, and the blocks that a launch needs for each.
   size_t count() const { return staged_.size(); }
   unsigned blocks() const { return blocks_; }
   const std::vector<StagedInput>& staged() const { return staged_; }
-  std::vector<at::Tensor> buffers() const;
 
  private:
   void read_strided(StagedInput& staged, size_t index, const at::Tensor& source, int64_t batch);
@@ -46,7 +48,7 @@ class Stage {
   std::vector<StaticInput> inputs_;
   std::vector<std::vector<int64_t>> orders_; // of each buffer, its dimensions from the outermost
   std::vector<StagedInput> staged_;
-  unsigned blocks_ = 0;
+  unsigned blocks_ = 1;
 };
 
 } // namespace graphcache
