@@ -431,7 +431,7 @@ def test_a_module_that_died_is_noticed() -> None:
         (lambda t: setattr(t, "data", t.data.clone()), False),
         (lambda t: setattr(t, "data", t.data.as_strided((4, 4), (4, 1), 4)), False),
         (lambda t: setattr(t, "data", t.data.t()), False),
-        (lambda t: setattr(t, "data", t.data.view(2, 8)), False),
+        (lambda t: setattr(t, "data", t.data[:2]), False),
         (lambda t: t.set_(torch.zeros(4, 4)), False),
         (lambda t: t.untyped_storage().resize_(0), False),
         (lambda t: torch.utils.swap_tensors(t, torch.zeros(4, 4)), False),
