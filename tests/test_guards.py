@@ -1,6 +1,7 @@
 """Contract 4: what a graph holds by address or by value is compared on every call."""
 
 import gc
+import sys
 import weakref
 from collections import UserDict, defaultdict, deque
 
@@ -369,14 +370,35 @@ def test_another_object_at_the_same_address_is_noticed() -> None:
     assert not held.hold(False)
 
 
-def test_what_cannot_be_held_weakly_is_held() -> None:
+@pytest.mark.parametrize(
+    ("make", "held"),
+    [
+        (lambda: float("1.5"), True),
+        (lambda: (float("1.5"), "text"), True),
+        (lambda: torch.device("cpu", 0), True),
+        (lambda: torch.ones(1), True),
+        (nn.Identity, False),
+        (lambda: [nn.Identity()], False),
+        (lambda: (nn.Identity(),), False),
+    ],
+    ids=["number", "tuple", "device", "tensor", "module", "list", "tuple of a module"],
+)
+def test_only_what_leads_to_no_module_is_kept_alive(make, held: bool) -> None:
     module = nn.Identity()
-    module.number, module.text, module.kind = 10**20, "".join(["a", "b"]), torch.float32
-    held = guard(module)
-    numbers = id(module.number)
-    module.number = None
-    assert all(id(10**20 + i) != numbers for i in range(100))
-    assert not held.hold(False)
+    vars(module)["value"] = value = make()
+    before = sys.getrefcount(value)
+    watching = guard(module)
+    assert watching.hold(False)
+    assert sys.getrefcount(value) - before == held
+
+
+def test_a_renamed_attribute_is_noticed() -> None:
+    module = nn.Identity()
+    module.first = 1
+    watching = guard(module)
+    del module.first
+    module.second = 1
+    assert not watching.hold(False)
 
 
 def test_dict_of_a_module_replaced() -> None:
