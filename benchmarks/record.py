@@ -60,10 +60,11 @@ def run_tests(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     suite = ["tests", "--ignore=tests/test_results.py", *options]
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *suite]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    counts: dict[str, Counter[str]] = {"cuda": Counter(), "emulated": Counter(), "both": Counter()}
+    runtimes = ("cuda-portable", "emulated-portable", "cuda", "emulated")
+    counts: dict[str, Counter[str]] = {key: Counter() for key in (*runtimes, "both")}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("name", "")
-        runtime = next((key for key in ("cuda", "emulated") if key in name), "both")
+        runtime = next((key for key in runtimes if key in name), "both")
         failed = case.find("failure") is not None or case.find("error") is not None
         skipped = case.find("skipped") is not None
         counts[runtime]["failed" if failed else "skipped" if skipped else "passed"] += 1

@@ -34,6 +34,8 @@ MAX_SIGNATURES = 32
 MAX_RECAPTURES = 8
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 
+_NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
+
 
 class Options(NamedTuple):
     """The keywords of `cuda_graphed`, checked."""
@@ -93,9 +95,7 @@ class GraphCache:
         instance: what it is bound to, or None; not kept.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], name: str, options: Options, instance: Any
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], name: str, options: Options, instance: Any) -> None:
         self.name = name
         self.options = options
         self._signature = Signature(function, options.batch_dim, options.bind)
@@ -167,17 +167,20 @@ class GraphCache:
         """
         if call.batch == 0:
             raise Unservable("an empty batch")
+        grad = torch.is_grad_enabled()
+        if grad and any(tensor.requires_grad for tensor in call.leaves):
+            raise Unservable(_NEEDS_GRAD)
         entry = self._entries.get(call.key)
         if entry is not None:
             if entry.eager is not None:
                 raise Unservable(entry.eager)
-            if not entry.guards.hold(grad=torch.is_grad_enabled()):
+            if not entry.guards.hold(grad=grad):
                 self._drop(self._entries.pop(call.key))
                 self._recaptures += 1
                 entry = None
         if entry is None:
-            if torch.is_grad_enabled() and _wants_grad(call, instance):
-                raise Unservable("gradients are needed (torch.no_grad() or inference_mode() is not on)")
+            if grad and _wants_grad(instance):
+                raise Unservable(_NEEDS_GRAD)
             hooked = submodule_with_hooks(instance)
             if hooked is not None:
                 raise Unservable(f"hooks inside the forward, on {hooked}")
@@ -212,9 +215,7 @@ class GraphCache:
             parameters, leaves = self._signature.native(call)
             training = getattr(instance, "training", None)
             self.native.add(parameters, leaves, training, entry.native)
-        entry.native.set(
-            [bucket.native for bucket in entry.buckets.values()], entry.exact is not None
-        )
+        entry.native.set([bucket.native for bucket in entry.buckets.values()], entry.exact is not None)
 
     def _drop(self, entry: Entry) -> None:
         """Keeps the counts of graphs that go."""
@@ -497,9 +498,7 @@ def _driver_answers() -> bool:
     return True
 
 
-def _wants_grad(call: Call, instance: Any) -> bool:
-    if any(tensor.requires_grad for tensor in call.leaves):
-        return True
+def _wants_grad(instance: Any) -> bool:
     return isinstance(instance, nn.Module) and any(p.requires_grad for p in instance.parameters())
 
 

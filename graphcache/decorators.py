@@ -185,6 +185,19 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         self._self_caches = caches
         self._self_served = caches.served(module)
         self._self_is_method = is_method
+        self._enter_early(module)
+
+    def _enter_early(self, module: nn.Module) -> None:
+        """Has `module(...)` ask native code before it looks for hooks.
+
+        By the place where `Module.compile` puts what it made, which torch leaves out of copies and
+        pickles. Where there are hooks, or another forward, all goes its usual way.
+        """
+        kind = type(module)
+        plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
+        before = vars(module).get("_compiled_call_impl")
+        if plain and (before is None or getattr(before, "__module__", None) == __name__):
+            vars(module)["_compiled_call_impl"] = _early(weakref.ref(module), self)
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         module = self._self_module()
@@ -216,6 +229,26 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         if not self._self_is_method:
             function = copy.deepcopy(function, memo)
         return InstanceForward(module, function, self._self_caches.options)
+
+
+def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
+    native = _C.module_call(forward._self_served, forward)
+    plain, is_method = forward.__wrapped__, forward._self_is_method
+
+    # Of Python, for torch.compile to see through: it can't trace the wrapper.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_compiling():
+            return native(*args, **kwargs)
+        module = reference()
+        if (
+            module.__dict__["forward"] is not forward
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
+            return module._call_impl(*args, **kwargs)
+        return plain(module, *args, **kwargs) if is_method else plain(*args, **kwargs)
+
+    return call
 
 
 # Calls that graphs serve never get to wrapt, which takes a microsecond to find out what it wraps.

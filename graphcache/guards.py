@@ -163,6 +163,7 @@ class AttributeWatch:
             (name, table, dict(table), {key: _contents(value) for key, value in table.items()})
             for name, module in modules
             for table in (vars(module), module._parameters, module._buffers)
+            if isinstance(table, dict)  # a scripted module has others
         ]
 
     def changed(self) -> list[str]:

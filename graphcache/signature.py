@@ -203,6 +203,11 @@ class Signature:
                 key.append((BOUND, tensor.dtype, tuple(shape), where))
                 continue
             order = None if tensor.is_contiguous() else _order(tensor)
+            if tensor.dim() > _C.MAX_DIMS and not _is_dense(tensor, order):
+                raise Unservable(
+                    f"{names[index]} has strides over more than {_C.MAX_DIMS} dimensions; "
+                    "pass it .contiguous()"
+                )
             if dim is None:
                 roles.append(Leaf(WHOLE, None, order))
                 key.append((WHOLE, tensor.dtype, tuple(shape), order))
@@ -232,6 +237,10 @@ def top_name(path: str) -> str:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _is_dense(tensor: Tensor, order: tuple[int, ...] | None) -> bool:
+    return tensor.permute(order or tuple(range(tensor.dim()))).is_contiguous()
 
 
 def _order(tensor: Tensor) -> tuple[int, ...] | None:

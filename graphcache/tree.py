@@ -124,11 +124,13 @@ def rebuild(layout: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _assemble(layout: Node, items: list[Any]) -> Any:
-    kind, keys, _, extra = layout
+    kind: Any = layout.kind
+    keys, extra = layout.keys, layout.extra
     if keys is None:
         return kind._make(items) if _is_namedtuple(kind) else kind(items)
     if dataclasses.is_dataclass(kind):
-        made: Any = kind.__new__(kind)  # type: ignore[arg-type]
+        new: Any = kind.__new__
+        made: Any = new(layout.kind)
         for key, item in zip(keys, items, strict=True):
             object.__setattr__(made, key, item)  # also where the dataclass is frozen
         if extra is not None:

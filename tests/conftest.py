@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import GraphPool
+from graphcache import GraphPool, config
 
-BACKENDS = ["emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+RUNTIMES = ["emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+# "portable": inputs are staged by torch calls, as where the driver offers no better.
+BACKENDS = [*RUNTIMES, *(f"{runtime}-portable" for runtime in RUNTIMES)]
 
 
 @dataclass
 class Backend:
-    """Where a test runs."""
+    """Where a test runs, and by which launch path its calls are replayed."""
 
     name: str
     device: torch.device
+    launch: str
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=self.device)
@@ -33,13 +36,19 @@ class Backend:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     torch.manual_seed(0)
-    if request.param == "cuda":
-        with torch.no_grad():
-            yield Backend("cuda", torch.device("cuda", torch.cuda.current_device()))
-            torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
-        return
-    with graphcache.emulate(), torch.no_grad():
-        yield Backend("emulated", torch.device("cpu"))
+    name, _, portable = request.param.partition("-")
+    token = config.portable_var.set(bool(portable))
+    try:
+        if name == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+            with torch.no_grad():
+                yield Backend(name, device, "torch" if portable else "node")
+                torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
+            return
+        with graphcache.emulate(), torch.no_grad():
+            yield Backend(name, torch.device("cpu"), "torch" if portable else "copies")
+    finally:
+        config.portable_var.reset(token)
 
 
 class MLP(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import OptionError, cuda_graphed
-from tests.conftest import MLP, Backend, eager
+from tests.conftest import MLP, Backend, close, eager
 
 
 @cuda_graphed(sizes=(1, 2, 4))
@@ -325,3 +325,87 @@ def test_repr_is_useful(model: nn.Module) -> None:
     assert "3 sizes [1, 2, 4]" in str(model.forward)
     assert repr(OnForward.forward) == "<cuda_graphed OnForward.forward>"
     assert "MLP" in repr(MLP())
+
+
+def test_a_forward_put_on_top_later_is_called(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    plain = mlp(x).clone()
+    under = mlp.forward
+    mlp.forward = lambda x: under(x) + 1
+    assert close(mlp(x), plain + 1)
+    mlp.forward = under
+    assert close(mlp(x), plain)
+    del mlp.forward
+    assert close(mlp(x), plain)
+
+
+def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    plain = mlp(x).clone()
+    for register in (
+        mlp.register_forward_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(lambda module, args, out: out + 1 if module is mlp else None)
+        assert close(mlp(x), plain + 1)
+        handle.remove()
+        assert close(mlp(x), plain)
+    handle = mlp.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    assert close(mlp(x), eager(mlp, x * 0))
+    handle.remove()
+    assert close(mlp(x), plain)
+    assert mlp.forward.cache_info().hits >= 4
+
+
+def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP) -> None:
+    compiled = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        compiled.append(len(list(graph.graph.nodes)))
+        return graph.forward
+
+    x = backend.randn(2, 8)
+    plain = eager(cuda_graphed(mlp, sizes=(2,)), x)
+    mlp.compile(backend=compiler)
+    assert close(mlp(x), plain)
+    assert compiled
+    cuda_graphed(mlp, sizes=(2,))
+    compiled.clear()
+    torch._dynamo.reset()
+    assert close(mlp(x), plain)
+    assert compiled
+
+
+def test_a_parent_that_is_compiled_takes_the_plain_forward_in(backend: Backend, mlp: MLP) -> None:
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    x = backend.randn(2, 8)
+    parent = nn.Sequential(nn.Tanh(), cuda_graphed(mlp, sizes=(2,)), nn.Tanh())
+    plain = parent(x).clone()
+    torch._dynamo.reset()
+    assert close(torch.compile(parent, backend=compiler)(x), plain)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("tanh" in target.lower() for target in targets) == 2
+    assert sum("linear" in target for target in targets) == 2
+    assert mlp.forward.cache_info().hits == 0
+
+
+def test_a_copy_enters_its_own_forward(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    twin = copy.deepcopy(mlp)
+    with torch.no_grad():
+        twin.up.weight.zero_()
+    for _ in range(3):
+        assert close(twin(x), eager(twin, x))
+        assert close(mlp(x), eager(mlp, x))
+    assert twin.forward.cache_info().hits == 2

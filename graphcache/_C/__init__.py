@@ -29,6 +29,7 @@ if _built_for.split("+")[0] != torch.__version__.split("+")[0]:
 try:
     from graphcache._C._native import (
         INPUT_BYTES,
+        MAX_DIMS,
         Bucket,
         Dispatcher,
         Entry,
@@ -49,6 +50,7 @@ try:
         is_weak,
         materialize,
         modes,
+        module_call,
         serve_bound_calls,
         serve_calls,
         set_inlining,
@@ -63,6 +65,7 @@ except ImportError as error:
 
 __all__ = [
     "INPUT_BYTES",
+    "MAX_DIMS",
     "Bucket",
     "Dispatcher",
     "Entry",
@@ -83,6 +86,7 @@ __all__ = [
     "is_weak",
     "materialize",
     "modes",
+    "module_call",
     "serve_bound_calls",
     "serve_calls",
     "set_inlining",

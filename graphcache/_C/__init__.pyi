@@ -1,23 +1,44 @@
 """Types of the native helper; sizes, strides and offsets are in elements."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, overload
 
 from torch import Tensor, nn
 
 __all__ = [
+    "INPUT_BYTES",
+    "MAX_DIMS",
+    "Bucket",
+    "Dispatcher",
+    "Entry",
     "Guard",
+    "Lane",
+    "PoolLock",
+    "Stage",
+    "StageKernel",
+    "StageNode",
     "alias",
     "carve",
+    "check_driver",
     "end_host_capture",
     "expire",
     "is_expired",
     "is_held",
+    "is_inlining",
     "is_weak",
     "materialize",
+    "modes",
+    "module_call",
+    "serve_bound_calls",
+    "serve_calls",
+    "set_inlining",
     "storage_key",
     "weak_ref",
 ]
+
+INPUT_BYTES: int
+MAX_DIMS: int
 
 @overload
 def weak_ref(tensor: Tensor) -> Tensor: ...
@@ -126,3 +147,204 @@ class Guard:
     ) -> None: ...
     def hold(self, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
+
+# Staging
+
+class Stage:
+    """What copies the arguments of a call into the static inputs of one size, and pads them.
+
+    Args:
+        buffers: the static inputs, each dense in whatever order of dimensions.
+        arguments: for each, which tensor of a call it takes.
+        batch_dims: for each, its batch dimension; -1 for none.
+        fills: for each, 16 bytes: an element of a padded row, repeated.
+        edges: for each, whether padded rows repeat the last one instead.
+
+    Raises:
+        ValueError: for buffers that are not dense, and fills of another length.
+    """
+
+    count: int
+    def __init__(
+        self,
+        buffers: Sequence[Tensor],
+        arguments: Sequence[int],
+        batch_dims: Sequence[int],
+        fills: Sequence[bytes],
+        edges: Sequence[bool],
+    ) -> None: ...
+    def read(self, tensors: list[Tensor], batch: int) -> bool:
+        """Takes down where the arguments lie; True if anything differs from the last call.
+
+        Raises:
+            ValueError: for strides over more than `MAX_DIMS` dimensions.
+            RuntimeError: the stored text, if an argument has expired.
+        """
+
+    def copy(self) -> None:
+        """Copies on the CPU what `read` took down."""
+
+    def copied_bytes(self) -> int:
+        """Returns how much a launch writes; an argument that is the static input itself is not."""
+
+class StageKernel:
+    """The staging kernel, loaded into the current CUDA context.
+
+    Args:
+        image: `stage_kernel.h`, compiled.
+        capacity: how many inputs it was compiled for.
+
+    Raises:
+        RuntimeError: with the name of the CUDA status.
+    """
+
+    def __init__(self, image: bytes, capacity: int) -> None: ...
+
+class StageNode:
+    """The first node of a captured graph.
+
+    Args:
+        kernel: what it launches.
+        stage: what tells it from where to where.
+    """
+
+    nodes: int
+    def __init__(self, kernel: StageKernel, stage: Stage) -> None: ...
+    def record(self, stream: int) -> None:
+        """Launches the kernel on a stream that is capturing."""
+
+    def attach(self, graph: int, executable: int) -> None:
+        """Finds its node in the graph (`cudaGraph_t`) that was captured, to patch its executable."""
+
+def check_driver() -> None:
+    """Raises a `RuntimeError` with the name of the entry point that the CUDA driver lacks."""
+
+# Dispatch
+
+class PoolLock:
+    """One graph of a pool is dispatched at a time. The same thread may take it again."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+class Lane:
+    """The outputs that one lane has handed out; they expire with it.
+
+    Attributes:
+        stream: the handle of the stream that the last replay was launched on.
+    """
+
+    stream: int
+    def holds_outputs(self) -> bool:
+        """Tells whether somebody holds an output that the next replay would overwrite."""
+
+class Bucket:
+    """One captured size.
+
+    Args:
+        name: of the forward, for messages.
+        size: rows.
+        lane: whose memory it writes to.
+        stage: what copies its inputs; None where `fill` does.
+        node: its staging node, if it has one.
+        fill: copies the inputs by torch calls, given tensors and batch.
+        replay: launches the graph; None where the node does.
+        layout: of its result; see `graphcache.tree.native`.
+        outputs: see `graphcache.outputs.Output.native`.
+        copy: whether held outputs are moved when they are overwritten.
+
+    Attributes:
+        checked: a padded replay was compared with eager, or need not be.
+        given_up: held outputs that it expired or moved.
+    """
+
+    size: int
+    checked: bool
+    replays: int
+    padded_rows: int
+    given_up: int
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        lane: Lane,
+        stage: Stage | None,
+        node: StageNode | None,
+        fill: Callable[[list[Tensor], int], None],
+        replay: Callable[[], None] | None,
+        layout: tuple[Any, ...],
+        outputs: Sequence[tuple[int, Tensor, int]],
+        copy: bool,
+    ) -> None: ...
+    def set_batch_dims(self, dims: Sequence[Sequence[int]]) -> None:
+        """Says for each output which of its dimensions are cut back to the batch."""
+
+    def run(self, tensors: list[Tensor], batch: int, call: int, stream: int) -> Any:
+        """Serves one call, with the lock of the pool held, and returns its result."""
+
+class Entry:
+    """The graphs of one signature.
+
+    Args:
+        lock: of their pool.
+        guard: what they depend on; referred to weakly.
+    """
+
+    def __init__(self, lock: PoolLock, guard: Guard) -> None: ...
+    def set(self, buckets: Sequence[Bucket], exact: bool) -> None:
+        """Replaces the graphs, by ascending size; `exact`: they serve no smaller batches."""
+
+class Dispatcher:
+    """From the arguments of a call to its result, without Python.
+
+    Args:
+        disabled: the context variable of `graphcache.disabled`.
+        emulated: that of `graphcache.emulate`.
+        device_mode: the type of torch's mode behind `set_default_device`.
+        capturing: tells whether somebody captures on the current stream; None: ask the driver.
+        has_training: calls come with an instance whose `training` counts.
+
+    Attributes:
+        capsule: what `serve_calls` finds it by.
+        calls: how many calls there were; Python adds those that it served.
+    """
+
+    capsule: object
+    signatures: int
+    calls: int
+    def __init__(
+        self,
+        disabled: ContextVar[bool],
+        emulated: ContextVar[bool],
+        device_mode: type,
+        capturing: Callable[[], bool] | None,
+        has_training: bool,
+    ) -> None: ...
+    def add(
+        self, parameters: Sequence[Any], leaves: Sequence[Any], training: bool | None, entry: Entry
+    ) -> None:
+        """Adds a signature, under today's modes; see `graphcache.signature.Signature.native`."""
+
+    def forget(self, entry: Entry) -> None:
+        """Removes the signatures that an entry serves."""
+
+    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> Any:
+        """Returns the result of a call, or a certain object where Python has to serve it."""
+
+def serve_calls(type: type) -> None:
+    """Has calls of the instances of a wrapper class served natively, as far as they can be."""
+
+def serve_bound_calls(type: type) -> None:
+    """The same for the class of its bound wrappers."""
+
+def module_call(served: tuple[Any, ...], forward: object) -> Callable[..., Any]:
+    """Returns what calls a module: natively while it has no hooks and `forward` is its forward."""
+
+def modes(device_mode: type) -> tuple[Any, ...] | None:
+    """Returns the modes of torch that graphs depend on; None while a foreign TorchFunctionMode is on."""
+
+def set_inlining(on: bool) -> bool:
+    """Switches whether graphed forwards run as they are in this thread; returns what was before."""
+
+def is_inlining() -> bool:
+    """Tells whether graphed forwards run as they are in this thread."""

@@ -71,6 +71,7 @@ void bind_stage(py::module_& m) {
           py::arg("tensors"),
           py::arg("batch"))
       .def("copy", &Stage::copy)
+      .def("copied_bytes", &Stage::copied_bytes)
       .def_property_readonly("count", &Stage::count);
   py::class_<StageKernel, std::shared_ptr<StageKernel>>(m, "StageKernel")
       .def(
@@ -102,6 +103,7 @@ void bind_stage(py::module_& m) {
           py::arg("graph"),
           py::arg("executable"))
       .def_property_readonly("nodes", &StageNode::nodes);
+  m.attr("MAX_DIMS") = kMaxDims;
   m.attr("INPUT_BYTES") = sizeof(StagedInput);
 }
 

@@ -1,8 +1,13 @@
-// `__call__` of a decorated forward. wrapt's own takes a microsecond to find out what it wraps; this asks
-// the dispatcher first, and leaves to wrapt what that does not serve.
+// The ways into a decorated forward. wrapt takes a microsecond to find out what it wraps, and so does
+// nn.Module to find that it has no hooks; these ask the dispatcher first, and leave to them what that does
+// not serve.
 #include "dispatcher.h"
 
 #include <torch/csrc/Exceptions.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -45,16 +50,26 @@ py::object serve(PyObject* dispatchers, PyObject* key, PyObject* instance, PyObj
   return dispatcher->serve(args, kwargs, instance);
 }
 
+py::object referent(PyObject* reference) {
+  return py::reinterpret_steal<py::object>(PyObject_CallNoArgs(reference));
+}
+
+// What wrapt keeps of an attribute whose name begins with `_self_`, without its search for others.
+PyObject* own_attribute(PyObject* self, PyObject* name) {
+  PyObject** dict = _PyObject_GetDictPtr(self);
+  return dict == nullptr || *dict == nullptr ? nullptr : PyDict_GetItemWithError(*dict, name);
+}
+
 py::object serve_own(PyObject* self, PyObject* args, PyObject* kwargs) {
   static PyObject* const name = interned("_self_served");
-  const auto served = attribute(self, name); // (dispatchers, key, weak reference to the instance or None)
-  PyObject* reference = PyTuple_GET_ITEM(served.ptr(), 2);
-  py::object instance = py::none();
-  if (reference != Py_None) {
-    instance = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(reference));
+  // (dispatchers, key, weak reference to the instance or None)
+  PyObject* served = own_attribute(self, name);
+  if (served == nullptr) {
+    return Dispatcher::miss();
   }
-  return serve(
-      PyTuple_GET_ITEM(served.ptr(), 0), PyTuple_GET_ITEM(served.ptr(), 1), instance.ptr(), args, kwargs);
+  PyObject* reference = PyTuple_GET_ITEM(served, 2);
+  const py::object instance = reference == Py_None ? py::none() : referent(reference);
+  return serve(PyTuple_GET_ITEM(served, 0), PyTuple_GET_ITEM(served, 1), instance.ptr(), args, kwargs);
 }
 
 py::object serve_bound(PyObject* self, PyObject* args, PyObject* kwargs) {
@@ -65,9 +80,13 @@ py::object serve_bound(PyObject* self, PyObject* args, PyObject* kwargs) {
   if (instance.is_none()) { // called through the class
     return Dispatcher::miss();
   }
-  const auto served = attribute(attribute(self, of_parent).ptr(), name);
+  const auto parent = attribute(self, of_parent);
+  PyObject* served = own_attribute(parent.ptr(), name);
+  if (served == nullptr) {
+    return Dispatcher::miss();
+  }
   const auto key = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(instance.ptr()));
-  return serve(PyTuple_GET_ITEM(served.ptr(), 0), key.ptr(), instance.ptr(), args, kwargs);
+  return serve(PyTuple_GET_ITEM(served, 0), key.ptr(), instance.ptr(), args, kwargs);
 }
 
 using Serve = py::object (*)(PyObject*, PyObject*, PyObject*);
@@ -104,9 +123,68 @@ void define_call(py::type& type) {
       PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition));
 }
 
+// Whether nn.Module would do no more than to call `forward`, and that is still ours.
+bool is_plain(PyObject* module, PyObject* forward) {
+  static PyObject* const name = interned("forward");
+  static PyObject* const own_hooks[] = {
+      interned("_forward_hooks"),
+      interned("_forward_pre_hooks"),
+      interned("_backward_hooks"),
+      interned("_backward_pre_hooks")};
+  static const auto global_hooks = [] {
+    const auto torch = py::module_::import("torch.nn.modules.module");
+    std::vector<PyObject*> dicts;
+    for (const auto* kind : {"forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"}) {
+      dicts.push_back(py::object(torch.attr((std::string("_global_") + kind).c_str())).release().ptr());
+    }
+    return dicts;
+  }();
+  if (own_attribute(module, name) != forward) {
+    return false;
+  }
+  for (auto* const hooks : own_hooks) {
+    PyObject* dict = own_attribute(module, hooks);
+    if (dict == nullptr || PyDict_GET_SIZE(dict) != 0) {
+      return false;
+    }
+  }
+  return std::all_of(global_hooks.begin(), global_hooks.end(), [](PyObject* dict) {
+    return PyDict_GET_SIZE(dict) == 0;
+  });
+}
+
+// `self`: (what finds the dispatcher, the wrapper of forward).
+PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
+  HANDLE_TH_ERRORS
+  PyObject* served = PyTuple_GET_ITEM(self, 0);
+  const auto module = referent(PyTuple_GET_ITEM(served, 2));
+  if (!is_compiling() && is_plain(module.ptr(), PyTuple_GET_ITEM(self, 1))) {
+    auto result =
+        serve(PyTuple_GET_ITEM(served, 0), PyTuple_GET_ITEM(served, 1), module.ptr(), args, kwargs);
+    if (!result.is(Dispatcher::miss())) {
+      return result.release().ptr();
+    }
+  }
+  static PyObject* const name = interned("_call_impl");
+  return PyObject_Call(attribute(module.ptr(), name).ptr(), args, kwargs);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef call_module_definition = {
+    "call",
+    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_module)),
+    METH_VARARGS | METH_KEYWORDS,
+    nullptr};
+
+py::object module_call(const py::tuple& served, const py::object& forward) {
+  return py::reinterpret_steal<py::object>(
+      PyCFunction_New(&call_module_definition, py::make_tuple(served, forward).ptr()));
+}
+
 } // namespace
 
 void bind_call(py::module_& m) {
+  m.def("module_call", &module_call, py::arg("served"), py::arg("forward"));
   m.def("serve_calls", &define_call<serve_own>, py::arg("type"));
   m.def("serve_bound_calls", &define_call<serve_bound>, py::arg("type"));
 }

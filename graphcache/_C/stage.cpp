@@ -23,6 +23,9 @@ std::vector<int64_t> order_of(const at::Tensor& buffer) {
 }
 
 bool is_dense(const at::Tensor& tensor, const std::vector<int64_t>& order) {
+  if (tensor.numel() == 0) {
+    return true;
+  }
   int64_t run = 1;
   for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
     if (tensor.size(*dim) != 1 && tensor.stride(*dim) != run) {
@@ -164,6 +167,15 @@ bool Stage::plain(std::vector<PlainInput>& plain) const {
     into.unit = staged.unit;
   }
   return true;
+}
+
+int64_t Stage::copied_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& staged : staged_) {
+    const bool given = staged.dims == 0 && staged.source == nullptr && staged.period > 0;
+    bytes += staged.bytes - (given ? staged.given * (staged.bytes / staged.period) : 0);
+  }
+  return bytes;
 }
 
 void Stage::copy() const {

@@ -28,6 +28,9 @@ class Stage {
   // Raises the stored text if one of them has expired.
   bool read(const at::Tensor* const* arguments, int64_t batch);
 
+  // Bytes that a launch writes: no more than padding, where buffers are given as arguments.
+  int64_t copied_bytes() const;
+
   // Copies on the CPU what `read` took down.
   void copy() const;
 

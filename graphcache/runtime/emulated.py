@@ -40,7 +40,7 @@ class _Operation(NamedTuple):
 class EmulatedGraph:
     """The operations of one capture, in order."""
 
-    node = None
+    node: _C.StageNode | None = None  # copies on the CPU take its place
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
