@@ -1,6 +1,5 @@
 """The graphs of one forward: which serves a call, and what happens where none can."""
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -103,7 +102,7 @@ class GraphCache:
             config.disabled_var,
             config.emulated_var,
             DeviceContext,
-            None if _driver_answers() else is_stream_capturing,
+            is_stream_capturing,
             hasattr(instance, "training"),
         )
         self._entries: dict[Any, Entry] = {}
@@ -487,15 +486,6 @@ class GraphCache:
         self._recaptures = self._unsettled = 0
         self.native.calls = 0
         self._counts = Counts()
-
-
-@functools.cache
-def _driver_answers() -> bool:
-    try:
-        _C.check_driver()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _wants_grad(instance: Any) -> bool:

@@ -301,7 +301,7 @@ class Dispatcher:
         disabled: the context variable of `graphcache.disabled`.
         emulated: that of `graphcache.emulate`.
         device_mode: the type of torch's mode behind `set_default_device`.
-        capturing: tells whether somebody captures on the current stream; None: ask the driver.
+        capturing: tells whether somebody captures on the current stream, where the driver is not asked.
         has_training: calls come with an instance whose `training` counts.
 
     Attributes:
@@ -317,7 +317,7 @@ class Dispatcher:
         disabled: ContextVar[bool],
         emulated: ContextVar[bool],
         device_mode: type,
-        capturing: Callable[[], bool] | None,
+        capturing: Callable[[], bool],
         has_training: bool,
     ) -> None: ...
     def add(

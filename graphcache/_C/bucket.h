@@ -32,6 +32,9 @@ class Bucket {
   // Serves call number `call`. The pool's lock is held, and the lane follows `stream`.
   pybind11::object run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream);
 
+  // Its staging node, if it has one.
+  const StageNode* node() const { return launch_.node.get(); }
+
   const std::shared_ptr<const std::string> name;
   const int64_t size;
   const std::shared_ptr<Lane> lane;

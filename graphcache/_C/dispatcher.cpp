@@ -122,8 +122,8 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
       return miss();
     }
   } else if (
-      surroundings_.capturing.is_none() ? is_capturing(reinterpret_cast<driver::Stream>(stream))
-                                        : py::cast<bool>(surroundings_.capturing())) {
+      bucket->node() == nullptr ? py::cast<bool>(surroundings_.capturing())
+                                : bucket->node()->is_capturing(reinterpret_cast<driver::Stream>(stream))) {
     return miss();
   }
   const auto guard = entry.guard.lock();

@@ -32,7 +32,7 @@ struct Surroundings {
   pybind11::object disabled; // context variables
   pybind11::object emulated;
   pybind11::object device_mode; // the type of torch's mode behind set_default_device
-  pybind11::object capturing; // () -> bool, where the driver can't be asked; or None
+  pybind11::object capturing; // () -> bool, where the driver can't be asked
 };
 
 class Dispatcher {

@@ -136,7 +136,8 @@ void StageNode::launch(driver::Stream stream) const {
   check(api().cuGraphLaunch(executable_, stream), "cuGraphLaunch");
 }
 
-bool is_capturing(driver::Stream stream) {
+bool StageNode::is_capturing(driver::Stream stream) const {
+  const InContext here(kernel_->context());
   int status = 0;
   check(api().cuStreamIsCapturing(stream, &status), "cuStreamIsCapturing");
   return status != 0;

@@ -45,8 +45,8 @@ class StageNode {
   // Brings what `Stage::read` took down into the executable; only later launches see it.
   void patch();
 
-  // Launches the graph on `stream`. Raises where that stream is capturing.
   void launch(driver::Stream stream) const;
+  bool is_capturing(driver::Stream stream) const;
 
   // Nodes of the graph, this one included.
   size_t nodes() const { return nodes_; }
@@ -64,7 +64,5 @@ class StageNode {
   driver::GraphExec executable_ = nullptr;
   size_t nodes_ = 0;
 };
-
-bool is_capturing(driver::Stream stream);
 
 } // namespace graphcache

@@ -13,9 +13,11 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-// Inference tensors lack these, and are served by the same graphs.
-c10::DispatchKeySet keys_of(const at::Tensor& tensor) {
-  return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+// Without the keys that inference tensors lack: those are served by the same graphs.
+uint64_t keys_of(const at::Tensor& tensor) {
+  static const uint64_t ignored =
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView.raw_repr() & ~c10::full_backend_mask;
+  return tensor.key_set().raw_repr() & ~ignored;
 }
 
 // As `_order` in signature.py has it.

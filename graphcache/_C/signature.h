@@ -37,7 +37,7 @@ struct Leaf {
   bool carries_batch; // that dimension is as long as the batch
   bool must_be_weak; // larger than what is staged, unless it is the output of a graph
   std::vector<int64_t> order; // dimensions by descending stride; empty: 0, 1, 2, ...
-  c10::DispatchKeySet keys;
+  uint64_t keys; // dispatch keys: layout, backend, conjugate and negative bits
   caffe2::TypeMeta dtype;
   c10::Device device;
   std::vector<int64_t> sizes;

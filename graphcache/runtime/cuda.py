@@ -97,14 +97,14 @@ class CudaRuntime:
 
     @contextmanager
     def ladder(self, device: torch.device) -> Iterator[None]:
-        """Synchronises, collects and empties the cache once, where torch does so for each graph.
+        """Synchronises and empties the cache once, where torch does so for each graph.
 
-        The collector stays off inside: an object that it finalises in mid-capture (a kernel module,
-        another graph) would invalidate the capture.
+        The collector is off inside: an object that it finalises in mid-capture (a kernel module,
+        another graph) would invalidate the capture. To collect first would take a tenth of a second
+        with large libraries loaded.
         """
         torch.cuda.synchronize(device)
         collecting = gc.isenabled()
-        gc.collect()
         gc.disable()
         torch.cuda.empty_cache()
         try:

@@ -9,8 +9,9 @@ import torch
 from graphcache import _C
 
 _SOURCE = Path(_C.__file__).parent / "stage_kernel.h"
-# Inputs that a kernel takes: a parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
-_CAPACITIES = (2, 4, 8, 4096 // _C.INPUT_BYTES, 32764 // _C.INPUT_BYTES)
+# Inputs that a kernel takes: patching its parameter costs a nanosecond for each byte of it, and each
+# capacity is compiled for itself. A parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
+_CAPACITIES = (2, 4, 8, 12, 16, 4096 // _C.INPUT_BYTES, 32764 // _C.INPUT_BYTES)
 
 
 class CompileError(RuntimeError):
