@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
-from graphcache.buckets import default_sizes, padded_size
+from graphcache.buckets import default_sizes
 from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
+from graphcache.entry import Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import AttributeWatch, Guards, submodule_with_hooks
 from graphcache.modes import modes_of, refuse_where_watched
@@ -47,41 +47,6 @@ class Options(NamedTuple):
     pool: GraphPool | None = None
     fallback: bool = True
     progress: bool | None = None
-
-
-@dataclass
-class Entry:
-    """What is known of one signature.
-
-    Attributes:
-        eager: why it always runs eagerly, or None.
-        exact: why it is captured only at the sizes that it is called with, or None.
-        guards: what its graphs depend on besides the arguments.
-        pure: the forward writes to nothing outside, so that running it twice does no harm.
-        complete: no sizes will be added: they were given, or no more fit into memory.
-        buckets: its graphs by size, ascending.
-        native: the same, for the calls that native code serves.
-    """
-
-    eager: str | None = None
-    exact: str | None = None
-    pure: bool = True
-    complete: bool = False
-    guards: Guards = field(default_factory=Guards)
-    buckets: dict[int, Bucket] = field(default_factory=dict)
-    native: _C.Entry | None = None
-
-    def add(self, buckets: list[Bucket]) -> None:
-        """Adds graphs, keeping the sizes ascending."""
-        merged = self.buckets | {bucket.size: bucket for bucket in buckets}
-        self.buckets = {size: merged[size] for size in sorted(merged)}
-
-    def bucket(self, batch: int) -> Bucket | None:
-        """Returns the graph that serves `batch` rows, or None."""
-        if self.exact is not None:
-            return self.buckets.get(batch)
-        size = padded_size(tuple(self.buckets), batch)
-        return None if size is None else self.buckets[size]
 
 
 class GraphCache:

@@ -30,7 +30,7 @@ class Lane:
         self._runtime = runtime
         self._weak = weak
         self.native = _C.Lane()
-        self.native.stream = -1  # none yet: the first replay comes through `follow_stream`
+        self.follow_stream()
         self._guests: list[StorageWeakRef] = []
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 

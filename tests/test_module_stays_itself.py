@@ -361,6 +361,7 @@ def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
     assert mlp.forward.cache_info().hits >= 4
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP) -> None:
     compiled = []
 
@@ -380,6 +381,7 @@ def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP
     assert compiled
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_parent_that_is_compiled_takes_the_plain_forward_in(backend: Backend, mlp: MLP) -> None:
     graphs = []
 

@@ -159,7 +159,7 @@ def test_any_number_of_inputs(backend: Backend, count: int) -> None:
 
 def test_the_largest_parameter_of_a_kernel_and_beyond(backend: Backend) -> None:
     """A node takes what fits into 32,764 bytes; more inputs are staged by torch calls."""
-    for count, native in ((180, True), (200, False)):
+    for count, native in ((200, True), (210, False)):
         graphed = cuda_graphed(lambda inputs: torch.stack(inputs).sum(0), sizes=(2,))
         for _ in range(3):
             inputs = [values(backend, (2, 2), torch.int64)[:, ::1] for _ in range(count)]

@@ -10,7 +10,7 @@ from graphcache.capture import capture_ladder
 PACKAGE = Path(graphcache.__file__).parent
 
 # From the decorator down to the driver; what is not listed is a leaf at the side.
-ORDER = ["decorators", "cache", "modes", "capture", "outputs", "pool", "runtime", "_C"]
+ORDER = ["decorators", "cache", "entry", "modes", "capture", "outputs", "pool", "runtime", "_C"]
 LEAVES = {
     "buckets": {"errors"},
     "config": {"errors"},
