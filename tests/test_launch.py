@@ -380,3 +380,27 @@ def test_a_graph_begins_with_its_staging_node(backend: Backend) -> None:
     graphed(x, x)
     (entry,) = graphed._cache()._entries.values()
     assert entry.buckets[4].graph.node.nodes == 2  # one kernel for both inputs, and the addition
+
+
+def test_memory_formats_are_told_apart(backend: Backend) -> None:
+    graphed = cuda_graphed(lambda x: x * 2, sizes=(4,))
+    x = backend.randn(3, 2, 5, 5)
+    for _ in range(4):
+        for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+            got = graphed(given)
+            assert torch.equal(got, given * 2)
+            assert got.stride() == (given * 2).stride()
+    assert graphed.cache_info().hits == 6
+
+
+def test_inside_the_comparison_of_another_it_is_inlined(backend: Backend) -> None:
+    inner = cuda_graphed(MLP().to(backend.device).eval(), sizes=(3, 4))
+    outer = cuda_graphed(lambda x: inner(x) + 1, sizes=(4,))
+    x = backend.randn(3, 8)
+    for _ in range(3):
+        inner(x)
+    hits = inner.forward.cache_info().hits
+    for _ in range(3):  # eager and captured; eager and compared; replayed
+        assert close(outer(x), eager(inner, x) + 1)
+    assert outer.cache_info().hits == 1
+    assert inner.forward.cache_info().hits == hits

@@ -411,3 +411,26 @@ def test_a_copy_enters_its_own_forward(backend: Backend, mlp: MLP) -> None:
         assert close(twin(x), eager(twin, x))
         assert close(mlp(x), eager(mlp, x))
     assert twin.forward.cache_info().hits == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torch_compile_sees_the_plain_forward_of_what_has_graphs(backend: Backend) -> None:
+    @cuda_graphed(sizes=(2,))
+    class Graphed(MLP):
+        pass
+
+    model = Graphed().to(backend.device).eval()
+    x = backend.randn(2, 8)
+    for _ in range(3):
+        plain = model(x).clone()
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    hits = model.forward.cache_info().hits
+    assert close(torch.compile(model, backend=compiler)(x), plain)
+    assert graphs
+    assert model.forward.cache_info().hits == hits
