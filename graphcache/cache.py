@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -442,8 +443,10 @@ class GraphCache:
 
         Outputs that are held stay as they are, until another graph of their pool runs.
         """
-        while self._entries:
-            self._drop(self._entries.popitem()[1])
+        # No graph may go while another thread launches it.
+        with self._pool.lock if self._pool is not None else nullcontext():
+            while self._entries:
+                self._drop(self._entries.popitem()[1])
         if self._pool is not None:
             self._pool.trim()
         self._written.clear()

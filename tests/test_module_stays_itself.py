@@ -434,3 +434,23 @@ def test_torch_compile_sees_the_plain_forward_of_what_has_graphs(backend: Backen
     assert close(torch.compile(model, backend=compiler)(x), plain)
     assert graphs
     assert model.forward.cache_info().hits == hits
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_function_traces_a_forward_that_has_graphs(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    for _ in range(3):
+        plain = mlp(x).clone()
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    hits = mlp.forward.cache_info().hits
+    assert close(torch.compile(lambda x: mlp.forward(x) + 1, backend=compiler)(x), plain + 1)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("linear" in target for target in targets) == 2
+    assert mlp.forward.cache_info().hits == hits

@@ -230,3 +230,33 @@ def test_a_stage_refuses_what_it_could_not_fill() -> None:
         _C.Stage([torch.zeros(2)], [0], [0], [b"1"], [False])
     with pytest.raises(ValueError, match="not dense"):
         _C.Stage([torch.zeros(4, 4)[::2]], [0], [0], [bytes(16)], [False])
+
+
+def test_a_call_that_raised_leaves_nothing_of_its_inputs(backend: Backend) -> None:
+    """What it read before it raised is read again: the next call is not taken for the same."""
+    graphed = cuda_graphed(lambda x, y: x - y, sizes=(2,))
+    x, other, y = (values(backend, (2, 3), torch.int32) for _ in range(3))
+    other += 1000
+    for _ in range(3):
+        graphed(x, y)
+    gone = y.clone()
+    _C.expire(gone, "gone")
+    with pytest.raises(RuntimeError, match="gone"):
+        graphed(other, gone)
+    assert torch.equal(graphed(other, y), other - y)
+    assert torch.equal(graphed(x, y), x - y)
+
+
+def test_an_output_that_could_not_be_moved_leaves_nothing_of_the_inputs(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphed = cuda_graphed(lambda x: x * 2, sizes=(2,), stale="copy")
+    x, other = (values(backend, (2, 3), torch.int32) for _ in range(2))
+    other += 1000
+    for _ in range(3):
+        held = graphed(x)
+    _C.expire(held, "gone")  # so that moving it raises
+    with pytest.raises(RuntimeError, match="gone"):
+        graphed(other)
+    del held
+    assert torch.equal(graphed(other), other * 2)

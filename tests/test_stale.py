@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import cuda_graphed, is_expired
-from tests.conftest import MLP, Backend, eager
+from graphcache import cuda_graphed, expire, is_expired
+from tests.conftest import MLP, Backend, close, eager
 
 
 def settled(model: nn.Module, x: Tensor) -> nn.Module:
@@ -197,3 +197,15 @@ def test_weak_outputs_of_views_with_another_dtype(backend: Backend) -> None:
         y, bits = model(x)
         assert bits.dtype == torch.int32
         assert torch.equal(y.view(torch.int32), bits)
+
+
+def test_an_output_that_the_user_expires_is_gone_alone(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    out = mlp(x)
+    expire(out)
+    with pytest.raises(RuntimeError, match=r"graphcache\.expire"):
+        out.sum()
+    del out
+    assert close(mlp(x), eager(mlp, x))

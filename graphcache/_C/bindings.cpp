@@ -90,7 +90,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("message") =
           "graphcache: this tensor was expired by graphcache.expire(); what it held may have been "
           "overwritten. Use it before that, or keep a copy with .clone()");
-  m.def("is_expired", &graphcache::is_expired, py::arg("tensor"));
+  m.def(
+      "is_expired",
+      [](const at::Tensor& tensor) { return graphcache::is_expired(tensor); },
+      py::arg("tensor"));
   m.def("storage_key", &graphcache::storage_key, py::arg("tensor"));
   m.def(
       "is_held",

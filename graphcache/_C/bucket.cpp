@@ -1,5 +1,7 @@
 #include "bucket.h"
 
+#include <utility>
+
 namespace py = pybind11;
 
 namespace graphcache {
@@ -38,6 +40,8 @@ void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin,
     launch_.replay();
     return;
   }
+  // Whatever raises before the patch, the node lacks what was read: it must not pass for unchanged.
+  const bool unpatched = std::exchange(unpatched_, true);
   const bool changed = launch_.stage->read(arguments.tensors.data(), batch);
   given_up += lane->give_up(origin);
   if (!launch_.node) {
@@ -45,9 +49,10 @@ void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin,
     launch_.replay();
     return;
   }
-  if (changed) {
+  if (changed || unpatched) {
     launch_.node->patch();
   }
+  unpatched_ = false;
   if (launch_.replay) {
     launch_.replay(); // torch's own: it advances the random generator
     return;

@@ -49,6 +49,7 @@ class Bucket {
   void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);
 
   Launch launch_;
+  bool unpatched_ = true; // the node does not hold yet what the stage has read
 };
 
 } // namespace graphcache

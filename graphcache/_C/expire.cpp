@@ -21,8 +21,13 @@ void expire(const at::Tensor& tensor, const std::string& message) {
 }
 
 bool is_expired(const at::Tensor& tensor) {
+  storage_of(tensor);
+  return is_expired(tensor.storage());
+}
+
+bool is_expired(const c10::Storage& storage) {
   try {
-    storage_of(tensor)->data(); // torch has no query for the flag on every version that we support
+    storage.unsafeGetStorageImpl()->data(); // no version of torch that we support tells the flag
     return false;
   } catch (const c10::Error&) {
     return true;

@@ -69,7 +69,7 @@ py::object Result::give(
     int64_t batch, int64_t size, const Leaves& arguments, const Origin& made_by, Lane& lane) {
   for (size_t group = 0; group < first_.size(); ++group) {
     auto& storage = handed_->storages[group];
-    if (!storage) {
+    if (!storage || is_expired(storage)) { // by the user's own hand
       storage = weak_storage(first_[group], 0, first_[group].nbytes());
     }
   }

@@ -41,6 +41,7 @@ at::Tensor over(
 // expire.cpp: tensors whose data may not be touched any more.
 void expire(const at::Tensor& tensor, const std::string& message);
 bool is_expired(const at::Tensor& tensor);
+bool is_expired(const c10::Storage& storage);
 
 // ownership.cpp: who else holds a storage, and memory of its own for a weak one.
 int64_t storage_key(const at::Tensor& tensor);
