@@ -104,11 +104,14 @@ def test_switches_by_environment() -> None:
     code = (
         "import torch\nfrom graphcache import cuda_graphed\n"
         "f = cuda_graphed(lambda x: x * 2, sizes=(2,))\n"
-        "for _ in range(3): f(torch.ones(2))\nprint(f.cache_info().hits, f.cache_info().eager)"
+        "for _ in range(3): f(torch.ones(2))\ni = f.cache_info()\n"
+        "print(i.hits, i.launch, i.eager)"
     )
-    assert python(code, GRAPHCACHE_EMULATE="1").stdout.startswith("2 ")
+    assert python(code, GRAPHCACHE_EMULATE="1").stdout.startswith("2 copies ")
+    portable = python(code, GRAPHCACHE_EMULATE="1", GRAPHCACHE_PORTABLE="1")
+    assert portable.stdout.startswith("2 torch ")
     off = python(code, GRAPHCACHE_EMULATE="1", GRAPHCACHE_DISABLE="1")
-    assert off.stdout == "0 {'disabled': 3}\n"
+    assert off.stdout == "0 none {'disabled': 3}\n"
     bad = python("import graphcache", GRAPHCACHE_EMULATE="perhaps")
     assert "GRAPHCACHE_EMULATE is 'perhaps'" in bad.stderr
 

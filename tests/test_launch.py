@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -236,6 +237,19 @@ def test_what_was_cleared_is_not_served(backend: Backend, mlp: MLP) -> None:
     assert mlp.forward.cache_info().hits == 1
 
 
+def in_threads(*functions: Callable[[], None]) -> None:
+    """Runs each in a thread of its own, with the switches of this one."""
+    contexts = [contextvars.copy_context() for _ in functions]
+    threads = [
+        threading.Thread(target=context.run, args=(function,))
+        for context, function in zip(contexts, functions, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_threads_take_turns(backend: Backend) -> None:
     """Results are compared while no other thread may replay: outputs are valid until one does."""
     models = [cuda_graphed(MLP().to(backend.device).eval(), sizes=(2, 4)) for _ in range(2)]
@@ -259,18 +273,9 @@ def test_threads_take_turns(backend: Backend) -> None:
             with torch.no_grad():
                 models[step % 2](inputs[step % 4])
 
-    context = contextvars.copy_context
-    threads = [threading.Thread(target=context().run, args=(work, which)) for which in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(partial(work, 0), partial(work, 1))
     assert wrong == []
-    threads = [threading.Thread(target=context().run, args=(hammer,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(hammer, hammer, hammer)
     for model, results in zip(models, wanted, strict=True):
         for x, result in zip(inputs, results, strict=True):
             assert close(model(x), result)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -327,6 +328,21 @@ def test_repr_is_useful(model: nn.Module) -> None:
     assert "MLP" in repr(MLP())
 
 
+def collecting() -> tuple[list[torch.fx.GraphModule], Any]:
+    """A backend of torch.compile that changes nothing, and the graphs that it was given."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, compiler
+
+
+def operations(graphs: list[torch.fx.GraphModule]) -> list[str]:
+    return [str(node.target) for graph in graphs for node in graph.graph.nodes]
+
+
 def test_a_forward_put_on_top_later_is_called(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2,))
     x = backend.randn(2, 8)
@@ -363,12 +379,7 @@ def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP) -> None:
-    compiled = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        compiled.append(len(list(graph.graph.nodes)))
-        return graph.forward
-
+    compiled, compiler = collecting()
     x = backend.randn(2, 8)
     plain = eager(cuda_graphed(mlp, sizes=(2,)), x)
     mlp.compile(backend=compiler)
@@ -383,18 +394,13 @@ def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_parent_that_is_compiled_takes_the_plain_forward_in(backend: Backend, mlp: MLP) -> None:
-    graphs = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, compiler = collecting()
     x = backend.randn(2, 8)
     parent = nn.Sequential(nn.Tanh(), cuda_graphed(mlp, sizes=(2,)), nn.Tanh())
     plain = parent(x).clone()
     torch._dynamo.reset()
     assert close(torch.compile(parent, backend=compiler)(x), plain)
-    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    targets = operations(graphs)
     assert sum("tanh" in target.lower() for target in targets) == 2
     assert sum("linear" in target for target in targets) == 2
     assert mlp.forward.cache_info().hits == 0
@@ -423,12 +429,7 @@ def test_torch_compile_sees_the_plain_forward_of_what_has_graphs(backend: Backen
     x = backend.randn(2, 8)
     for _ in range(3):
         plain = model(x).clone()
-    graphs = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, compiler = collecting()
     torch._dynamo.reset()
     hits = model.forward.cache_info().hits
     assert close(torch.compile(model, backend=compiler)(x), plain)
@@ -442,15 +443,10 @@ def test_a_compiled_function_traces_a_forward_that_has_graphs(backend: Backend, 
     x = backend.randn(2, 8)
     for _ in range(3):
         plain = mlp(x).clone()
-    graphs = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, compiler = collecting()
     torch._dynamo.reset()
     hits = mlp.forward.cache_info().hits
     assert close(torch.compile(lambda x: mlp.forward(x) + 1, backend=compiler)(x), plain + 1)
-    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    targets = operations(graphs)
     assert sum("linear" in target for target in targets) == 2
     assert mlp.forward.cache_info().hits == hits

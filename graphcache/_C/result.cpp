@@ -1,43 +1,15 @@
 #include "result.h"
 
+#include "strides.h"
+
 #include <ATen/ops/empty_strided.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/util/DimVector.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <numeric>
 
 namespace py = pybind11;
 
 namespace graphcache {
-namespace {
-
-// Dimensions from the innermost to the outermost.
-c10::DimVector ascending(at::IntArrayRef sizes, at::IntArrayRef strides) {
-  c10::DimVector order(sizes.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return strides[a] != strides[b] ? strides[a] < strides[b] : a > b;
-  });
-  return order;
-}
-
-bool is_dense(at::IntArrayRef sizes, at::IntArrayRef strides) {
-  int64_t run = 1;
-  for (const auto dim : ascending(sizes, strides)) {
-    if (sizes[dim] != 1) {
-      if (strides[dim] != run) {
-        return false;
-      }
-      run *= sizes[dim];
-    }
-  }
-  return true;
-}
-
-} // namespace
-
 Result::Result(Tree layout, std::vector<Output> outputs, bool copy)
     : layout_(std::move(layout)), outputs_(std::move(outputs)), handed_(std::make_shared<Handed>()) {
   handed_->copy = copy;
@@ -130,14 +102,15 @@ at::Tensor Result::cut(size_t index, int64_t batch) const {
       sizes,
       whole.strides(),
       whole.storage_offset());
-  if (is_dense(sizes, whole.strides()) || !is_dense(whole.sizes(), whole.strides())) {
+  const auto order = outermost_first(whole.strides());
+  if (is_dense(sizes, whole.strides(), order) || !is_dense(whole.sizes(), whole.strides(), order)) {
     return part;
   }
   c10::DimVector strides(sizes.size());
   int64_t run = 1;
-  for (const auto dim : ascending(sizes, whole.strides())) {
-    strides[dim] = run;
-    run *= std::max<int64_t>(sizes[dim], 1);
+  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
+    strides[*dim] = run;
+    run *= std::max<int64_t>(sizes[*dim], 1);
   }
   return at::empty_strided(sizes, strides, part.options()).copy_(part);
 }

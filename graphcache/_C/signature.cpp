@@ -1,12 +1,11 @@
 #include "signature.h"
 
+#include "strides.h"
 #include "weak.h"
 
 #include <c10/core/DispatchKeySet.h>
-#include <c10/util/DimVector.h>
 
 #include <algorithm>
-#include <numeric>
 
 namespace py = pybind11;
 
@@ -23,11 +22,7 @@ uint64_t keys_of(const at::Tensor& tensor) {
 // As `_order` in signature.py has it.
 c10::DimVector order_of(const at::Tensor& tensor) {
   const auto strides = tensor.strides();
-  c10::DimVector order(strides.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return strides[a] > strides[b];
-  });
+  auto order = outermost_first(strides);
   const bool plain = std::is_sorted(order.begin(), order.end()) ||
       std::find(strides.begin(), strides.end(), 0) != strides.end();
   return plain ? c10::DimVector() : order;

@@ -1,11 +1,12 @@
 #include "stage.h"
 
+#include "strides.h"
+
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 namespace graphcache {
 namespace {
@@ -13,27 +14,8 @@ namespace {
 constexpr int64_t kBytesPerBlock = kThreads * 16 * 4;
 constexpr int64_t kMaxBlocks = 512; // enough to fill the largest GPUs
 
-std::vector<int64_t> order_of(const at::Tensor& buffer) {
-  std::vector<int64_t> order(buffer.dim());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return buffer.stride(a) > buffer.stride(b);
-  });
-  return order;
-}
-
-bool is_dense(const at::Tensor& tensor, const std::vector<int64_t>& order) {
-  if (tensor.numel() == 0) {
-    return true;
-  }
-  int64_t run = 1;
-  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
-    if (tensor.size(*dim) != 1 && tensor.stride(*dim) != run) {
-      return false;
-    }
-    run *= tensor.size(*dim);
-  }
-  return true;
+bool is_dense(const at::Tensor& tensor, c10::IntArrayRef order) {
+  return graphcache::is_dense(tensor.sizes(), tensor.strides(), order);
 }
 
 // The largest power of two, at most 16, that divides all that was or-ed into `lengths`.
@@ -50,7 +32,7 @@ Stage::Stage(std::vector<StaticInput> inputs)
     auto& staged = staged_[index];
     const auto& buffer = input.buffer;
     TORCH_CHECK_VALUE(input.fill.size() == sizeof(staged.fill), "graphcache: a fill of 16 bytes");
-    orders_.push_back(order_of(buffer));
+    orders_.push_back(outermost_first(buffer.strides()));
     TORCH_CHECK_VALUE(is_dense(buffer, orders_.back()), "graphcache: a static input that is not dense");
     std::memcpy(staged.fill, input.fill.data(), sizeof(staged.fill));
     staged.element = static_cast<int>(buffer.element_size());

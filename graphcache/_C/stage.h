@@ -4,6 +4,7 @@
 #include "stage_kernel.h"
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/DimVector.h>
 
 #include <cstdint>
 #include <string>
@@ -34,9 +35,6 @@ class Stage {
   // Copies on the CPU what `read` took down.
   void copy() const;
 
-  // Takes down that every buffer is given already, so that a capture needs no arguments.
-  void read_nothing();
-
   // Writes the same in the short form, if that holds it.
   bool plain(std::vector<PlainInput>& plain) const;
 
@@ -46,10 +44,12 @@ class Stage {
   const std::vector<StagedInput>& staged() const { return staged_; }
 
  private:
+  // Takes down that every buffer is given already, so that a capture needs no arguments.
+  void read_nothing();
   void read_strided(StagedInput& staged, size_t index, const at::Tensor& source, int64_t batch);
 
   std::vector<StaticInput> inputs_;
-  std::vector<std::vector<int64_t>> orders_; // of each buffer, its dimensions from the outermost
+  std::vector<c10::DimVector> orders_; // of each buffer, its dimensions from the outermost
   std::vector<StagedInput> staged_;
   unsigned blocks_ = 1;
 };
