@@ -1,6 +1,7 @@
 """The graphs of one forward: which serves a call, and what happens where none can."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,22 +17,25 @@ from graphcache.buckets import default_sizes
 from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
 from graphcache.entry import Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
-from graphcache.guards import AttributeWatch, Guards, submodule_with_hooks
+from graphcache.guards import Guards, submodule_with_hooks
 from graphcache.modes import modes_of, refuse_where_watched
 from graphcache.observe import Observer
 from graphcache.pool import GraphPool, Stale, default_pool
+from graphcache.reads import Reads
 from graphcache.runtime import inlining, is_stream_capturing
-from graphcache.signature import BOUND, Call, Signature, Unservable
+from graphcache.signature import BATCHED, BOUND, Call, Signature, Unservable
 from graphcache.staging import Pad
 from graphcache.stats import CacheInfo, Counts
 from graphcache.tree import NotATree, flatten
-from graphcache.verify import same
+from graphcache.verify import Sample, first_rows, same
 
 logger = logging.getLogger(__name__)
 
 # A forward that needs more than this is not one that graphs can speed up: each costs a capture.
 MAX_SIGNATURES = 32
 MAX_RECAPTURES = 8
+WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
+MAX_ALIKE = 3
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 
 _NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
@@ -74,6 +78,7 @@ class GraphCache:
         self._entries: dict[Any, Entry] = {}
         self._written: dict[Any, frozenset[int]] = {}
         self._recaptures = 0
+        self._replaced = ""
         self._unsettled = 0
         self._warned: set[str] = set()
         self._counts = Counts()
@@ -98,8 +103,14 @@ class GraphCache:
                 entry = self._serving(call, instance)
                 if entry is None or (bucket := entry.bucket(call.batch)) is None:
                     return self._first(function, instance, call)
-                if call.batch != bucket.size and not bucket.native.checked:
-                    return self._first_padded(function, call, entry, bucket)
+                if entry.written.overlaps(call.leaves):
+                    raise Unservable("an argument lies in memory that the forward writes")
+                if bucket.lane.native.is_held_elsewhere():
+                    raise Unservable("another thread holds an output of its lane")
+                if call.batch != bucket.size and bucket.native.trusted <= 0:
+                    if _is_ambiguous(call, entry):
+                        return self._first(function, instance, call, exactly=True)
+                    return self._compared(function, call, entry, bucket)
                 return self._replay(call, bucket)
         except Unservable as reason:
             self._counts.eager[str(reason)] += 1
@@ -140,8 +151,8 @@ class GraphCache:
             if entry.eager is not None:
                 raise Unservable(entry.eager)
             if not entry.guards.hold(grad=grad):
+                self._note_recapture(entry, grad=grad)
                 self._drop(self._entries.pop(call.key))
-                self._recaptures += 1
                 entry = None
         if entry is None:
             if grad and _wants_grad(instance):
@@ -152,8 +163,9 @@ class GraphCache:
             if self._recaptures > MAX_RECAPTURES:
                 self._warn(
                     "recaptures",
-                    f"its tensors or attributes were replaced after capture {self._recaptures} times; "
-                    "it runs eagerly now. Change them in place (copy_), or pass them as arguments",
+                    f"{self._replaced} was replaced or changed after {self._recaptures} captures in a "
+                    "row; it runs eagerly now. Change tensors in place (copy_), or pass what changes as "
+                    "an argument",
                 )
                 raise Unservable("what it captured is replaced again and again")
             if len(self._entries) >= MAX_SIGNATURES:
@@ -168,6 +180,14 @@ class GraphCache:
             raise Unservable("a batch above the largest size")
         return entry
 
+    def _note_recapture(self, entry: Entry, *, grad: bool) -> None:
+        served = sum(bucket.native.replays for bucket in entry.buckets.values())
+        if served >= WORTH_A_CAPTURE:
+            self._recaptures = 0
+        self._recaptures += 1
+        self._replaced = entry.guards.broken(grad=grad)
+        logger.info("%s is captured anew: %s changed", self.name, self._replaced)
+
     def _replay(self, call: Call, bucket: Bucket) -> Any:
         stream = bucket.lane.follow_stream()
         tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.leaves]
@@ -176,7 +196,8 @@ class GraphCache:
     def _publish(self, call: Call, instance: Any, entry: Entry) -> None:
         """Lets native code serve calls like this one with the graphs that there are now."""
         if entry.native is None:
-            entry.native = _C.Entry(self._pool_for(call).lock, entry.guards.native)
+            lock = self._pool_for(call).lock
+            entry.native = _C.Entry(lock, entry.guards.native, entry.written)
             parameters, leaves = self._signature.native(call)
             training = getattr(instance, "training", None)
             self.native.add(parameters, leaves, training, entry.native)
@@ -198,20 +219,22 @@ class GraphCache:
 
     # The first call of a signature
 
-    def _first(self, function: Callable[..., Any], instance: Any, call: Call) -> Any:
-        """Runs the forward eagerly, once, and captures it afterwards."""
+    def _first(
+        self, function: Callable[..., Any], instance: Any, call: Call, *, exactly: bool = False
+    ) -> Any:
+        """Runs the forward eagerly, once, and captures it afterwards; perhaps just for this batch."""
         result, observed = self._observe(function, instance, call, restore=False)
         self._counts.eager["the first call of a signature"] += 1
-        self._learn(function, instance, call, *observed, result)
+        self._learn(function, instance, call, *observed, result, exactly=exactly)
         return result
 
     def _observe(
         self, function: Callable[..., Any], instance: Any, call: Call, *, restore: bool
-    ) -> tuple[Any, tuple[Observer, AttributeWatch]]:
-        observer = Observer(call.leaves[0].device, call.leaves, restore=restore)
-        attributes = AttributeWatch(instance)
-        with inlining(), observer.watch():
-            return function(*call.args, **call.kwargs), (observer, attributes)
+    ) -> tuple[Any, tuple[Observer, Reads]]:
+        reads = Reads(instance)
+        observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=reads.tensors)
+        with inlining(), observer.watch(), reads.watch():
+            return function(*call.args, **call.kwargs), (observer, reads)
 
     def warm_up(
         self,
@@ -239,46 +262,62 @@ class GraphCache:
         instance: Any,
         call: Call,
         observer: Observer,
-        attributes: AttributeWatch,
+        reads: Reads,
         result: Any,
+        *,
+        exactly: bool = False,
     ) -> None:
         """Decides from an observed eager call how its signature is served, and captures it."""
         tensors: list[Tensor] = []
-        changed = attributes.changed()
+        changed = reads.changed()
         try:
             layout = flatten(result, tensors, [])
+            for tensor in tensors:
+                observer.note_read(tensor)
             if observer.blocker is not None:
                 raise CaptureError(observer.blocker)
+            if reads.seeded:
+                raise CaptureError(f"it sets the state of a random generator ({reads.seeded})")
+            if reads.drew_on_the_host():
+                raise CaptureError(
+                    "it draws random numbers of Python's or numpy's, which a graph freezes"
+                )
+            if not changed and observer.keeps(tensors):
+                changed = ["a tensor that it made and that something keeps"]
             if any(tensor.grad_fn is not None for tensor in tensors):
                 return  # something that is no parameter wants gradients
             if changed:
-                self._unsettled += 1
-                if self._unsettled < MAX_UNSETTLED:
-                    return
-                names = ", ".join(changed[:3])
-                raise CaptureError(f"it changes attributes, which no graph replays: {names}")
-            guards = Guards.find(function, instance, observer.external.values())
+                self._leave_unsettled(changed)
+            guards = Guards.find(instance, reads, observer.reached())
+            if guards.hooked is not None:
+                raise Unservable(f"hooks inside the forward, on {guards.hooked}")
             _check_reached(observer, guards)
             call = self._bind_written(call, observer)
             entry = self._entries.get(call.key) or Entry()
             self._withdraw(entry)
             entry.guards = guards
             entry.pure = not observer.written
+            entry.written = _written(call, observer)
             entry.exact = entry.exact or self._why_exact(call, observer)
             job = Job(
                 self.name,
                 function,
                 call,
                 observer.external,
+                {id(tensor): tensor for tensor in observer.reached()},
                 observer.draws,
                 self._pool_for(call),
                 self.options.pad,
                 self.options.stale,
                 self.options.progress,
             )
-            self._capture(job, entry, layout, tensors)
+            entry.sample = entry.sample or Sample(call)
+            entry.batches.add(call.batch)
+            self._capture(job, entry, layout, tensors, exactly=exactly)
+            if not guards.hold(grad=False):  # a capture runs the forward's Python
+                self._leave_unsettled([guards.broken(grad=False)])
         except Unservable:
-            return  # with its written arguments bound, as they are from the next call on
+            return  # with its written arguments bound, or unsettled, or hooked
         except Exception as error:  # whatever it is, the caller has a result, and gets it
             self._give_up(call, error)
             return
@@ -288,6 +327,14 @@ class GraphCache:
         made = [tensor for tensor in tensors if _C.storage_key(tensor) not in theirs]
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(made)
+
+    def _leave_unsettled(self, changed: list[str]) -> None:
+        """Leaves a forward that changes Python values for its next call: perhaps it does so once."""
+        self._unsettled += 1
+        if self._unsettled < MAX_UNSETTLED:
+            raise Unservable("it changed attributes")
+        names = ", ".join(changed[:3])
+        raise CaptureError(f"it changes attributes, which no graph replays: {names}")
 
     def _bind_written(self, call: Call, observer: Observer) -> Call:
         """Returns the call read again, with the arguments that the forward wrote to bound."""
@@ -318,12 +365,14 @@ class GraphCache:
             return "it writes to outside state, and pad does not say what a padded row must hold"
         return None
 
-    def _capture(self, job: Job, entry: Entry, layout: Any, tensors: list[Tensor]) -> None:
+    def _capture(
+        self, job: Job, entry: Entry, layout: Any, tensors: list[Tensor], *, exactly: bool
+    ) -> None:
         """Captures what `entry` lacks for this call, and finds out whether it can be padded."""
         start, batch = perf_counter(), job.call.batch
         buckets: list[Bucket] = []
         if entry.exact is None:
-            wanted = self.options.sizes or default_sizes(batch)
+            wanted = (batch,) if exactly else self.options.sizes or default_sizes(batch)
             sizes = [size for size in wanted if size not in entry.buckets]
             try:
                 buckets = capture_or_warm_up(job, sizes)
@@ -347,7 +396,8 @@ class GraphCache:
             buckets[0].exact_only = True
         for bucket in buckets:
             # State would be advanced twice by a comparison; there, pad has said what is safe.
-            bucket.native.checked = not entry.pure and bucket.result.knows_batch_dims()
+            if not entry.pure and bucket.result.knows_batch_dims():
+                bucket.native.trusted = sys.maxsize
         entry.add(buckets)
         seconds = perf_counter() - start
         self._counts.captures += len(buckets)
@@ -355,23 +405,20 @@ class GraphCache:
         captured = [bucket.size for bucket in buckets]
         logger.info("captured %s at sizes %s in %.2f s", self.name, captured, seconds)
 
-    def _first_padded(
-        self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket
-    ) -> Any:
-        """Returns the eager result, and compares the padded replay with it."""
+    def _compared(self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket) -> Any:
+        """Returns the eager result, and compares padded replays with it."""
         with inlining():
             eager = function(*call.args, **call.kwargs)
-        self._counts.eager["compared with the first padded replay of a size"] += 1
+        self._counts.eager["compared with a padded replay"] += 1
         tensors: list[Tensor] = []
         try:
             layout = flatten(eager, tensors, [])
             why = learn_batch_dims([bucket], call.batch, layout, tensors)
         except NotATree as error:
             why = str(error)
-        if why is None and entry.pure and not same(eager, self._compare(call, bucket)):
-            why = "its rows depend on each other"
+        if why is None and entry.pure:
+            why = self._why_unlike(tensors, call, entry, bucket)
         if why is None:
-            bucket.native.checked = True
             return eager
         self._warn(
             "rows",
@@ -382,11 +429,35 @@ class GraphCache:
         self._publish(call, None, entry)
         return eager
 
+    def _why_unlike(self, tensors: list[Tensor], call: Call, entry: Entry, bucket: Bucket) -> str | None:
+        """Says how padded replays differ from an eager result, or returns None where they do not."""
+        # All of this first: an argument may be an output that the replays below overwrite.
+        sample, entry.sample = entry.sample or Sample(call), Sample(call)
+        tells = sample.tells(call, self.options.pad)
+        outputs = bucket.result.outputs
+        expected = [t.clone() for t in first_rows(tensors, outputs, call.batch)]
+        padded = [call._replace(leaves=ls, batch=bucket.size) for ls in sample.full(call, bucket.size)]
+        for each in (call, *padded):
+            rows = first_rows(self._compare(each, bucket), outputs, call.batch)
+            if not same(expected, rows):
+                return "its rows depend on each other"
+        if tells:
+            bucket.native.trusted, entry.alike = entry.trust, 0
+            entry.trust *= 4
+            return None
+        entry.alike += 1
+        if entry.alike < MAX_ALIKE:
+            return None  # served by eager until rows come that differ
+        entry.exact = "all of its rows were alike, so that padding could not be compared with eager"
+        self._publish(call, None, entry)
+        return None
+
     def _compare(self, call: Call, bucket: Bucket) -> Any:
         """Replays for a comparison: the result goes to nobody, and counts for nothing."""
-        before = bucket.native.replays, bucket.native.padded_rows
+        native = bucket.native
+        before = native.replays, native.padded_rows, native.trusted
         result = self._replay(call, bucket)
-        bucket.native.replays, bucket.native.padded_rows = before
+        native.replays, native.padded_rows, native.trusted = before
         return result
 
     def _give_up(self, call: Call, error: Exception) -> None:
@@ -454,6 +525,21 @@ class GraphCache:
         self._recaptures = self._unsettled = 0
         self.native.calls = 0
         self._counts = Counts()
+
+
+def _is_ambiguous(call: Call, entry: Entry) -> bool:
+    """Tells whether an argument may be as long as the batch by chance: no other batch was seen yet."""
+    entry.batches.add(call.batch)
+    return len(entry.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1
+
+
+def _written(call: Call, observer: Observer) -> _C.Written:
+    keys = [_C.storage_key(tensor) for tensor in call.leaves]
+    return _C.Written(
+        [tensor for key, tensor in observer.external.items() if key in observer.written],
+        [index for index, key in enumerate(keys) if key in observer.written],
+        [index for index, _ in call.staged()],
+    )
 
 
 def _wants_grad(instance: Any) -> bool:

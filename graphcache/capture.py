@@ -32,6 +32,7 @@ class Job(NamedTuple):
         function: the forward itself.
         call: the first call of its signature.
         outside: a tensor for each storage that the forward reached and was not given, by its key.
+        reached: the tensors themselves, by identity, as far as somebody holds them.
         draws: whether it draws random numbers.
         pool, pad, stale, progress: see `cuda_graphed`.
     """
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     function: Callable[..., Any]
     call: Call
     outside: dict[int, Tensor]
+    reached: dict[int, Tensor]
     draws: bool
     pool: GraphPool
     pad: Pad
@@ -258,10 +260,10 @@ class _Body:
                 view = _C.alias(base, tensor.shape, tensor.stride(), offset)
                 return Output(view, place, argument=index)
         if key in self._job.outside:
-            same = tensor is self._job.outside[key]
+            same = id(tensor) in self._job.reached
             return Output(tensor, place, outside=True, same=same)
         if tensor.device != self._job.pool.device:  # a constant on the host
-            return Output(tensor, place, outside=True, same=True)
+            return Output(tensor, place, outside=True, same=True, constant=True)
         return tensor
 
 

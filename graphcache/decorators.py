@@ -1,7 +1,9 @@
 """`cuda_graphed`: puts a graph cache in front of a forward, and leaves everything else as it was."""
 
 import copy
+import gc
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -158,6 +160,24 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
         return self  # as functions are
 
 
+_MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+
+
+def _called_module() -> Any:
+    """Returns the module whose call is under way right above; None where that is not to be told.
+
+    A shallow copy of a module (`copy.copy`, a DataParallel replica) shares all that lies in its
+    `__dict__`, so the forward there can't know by itself on whose behalf it is called.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_code.co_filename != _MODULE_FILE:
+        return None
+    return frame.f_locals.get("self") if frame.f_code.co_name in _MODULE_CALLS else None
+
+
 class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """The forward of one module that was decorated after it was made.
 
@@ -177,10 +197,16 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             owner = reference()
             if is_compiling():
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
+            called = _called_module()
+            if called is None:
+                _refuse_shared(vars(owner).get("forward"), owner)
+            elif called is not owner:
+                return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
             bound = MethodType(wrapped, owner) if is_method else wrapped
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)
+        self._self_known_count = 0
         self._self_module = reference
         self._self_caches = caches
         self._self_served = caches.served(module)
@@ -231,6 +257,27 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         return InstanceForward(module, function, self._self_caches.options)
 
 
+def _is_alone(forward: Any, owner: Any) -> bool:
+    called = _called_module()
+    if called is None:
+        _refuse_shared(forward, owner)
+    return called is None or called is owner
+
+
+def _refuse_shared(forward: Any, owner: Any) -> None:
+    """Raises where `forward` lies in other modules than its own: a call may be of any of them."""
+    if not isinstance(forward, InstanceForward) or sys.getrefcount(forward) == forward._self_known_count:
+        return
+    for holder in gc.get_referrers(forward):
+        if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
+            raise GraphCacheError(
+                f"graphcache: {type(owner).__qualname__}.forward was called by itself, and a shallow "
+                "copy of its module shares it: which of the two is meant can't be told. Call the "
+                "module, or copy it with copy.deepcopy"
+            )
+    forward._self_known_count = sys.getrefcount(forward)
+
+
 def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
     native = _C.module_call(forward._self_served, forward)
     plain, is_method = forward.__wrapped__, forward._self_is_method
@@ -241,7 +288,7 @@ def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[.
             return native(*args, **kwargs)
         module = reference()
         if (
-            module.__dict__["forward"] is not forward
+            module.__dict__.get("forward") is not forward
             or module._forward_hooks
             or module._forward_pre_hooks
         ):
@@ -253,7 +300,7 @@ def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[.
 
 # Calls that graphs serve never get to wrapt, which takes a microsecond to find out what it wraps.
 _C.serve_calls(GraphedForward)
-_C.serve_calls(InstanceForward)
+_C.serve_instance_calls(InstanceForward)
 _C.serve_bound_calls(_BoundForward)
 
 

@@ -6,6 +6,7 @@ from graphcache import _C
 from graphcache.buckets import padded_size
 from graphcache.capture import Bucket
 from graphcache.guards import Guards
+from graphcache.verify import Sample
 
 
 @dataclass
@@ -18,6 +19,11 @@ class Entry:
         guards: what its graphs depend on besides the arguments.
         pure: the forward writes to nothing outside, so that running it twice does no harm.
         complete: no sizes will be added: they were given, or no more fit into memory.
+        sample: rows of an earlier call, to compare padded replays with eager.
+        batches: how many rows its calls had, as far as it matters: whether that ever changed.
+        alike: padded calls in a row whose rows were all alike, so that nothing could be learned.
+        trust: how many padded calls follow the next comparison without one.
+        written: what its graphs write outside, and what they read of it beforehand.
         buckets: its graphs by size, ascending.
         native: the same, for the calls that native code serves.
     """
@@ -28,6 +34,11 @@ class Entry:
     complete: bool = False
     guards: Guards = field(default_factory=Guards)
     buckets: dict[int, Bucket] = field(default_factory=dict)
+    sample: Sample | None = None
+    batches: set[int] = field(default_factory=set)
+    alike: int = 0
+    trust: int = 64
+    written: _C.Written = field(default_factory=lambda: _C.Written([], [], []))
     native: _C.Entry | None = None
 
     def add(self, buckets: list[Bucket]) -> None:

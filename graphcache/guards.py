@@ -1,13 +1,16 @@
 """What a graph captured by address or by value, held and compared on every call.
 
 A graph reads the addresses and the Python values of its capture for ever. So each place from which the
-forward could get a tensor (a parameter, a buffer, an attribute, a list in an attribute, a closure, a
-global) is watched: the same object must still be there, at the same address. Python searches, once;
-the native guard compares.
+forward could get one (a parameter, a buffer, an attribute, a container or an object in it, a closure, a
+global) is watched: the same object must still be there, tensors at the same address. Python searches,
+once; the native guard compares.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
+import gc
+import sys
+from collections.abc import Iterable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,11 +18,22 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from graphcache import _C
+from graphcache.ops import overrides_dispatch
+from graphcache.reads import (
+    DEPTH,
+    HEAP_TYPE,
+    LONGEST,
+    OF_MODULE,
+    Place,
+    Reads,
+    attributes_of,
+    slots_of,
+)
 
-_OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
-_DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
-
-_Place = tuple[Any, Any, Any]  # a container or a closure cell, a key, and what is there
+LARGEST_BUFFER = 64 * 2**10  # bytes of a host array that are compared on every call
+# A dict can't be asked whether it lives. Later Pythons tell when one dies; before, only what is held by
+# something that is asked before it may be watched.
+_TELLS_OF_DEATH = sys.version_info >= (3, 12)
 
 
 class Guards:
@@ -28,118 +42,240 @@ class Guards:
     Attributes:
         native: what holds and compares it.
         unwatched: tensors that the forward reached, and to which no place was found to lead.
+        hooked: the name of a module inside that has hooks, which a replay would not call; or None.
     """
 
-    __slots__ = ("native", "unwatched")
+    __slots__ = ("_labels", "hooked", "native", "unwatched")
 
-    def __init__(self, native: _C.Guard | None = None, unwatched: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        native: _C.Guard | None = None,
+        unwatched: Iterable[Tensor] = (),
+        labels: dict[str, list[str]] | None = None,
+        hooked: str | None = None,
+    ) -> None:
         self.native = native or _C.Guard()
         self.unwatched = list(unwatched)
+        self._labels = labels or {}
+        self.hooked = hooked
 
     def hold(self, *, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
         return self.native.hold(grad)
 
+    def broken(self, *, grad: bool) -> str:
+        """Names what is not as it was, for a message."""
+        found = self.native.broken(grad)
+        if found is None:
+            return "something that is back to what it was"
+        kind, index, key = found
+        labels = self._labels.get(kind if kind != "gone" else "module", [])
+        label = labels[index] if index < len(labels) else kind
+        return f"{label}.{key}".lstrip(".") if key is not None else label or "the module itself"
+
     @classmethod
-    def find(cls, function: Callable[..., Any], instance: Any, reached: Iterable[Tensor]) -> "Guards":
-        """Finds every place that leads from the forward to a tensor that it reached.
+    def find(cls, instance: Any, reads: Reads, reached: Iterable[Tensor]) -> "Guards":
+        """Finds every place that leads from the forward to what it reads.
 
         Args:
-            function: the forward.
-            instance: what it is bound to, or None.
-            reached: a tensor of each storage that the forward read or wrote and was not given.
+            instance: what the forward is bound to, or None.
+            reads: which code ran, and so which names count.
+            reached: the tensors that the forward read or wrote and was not given, as far as somebody
+                holds them still.
 
         Returns:
             The guards; `unwatched` holds those of `reached` to which no place leads.
         """
-        search = _Search({_C.storage_key(tensor): tensor for tensor in reached}, instance)
-        if isinstance(instance, nn.Module):
-            search.visit(instance, (), _DEPTH)
-        elif instance is not None and hasattr(instance, "__dict__"):
-            search.inside(vars(instance), (), _DEPTH)
-        for place in _free_variables(function):
-            search.visit(place[-1], (place,), _DEPTH)
+        search = _Search(instance, reads.names)
+        if instance is not None:
+            search.visit(instance, (), DEPTH, "")
+        for place in reads.scopes():
+            label = f"global {place[1]}" if isinstance(place[0], dict) else "a closure"
+            search.watch((place,), label)
+            search.visit(place[-1], (place,), DEPTH, label)
+        hooks = [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
         native = _C.Guard(
             modules=search.modules,
             root=instance,
-            dicts=[nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks],
+            objects=search.objects,
+            dicts=[*((table, False) for table in hooks), *search.dicts],
+            lists=search.lists,
+            buffers=search.buffers,
             places=list(search.places.values()),
-            tensors=list(search.found.values()),
+            tensors=list(search.tensors.values()),
+            names=search.names,
         )
-        watched = {_C.storage_key(tensor) for tensor in search.found.values()}
-        return cls(native, [t for key, t in search.wanted.items() if key not in watched])
+        search.labels["dict"][:0] = ["hooks of every module"] * len(hooks)
+        lost = [tensor for tensor in reached if id(tensor) not in search.tensors]
+        names = zip(search.modules, search.labels["module"], strict=True)
+        hooked = (name for module, name in names if module is not instance and _has_hooks(module))
+        return cls(native, lost, search.labels, next(hooked, None))
 
 
 class _Search:
-    """Walks modules, containers and objects, and notes what leads to a wanted storage."""
+    """Walks modules, containers and objects, and notes all that leads to something else.
 
-    def __init__(self, wanted: dict[int, Tensor], root: Any) -> None:
-        self.wanted = wanted
+    Attributes:
+        names: the attributes that count, or None for all.
+        labels: for each kind of what the native guard watches, the names of these, for messages.
+    """
+
+    def __init__(self, root: Any, names: frozenset[str] | None) -> None:
         self.root = root
+        self.names = names
         self.modules: list[nn.Module] = []
-        self.places: dict[tuple[int, Any], _Place] = {}
-        self.found: dict[int, Tensor] = {}
+        self.objects: list[Any] = []
+        self.dicts: list[tuple[dict[Any, Any], bool]] = []
+        self.lists: list[Any] = []  # and sets
+        self.buffers: list[Any] = []
+        self.places: dict[tuple[int, Any], Place] = {}
+        self.tensors: dict[int, Tensor] = {}
+        kinds = ("module", "object", "dict", "list", "buffer", "place", "tensor")
+        self.labels: dict[str, list[str]] = {kind: [] for kind in kinds}
         self._seen: set[int] = set()
 
-    def visit(self, value: Any, places: tuple[_Place, ...], depth: int) -> None:
-        """Looks at one value, to which `places` lead."""
-        if isinstance(value, Tensor):
-            if value.layout is torch.strided and _C.storage_key(value) in self.wanted:
-                self.found[id(value)] = value
-                self._watch(places)
-        elif isinstance(value, nn.Module):
-            for module in value.modules():
-                if id(module) not in self._seen:
-                    self._seen.add(id(module))
-                    self.modules.append(module)
-                    for held in _attributes(module):
-                        self.visit(held, (), depth)
-            if value is not self.root:
-                self._watch(places)
-        elif depth > 0 and id(value) not in self._seen and not isinstance(value, _NOT_SEARCHED):
-            if isinstance(value, (dict, list, tuple)):
-                self._seen.add(id(value))
-                self.inside(value, places, depth - 1)
-            elif type(getattr(value, "__dict__", None)) is dict:
-                self._seen.add(id(value))
-                self.inside(vars(value), places, depth - 1)
-
-    def inside(self, container: Any, places: tuple[_Place, ...], depth: int) -> None:
-        """Looks at everything in a container."""
-        for key, value in _items(container):
-            self.visit(value, (*places, (container, key, value)), depth)
-
-    def _watch(self, places: tuple[_Place, ...]) -> None:
+    def watch(self, places: tuple[Place, ...], label: str) -> None:
+        """Watches places by themselves: what no container above them tells of."""
         for place in places:
-            self.places[id(place[0]), place[1]] = place
+            key = id(place[0]), place[1]
+            if key not in self.places:
+                self.places[key] = place
+                self.labels["place"].append(label)
+
+    def visit(
+        self, value: Any, places: tuple[Place, ...], depth: int, label: str, *, held: bool = True
+    ) -> None:
+        """Looks at one value.
+
+        Args:
+            value: what to look at.
+            places: those that lead to it and are watched only where it matters.
+            depth: how many containers deep to look.
+            label: its name.
+            held: what holds it is watched, and asked before it is.
+        """
+        if isinstance(value, Tensor):
+            if _has_address(value) and id(value) not in self.tensors:
+                self.tensors[id(value)] = value
+                self.labels["tensor"].append(label)
+                self.watch(places, label)
+        elif isinstance(value, nn.Module):
+            self._module_tree(value, label, depth)
+            if value is not self.root:
+                self.watch(places, label)
+        elif depth > 0 and id(value) not in self._seen:
+            self._inside(value, places, depth - 1, label, held)
+
+    def _module_tree(self, top: nn.Module, label: str, depth: int) -> None:
+        for name, module in top.named_modules():
+            if id(module) in self._seen:
+                continue
+            self._seen.add(id(module))
+            where = f"{label}.{name}".strip(".")
+            self.modules.append(module)
+            self.labels["module"].append(where)
+            self._classes(type(module))
+            for key, held in [*module._parameters.items(), *module._buffers.items()]:
+                self.visit(held, (), depth, f"{where}.{key}".lstrip("."))
+            for key, held in list(vars(module).items()):
+                if key not in OF_MODULE and self._counts(key):
+                    self.visit(held, (), depth, f"{where}.{key}".lstrip("."))
+
+    def _inside(self, value: Any, places: tuple[Place, ...], depth: int, label: str, held: bool) -> None:
+        self._seen.add(id(value))
+        if isinstance(value, dict):
+            covered = (held or _TELLS_OF_DEATH) and type(value) is dict and len(value) <= LONGEST
+            if covered:
+                self.dicts.append((value, False))
+                self.labels["dict"].append(label)
+            for key, item in list(dict.items(value)):
+                path = places if covered else (*places, (value, key, item))
+                self.visit(item, path, depth, f"{label}[{key!r}]", held=covered)
+        elif isinstance(value, (list, tuple)):
+            covered = type(value) is list and len(value) <= LONGEST
+            if covered:
+                self.lists.append(value)
+                self.labels["list"].append(label)
+            for index, item in enumerate(value):
+                path = places if covered else (*places, (value, index, item))
+                self.visit(item, path, depth, f"{label}[{index}]", held=False)
+        elif isinstance(value, partial):
+            self.visit(value.args, places, depth, label, held=False)
+            self.visit(value.keywords, places, depth, label, held=False)
+        elif isinstance(value, MethodType):
+            self.visit(value.__self__, places, depth, label, held=False)
+        elif isinstance(value, set):
+            if len(value) <= LONGEST:
+                self.lists.append(value)
+                self.labels["list"].append(label)
+        elif _exports_bytes(value):
+            self.buffers.append(value)
+            self.labels["buffer"].append(label)
+        else:
+            self._attributes(value, places, depth, label, held)
+
+    def _attributes(
+        self, value: Any, places: tuple[Place, ...], depth: int, label: str, held: bool
+    ) -> None:
+        for member, item in slots_of(value):
+            place, name = (value, member, item), f"{label}.{member.__name__}".lstrip(".")
+            self.watch((place,), name)
+            self.visit(item, (*places, place), depth, name, held=False)
+        table = attributes_of(value)
+        if table is None:
+            return
+        covered = True
+        if hasattr(type(value), "__weakref__"):
+            self.objects.append(value)
+            self.labels["object"].append(label)
+            self._classes(type(value))
+        elif held or _TELLS_OF_DEATH:
+            self.dicts.append((table, True))
+            self.labels["dict"].append(label)
+        else:
+            covered = False
+        for key, item in list(table.items()):
+            if self._counts(key):
+                path = places if covered else (*places, (table, key, item))
+                self.visit(item, path, depth, f"{label}.{key}".lstrip("."), held=covered)
+
+    def _classes(self, kind: type) -> None:
+        """Watches the dicts of a class and its bases: their methods and constants."""
+        for base in kind.__mro__:
+            if id(base) not in self._seen and base.__flags__ & HEAP_TYPE:
+                self._seen.add(id(base))
+                (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
+                self.dicts.append((table, True))
+                self.labels["dict"].append(base.__qualname__)
+                for key, item in list(table.items()):
+                    if isinstance(item, (Tensor, list, dict)) and self._counts(key):
+                        self.visit(item, (), DEPTH, f"{base.__qualname__}.{key}")
+
+    def _counts(self, key: Any) -> bool:
+        return self.names is None or type(key) is not str or key in self.names
 
 
-_NOT_SEARCHED = (str, bytes, int, float, type, FunctionType, type(torch), torch.dtype, torch.device)
+def _exports_bytes(value: Any) -> bool:
+    """Tells whether `value` is an array of numbers on the host, small enough to be compared."""
+    if not isinstance(value, bytearray) and type(value).__module__ not in ("numpy", "array"):
+        return False
+    try:
+        return 0 < memoryview(value).nbytes <= LARGEST_BUFFER and memoryview(value).contiguous
+    except (TypeError, ValueError, BufferError):
+        return False
 
 
-def _attributes(module: nn.Module) -> list[Any]:
-    own = [value for name, value in vars(module).items() if name not in _OF_MODULE]
-    return [*own, *module._parameters.values(), *module._buffers.values()]
+def _has_address(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not nn.parameter.is_lazy(tensor)
+        and not overrides_dispatch(tensor)
+    )
 
 
-def _items(container: Any) -> list[tuple[Any, Any]]:
-    return list(container.items() if isinstance(container, dict) else enumerate(container))
-
-
-def _free_variables(function: Callable[..., Any]) -> Iterator[_Place]:
-    function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType):
-        return
-    for cell in function.__closure__ or ():
-        try:
-            yield cell, None, cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-    names = set(function.__code__.co_names)
-    for name, value in list(function.__globals__.items()):
-        # Helpers that the forward calls read globals too: their tensors count, named here or not.
-        if isinstance(value, Tensor) or (name in names and not isinstance(value, _NOT_SEARCHED)):
-            yield function.__globals__, name, value
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def submodule_with_hooks(instance: Any) -> str | None:
@@ -149,40 +285,6 @@ def submodule_with_hooks(instance: Any) -> str | None:
     if nn_module._has_any_global_hook():
         return "every module (a global hook)"
     for name, module in instance.named_modules():
-        if module is not instance and (module._forward_hooks or module._forward_pre_hooks):
+        if module is not instance and _has_hooks(module):
             return repr(name)
-    return None
-
-
-class AttributeWatch:
-    """Notices what of a module tree one forward changes: attributes, and the containers in them."""
-
-    def __init__(self, instance: Any) -> None:
-        modules = instance.named_modules() if isinstance(instance, nn.Module) else ()
-        self._before = [
-            (name, table, dict(table), {key: _contents(value) for key, value in table.items()})
-            for name, module in modules
-            for table in (vars(module), module._parameters, module._buffers)
-            if isinstance(table, dict)  # a scripted module has others
-        ]
-
-    def changed(self) -> list[str]:
-        """Returns the names of the attributes that were set, replaced, changed or deleted since."""
-        return sorted(
-            f"{where}.{key}".lstrip(".")
-            for where, table, before, contents in self._before
-            for key in before.keys() | table.keys()
-            if table.get(key, _ABSENT) is not before.get(key, _ABSENT)
-            or (key not in _OF_MODULE and _contents(table[key]) != contents[key])
-        )
-
-
-_ABSENT = object()
-
-
-def _contents(value: Any) -> list[int] | None:
-    if isinstance(value, (list, set)):
-        return [id(item) for item in value]
-    if isinstance(value, dict):
-        return [id(item) for pair in value.items() for item in pair]
     return None

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
@@ -20,6 +21,8 @@ def refuse_where_watched(instance: Any) -> None:
         raise Unservable("torch.jit tracing")
     if torch._C._len_torch_dispatch_stack() > 0:
         raise Unservable("a TorchDispatchMode is active")
+    if forward_ad._current_level >= 0:
+        raise Unservable("forward-mode differentiation")
     if _C.modes(DeviceContext) is None:
         raise Unservable("a TorchFunctionMode is active")
     if torch._C._functorch.maybe_current_level() is not None:

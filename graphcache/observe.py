@@ -4,9 +4,12 @@ The first call of every signature runs under `Observer`. What it finds decides e
 arguments are bound, whether rows may be padded, what has to be guarded, whether to capture at all.
 """
 
+import gc
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -14,10 +17,31 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
-from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
+from graphcache.fingerprint import Fingerprints
+from graphcache.ops import (
+    HostReads,
+    obstacle,
+    overrides_dispatch,
+    take_apart,
+    tensors_in,
+    user_line,
+    written_by,
+)
 from graphcache.state import SavedState, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
+MANY = 10_000
+
+
+def _is_in_a_container(tensor: Tensor) -> bool:
+    """Tells whether something of Python's holds `tensor` besides a frame, which may just die late."""
+    here = sys._getframe(0)
+    return any(
+        type(holder).__name__ not in ("frame", "list_iterator")
+        and not (type(holder) is list and len(holder) > MANY)  # what gc.get_objects() gave
+        for holder in gc.get_referrers(tensor)
+        if holder is not here
+    )
 
 
 class _Report(HostReads):
@@ -28,19 +52,37 @@ class _Report(HostReads):
     def found(self, what: str) -> None:
         self._observer.blocked(f"{what} at {user_line()}")
 
+    def addressed(self, tensor: Tensor) -> None:
+        super().addressed(tensor)
+        self._observer.note_read(tensor)
+
 
 class Observer(TorchDispatchMode):
     """Runs operations as they are and keeps book of the storages that they touch.
 
+    Args:
+        device: where the graphs are to be.
+        inputs: the tensors that the forward is given.
+        restore: put back what the forward wrote.
+        outside: what it may write to past torch's operators.
+
     Attributes:
-        external: a tensor for each storage that the forward neither was given nor made.
+        external: a tensor for each storage that the forward neither was given nor made, by its key; an
+            alias, so that nobody takes it for the one that somebody holds.
         written: keys of the storages written to that the forward did not make.
         blocker: the first thing that a graph can't hold, with file and line, or None.
         draws: whether random numbers were drawn.
         saved: with `restore`, the state to put back; see `SavedState`.
     """
 
-    def __init__(self, device: torch.device, inputs: Iterable[Tensor], *, restore: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        inputs: Iterable[Tensor],
+        *,
+        restore: bool,
+        outside: Iterable[Tensor] = (),
+    ) -> None:
         super().__init__()
         self.device = device
         self.external: dict[int, Tensor] = {}
@@ -48,9 +90,14 @@ class Observer(TorchDispatchMode):
         self.blocker: str | None = None
         self.draws = False
         self.saved = SavedState() if restore else None
-        self._inputs = {_C.storage_key(tensor) for tensor in inputs}
+        given = list(inputs)
+        self._suspects = [*given, *outside]
+        self._inputs = {_C.storage_key(tensor) for tensor in given}
         # Weak references keep the keys of dead storages from being used again.
         self._made: dict[int, StorageWeakRef] = {}
+        # By identity: what operations gave, the arguments, and what came from elsewhere.
+        self._known = {id(tensor): ref(tensor) for tensor in given}
+        self._reached: dict[int, ref[Tensor]] = {}
 
     def blocked(self, why: str) -> None:
         """Notes why this forward can't be captured; the first reason counts."""
@@ -59,7 +106,8 @@ class Observer(TorchDispatchMode):
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Observes what runs inside the block; with `restore`, undoes its writes afterwards."""
-        before = self._random_state()
+        before, host_before = self._random_state(), torch.get_rng_state()
+        bytes_before = Fingerprints(t for t in self._suspects if t.device == self.device)
         host = _Report(self)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
@@ -67,6 +115,10 @@ class Observer(TorchDispatchMode):
                 yield
         finally:
             self.draws = not torch.equal(before, self._random_state())
+            if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
+                self.blocked("it draws random numbers from the generator of the CPU")
+            for tensor in bytes_before.changed(self.written):
+                self._note_written_past(tensor)
             if self.saved is not None:
                 self.saved.restore()
                 self._set_random_state(before)
@@ -78,6 +130,13 @@ class Observer(TorchDispatchMode):
         parts = take_apart(func, args, kwargs, self)
         if parts is not NotImplemented:
             return parts
+        for tensor in tensors_in(args, kwargs):
+            if overrides_dispatch(tensor):
+                kind = type(tensor)
+                self.blocked(
+                    f"it uses a tensor subclass ({kind.__module__}.{kind.__qualname__}) at {user_line()}"
+                )
+                return func(*args, **kwargs)
         why = obstacle(func, args, kwargs, self.device)
         if why is not None:
             self.blocked(f"{why}, at {user_line()}")
@@ -86,7 +145,7 @@ class Observer(TorchDispatchMode):
             if constant:
                 self._note_made(tensor)
             else:
-                self._note_read(tensor)
+                self.note_read(tensor)
         for tensor in written_by(func, args, kwargs):
             self._note_written(tensor)
         result = func(*args, **kwargs)
@@ -94,12 +153,25 @@ class Observer(TorchDispatchMode):
             self._note_made(tensor)
         return result
 
-    def _note_read(self, tensor: Tensor) -> None:
+    def note_read(self, tensor: Tensor) -> None:
+        """Notes a tensor that the forward has got hold of."""
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
+        known = self._known.get(id(tensor))
+        if known is not None and known() is tensor:
+            return
         key = _C.storage_key(tensor)
-        if key not in self._made and key not in self._inputs:
-            self.external.setdefault(key, tensor)
+        if key in self._made:
+            return  # a view that no operation made, such as x.data
+        self._reached[id(tensor)] = ref(tensor)
+        if key not in self._inputs:
+            self._hold(key, tensor)
+
+    def _hold(self, key: int, tensor: Tensor) -> None:
+        if key not in self.external:
+            self.external[key] = _C.alias(
+                tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+            )
 
     def _note_written(self, tensor: Tensor) -> None:
         key = _C.storage_key(tensor)
@@ -108,13 +180,51 @@ class Observer(TorchDispatchMode):
             if self.saved is not None:
                 self.saved.save(tensor)
 
+    def _note_written_past(self, tensor: Tensor) -> None:
+        key = _C.storage_key(tensor)
+        self.written.add(key)
+        if key not in self._inputs:
+            self._hold(key, tensor)
+        if self.device.type == "cpu":
+            self.blocked("it writes to memory past torch's operators, which emulation can't record")
+
     def _note_made(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided:
             self.blocked(f"a tensor of layout {tensor.layout} is made at {user_line()}")
             return
+        if id(tensor) not in self._reached:
+            self._known[id(tensor)] = ref(tensor)
         key = _C.storage_key(tensor)
         if key not in self.external and key not in self._inputs and key not in self._made:
             self._made[key] = StorageWeakRef(tensor.untyped_storage())
+
+    def reached(self) -> list[Tensor]:
+        """Returns the tensors that came from elsewhere and that somebody holds still."""
+        return [tensor for known in self._reached.values() if (tensor := known()) is not None]
+
+    def keeps(self, result: Iterable[Tensor]) -> bool:
+        """Tells whether something that the forward made lives on besides its result.
+
+        Call it when nothing of the call is under way any more.
+        """
+        returned = {_C.storage_key(tensor) for tensor in result}
+
+        def kept() -> set[int]:
+            alive = {key for key, storage in self._made.items() if not storage.expired()}
+            return alive - returned
+
+        if not kept():
+            return False
+        gc.collect()  # a cycle of objects dies late
+        keys = kept()
+        return bool(keys) and any(
+            _is_in_a_container(tensor)
+            for tensor in gc.get_objects()
+            if isinstance(tensor, Tensor)
+            and tensor.layout is torch.strided
+            and not overrides_dispatch(tensor)
+            and _C.storage_key(tensor) in keys
+        )
 
     def _random_state(self) -> Tensor:
         if self.device.type == "cuda":

@@ -4,13 +4,14 @@ Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in
 """
 
 import sys
+import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,7 @@ from graphcache.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
+_PATHS = sysconfig.get_paths()
 _aten = torch.ops.aten
 
 _SYNCHRONISES = {
@@ -41,6 +43,12 @@ def tensors_in(*trees: Any) -> Iterator[Tensor]:
             yield from tensors_in(*tree)
         elif isinstance(tree, dict):
             yield from tensors_in(*tree.values())
+
+
+def overrides_dispatch(tensor: Tensor) -> bool:
+    """Tells whether `tensor` is of a subclass that carries out operations in a way of its own."""
+    dispatch = type(tensor).__torch_dispatch__
+    return type(tensor) not in (Tensor, nn.Parameter) and dispatch != Tensor.__torch_dispatch__
 
 
 @cache
@@ -135,6 +143,15 @@ def obstacle(
     return None
 
 
+@cache
+def is_library(file: str) -> bool:
+    """Tells whether code in `file` is torch's, ours, or of Python itself."""
+    if file.startswith((_TORCH, _OURS, "<frozen", "<built-in")) or file == "<":
+        return True
+    installed = (_PATHS["purelib"], _PATHS["platlib"])
+    return file.startswith((_PATHS["stdlib"], _PATHS["platstdlib"])) and not file.startswith(installed)
+
+
 def user_line() -> str:
     """Returns `file:line, in function` of the innermost frame that is neither torch's nor ours."""
     frame = sys._getframe(1)
@@ -182,6 +199,9 @@ class HostReads(TorchFunctionMode):
                 self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
         elif func in self._READS and args[0].device == self._device:
             self.found(f"{func.__name__} copies to the host")
+        elif func is Tensor.data_ptr and args[0].device == self._device:
+            if not is_library(sys._getframe(1).f_code.co_filename):
+                self.addressed(args[0])
         elif func is Tensor.to and args[0].device == self._device and _names_the_host(args, kwargs):
             self.found("to('cpu') copies to the host")
         return func(*args, **kwargs)
@@ -189,6 +209,11 @@ class HostReads(TorchFunctionMode):
     def found(self, what: str) -> None:
         """Called with what was seen; raises by default."""
         raise CaptureError(f"{what} at {user_line()}")
+
+    def addressed(self, tensor: Tensor) -> None:
+        """Called where code past torch's operators gets the address of `tensor`, such as Triton's."""
+        if self._device.type == "cpu":
+            self.found("data_ptr() leads past the operators, where emulation sees nothing,")
 
 
 def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -30,6 +30,7 @@ class Output:
         argument: position of the argument that it is or lies in; None for memory of the graph.
         same: it is that very argument, and the caller's own object is returned.
         outside: it lies in memory that the forward found outside (a parameter, a buffer).
+        constant: it is a constant on the host: the caller gets a copy.
         batch_dims: the dimensions that carry the batch; learned by comparing two sizes.
     """
 
@@ -38,6 +39,7 @@ class Output:
     argument: int | None = None
     same: bool = False
     outside: bool = False
+    constant: bool = False
     batch_dims: tuple[int, ...] | None = None
 
     def is_weak(self) -> bool:
@@ -46,6 +48,8 @@ class Output:
 
     def native(self) -> tuple[int, Tensor, int]:
         """Returns it as `graphcache._C.Bucket` takes it: (kind, tensor, argument)."""
+        if self.constant:
+            return 5, self.tensor, -1
         if self.argument is not None:
             return 4 if self.same else 3, self.tensor, self.argument
         return (2 if self.same else 1) if self.outside else 0, self.tensor, -1

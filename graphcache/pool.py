@@ -1,10 +1,11 @@
 """The memory of graphs: one global pool per device, divided into lanes."""
 
+import os
 import weakref
 from collections.abc import Callable, Iterable
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import add
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +89,35 @@ class Lane:
         ]
 
 
+_pools: "weakref.WeakSet[GraphPool]" = weakref.WeakSet()
+_held_over_fork: "list[GraphPool]" = []
+
+
+def _before_fork() -> None:
+    # A thread in the middle of a call would leave its pool locked, and half changed, in the child.
+    _held_over_fork.extend(_pools)
+    for pool in _held_over_fork:
+        pool.lock.__enter__()
+
+
+def _after_fork_in_parent() -> None:
+    while _held_over_fork:
+        _held_over_fork.pop().lock.__exit__()
+
+
+def _after_fork_in_child() -> None:
+    while _held_over_fork:
+        _held_over_fork.pop().lock.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
+
+
 class GraphPool:
     """The memory that captured graphs share.
 
@@ -109,6 +139,7 @@ class GraphPool:
         self.weak = weak
         self.runtime = runtime_for(self.device)
         self.lanes: list[Lane] = []
+        _pools.add(self)
         self.lock = _C.PoolLock()  # one graph of a pool is dispatched at a time
 
     def lane(self) -> Lane:
@@ -130,6 +161,12 @@ class GraphPool:
     def memory(self) -> PoolMemory:
         """Returns the bytes of all lanes: taken from the device, and of that owned by somebody."""
         return reduce(add, (lane.arena.memory() for lane in self.lanes), PoolMemory(0, 0))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as an empty pool of its kind; the global one as the global one."""
+        if self is _default_pool(self.device):
+            return default_pool, (str(self.device),)
+        return partial(GraphPool, weak=self.weak), (str(self.device),)
 
     def __repr__(self) -> str:
         mib = self.memory().reserved / 2**20

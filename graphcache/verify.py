@@ -1,10 +1,20 @@
-"""Compares a padded replay with eager: a module whose rows depend on each other is found out here."""
+"""Compares a padded replay with eager: a module whose rows depend on each other is found out here.
 
+Padding can look harmless by the values of one call: where all rows are zero, as in a warm-up, the rows
+that are added look like those of the caller. So the tail holds other rows too, of this call and of an
+earlier one: valid values by construction.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphcache.outputs import Output
+from graphcache.signature import BATCHED, Call
+from graphcache.staging import Pad, fill_of
 from graphcache.tree import flatten
 
 # Of the largest value of an output. Another batch size takes another kernel, so rounding differs;
@@ -17,6 +27,62 @@ _TOLERANCE = {
     torch.complex128: 1e-9,
     torch.complex64: 2e-3,
 }
+
+
+class Sample:
+    """Rows of an earlier call, to put after those of a later one."""
+
+    def __init__(self, call: Call) -> None:
+        with _plainly(call):
+            self.rows = [
+                (leaf.dim, tensor.clone()) if leaf.role is BATCHED and leaf.dim is not None else None
+                for tensor, leaf in zip(call.leaves, call.roles, strict=True)
+            ]
+
+    def tells(self, call: Call, pad: Pad) -> bool:
+        """Tells whether rows differ, or differ from padding: then a dependence on them can show."""
+        joined = zip(call.names, self.rows, self._joined(call, call.batch), strict=True)
+        return any(
+            bool((rows != (rows.narrow(held[0], 0, 1) if fill == "edge" else fill)).any())
+            for name, held, rows in joined
+            if held is not None
+            for fill in (fill_of(pad, name), "edge")
+        )
+
+    def full(self, call: Call, size: int) -> list[list[Tensor]]:
+        """Returns arguments of `size` rows, the first of which are those of `call`."""
+        return [each._joined(call, size - call.batch) for each in (self, Sample(call))]
+
+    def _joined(self, call: Call, count: int) -> list[Tensor]:
+        with _plainly(call):
+            return [
+                tensor if held is None else torch.cat([tensor, _cycle(held[1], held[0], count)], held[0])
+                for tensor, held in zip(call.leaves, self.rows, strict=True)
+            ]
+
+
+@contextmanager
+def _plainly(call: Call) -> Iterator[None]:
+    """Keeps the modes of the caller out: autocast would refuse or convert what is only copied here."""
+    device = call.leaves[0].device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def _cycle(rows: Tensor, dim: int, count: int) -> Tensor:
+    index = torch.arange(count, device=rows.device) % rows.shape[dim]
+    return rows.index_select(dim, index)
+
+
+def first_rows(result: Any, outputs: Sequence[Output], batch: int) -> list[Tensor]:
+    """Returns the tensors of a result that a graph made, cut to their first `batch` rows."""
+    tensors: list[Tensor] = []
+    flatten(result, tensors, [])
+    for index, output in enumerate(outputs):
+        for dim in output.batch_dims or ():
+            if tensors[index].shape[dim] > batch:
+                tensors[index] = tensors[index].narrow(dim, 0, batch)
+    return [t for t, output in zip(tensors, outputs, strict=True) if output.is_weak()]
 
 
 def same(eager: Any, padded: Any) -> bool:

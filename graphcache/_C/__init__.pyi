@@ -18,6 +18,7 @@ __all__ = [
     "Stage",
     "StageKernel",
     "StageNode",
+    "Written",
     "alias",
     "carve",
     "check_driver",
@@ -32,6 +33,7 @@ __all__ = [
     "module_call",
     "serve_bound_calls",
     "serve_calls",
+    "serve_instance_calls",
     "set_inlining",
     "storage_key",
     "weak_ref",
@@ -122,29 +124,37 @@ def end_host_capture(pool_first: int, pool_second: int) -> None:
 class Guard:
     """What the graphs of one signature depend on besides their arguments, as it is now.
 
-    Modules are known weakly. An empty guard always holds.
+    Modules and objects are known weakly. An empty guard always holds.
 
     Args:
-        modules: their attributes, parameters, buffers and children have to stay the same objects.
+        modules: their attributes, parameters, buffers and children have to stay the same objects, or
+            equal numbers and texts; and their class the same class.
         root: the one of `modules` that may have forward hooks; none of the others may.
-        dicts: have to stay as they are.
+        objects: the same for the attributes and classes of other objects.
+        dicts: `(dict, named)`: have to stay as they are; with `named`, in the keys in `names`.
+        lists: lists and sets that have to keep their items.
+        buffers: arrays on the host that have to keep their bytes.
         places: `(container, key, value)`: `container[key]` has to stay `value`. A closure cell is a
-            container too; its key is ignored.
+            container too, its key is ignored; so is an object with slots, its key is the descriptor.
         tensors: have to keep their storage, at its address, and their offset in it.
+        names: the attributes that count; None for all.
     """
 
-    @overload
-    def __init__(self) -> None: ...
-    @overload
     def __init__(
         self,
         *,
-        modules: Sequence[nn.Module],
-        root: object,
-        dicts: Sequence[dict[Any, Any]],
-        places: Sequence[tuple[Any, Any, Any]],
-        tensors: Sequence[Tensor],
+        modules: Sequence[nn.Module] = ...,
+        root: object = ...,
+        objects: Sequence[object] = ...,
+        dicts: Sequence[tuple[dict[Any, Any], bool]] = ...,
+        lists: Sequence[list[Any] | set[Any]] = ...,
+        buffers: Sequence[object] = ...,
+        places: Sequence[tuple[Any, Any, Any]] = ...,
+        tensors: Sequence[Tensor] = ...,
+        names: frozenset[str] | None = ...,
     ) -> None: ...
+    def broken(self, grad: bool) -> tuple[str, int, object] | None:
+        """Tells what is not as it was: its kind, its index among these, and a key or None."""
     def hold(self, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
 
@@ -226,6 +236,8 @@ class PoolLock:
 
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None: ...
+    def renew(self) -> None:
+        """Makes it free again, in the child of a fork."""
 
 class Lane:
     """The outputs that one lane has handed out; they expire with it.
@@ -237,6 +249,8 @@ class Lane:
     stream: int
     def holds_outputs(self) -> bool:
         """Tells whether somebody holds an output that the next replay would overwrite."""
+    def is_held_elsewhere(self) -> bool:
+        """Tells the same of outputs that were given to another thread."""
 
 class Bucket:
     """One captured size.
@@ -254,12 +268,12 @@ class Bucket:
         copy: whether held outputs are moved when they are overwritten.
 
     Attributes:
-        checked: a padded replay was compared with eager, or need not be.
+        trusted: how many padded calls it may serve until one is compared with eager.
         given_up: held outputs that it expired or moved.
     """
 
     size: int
-    checked: bool
+    trusted: int
     replays: int
     padded_rows: int
     given_up: int
@@ -282,15 +296,31 @@ class Bucket:
     def run(self, tensors: list[Tensor], batch: int, call: int, stream: int) -> Any:
         """Serves one call, with the lock of the pool held, and returns its result."""
 
+class Written:
+    """What the graphs of one signature write besides their own memory.
+
+    Args:
+        outside: tensors to whose storages they write.
+        bound: positions of the arguments that they write to.
+        staged: positions of the arguments that are copied before.
+    """
+
+    def __init__(
+        self, outside: Sequence[Tensor], bound: Sequence[int], staged: Sequence[int]
+    ) -> None: ...
+    def overlaps(self, arguments: Sequence[Tensor]) -> bool:
+        """Tells whether an argument that is copied lies in what is written."""
+
 class Entry:
     """The graphs of one signature.
 
     Args:
         lock: of their pool.
         guard: what they depend on; referred to weakly.
+        written: what they write besides their own memory.
     """
 
-    def __init__(self, lock: PoolLock, guard: Guard) -> None: ...
+    def __init__(self, lock: PoolLock, guard: Guard, written: Written) -> None: ...
     def set(self, buckets: Sequence[Bucket], exact: bool) -> None:
         """Replaces the graphs, by ascending size; `exact`: they serve no smaller batches."""
 
@@ -333,6 +363,9 @@ class Dispatcher:
 
 def serve_calls(type: type) -> None:
     """Has calls of the instances of a wrapper class served natively, as far as they can be."""
+
+def serve_instance_calls(type: type) -> None:
+    """The same for the wrapper of one instance's forward, which a copy of the instance may share."""
 
 def serve_bound_calls(type: type) -> None:
     """The same for the class of its bound wrappers."""

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -40,21 +41,39 @@ void make_collectable(PyHeapTypeObject* heap_type) {
 
 void bind_guard(py::module_& m) {
   py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard", py::custom_type_setup(&make_collectable))
-      .def(py::init<>())
       .def(
-          py::init<
-              const Guard::Objects&,
-              const py::object&,
-              const Guard::Objects&,
-              const Guard::Objects&,
-              const Guard::Objects&>(),
+          py::init([](Guard::Objects modules,
+                      py::object root,
+                      Guard::Objects objects,
+                      std::vector<std::pair<py::object, bool>> dicts,
+                      Guard::Objects lists,
+                      Guard::Objects buffers,
+                      Guard::Objects places,
+                      Guard::Objects tensors,
+                      py::object names) {
+            return std::make_shared<Guard>(Guard::Watched{
+                std::move(modules),
+                std::move(root),
+                std::move(objects),
+                std::move(dicts),
+                std::move(lists),
+                std::move(buffers),
+                std::move(places),
+                std::move(tensors),
+                std::move(names)});
+          }),
           py::kw_only(),
-          py::arg("modules"),
-          py::arg("root"),
-          py::arg("dicts"),
-          py::arg("places"),
-          py::arg("tensors"))
-      .def("hold", &Guard::hold, py::arg("grad"));
+          py::arg("modules") = Guard::Objects(),
+          py::arg("root") = py::none(),
+          py::arg("objects") = Guard::Objects(),
+          py::arg("dicts") = std::vector<std::pair<py::object, bool>>(),
+          py::arg("lists") = Guard::Objects(),
+          py::arg("buffers") = Guard::Objects(),
+          py::arg("places") = Guard::Objects(),
+          py::arg("tensors") = Guard::Objects(),
+          py::arg("names") = py::none())
+      .def("hold", &Guard::hold, py::arg("grad"))
+      .def("broken", &Guard::broken, py::arg("grad"));
 }
 
 } // namespace graphcache

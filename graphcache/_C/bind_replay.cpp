@@ -32,11 +32,14 @@ void bind_lane(py::module_& m) {
   py::class_<PoolLock, std::shared_ptr<PoolLock>>(m, "PoolLock")
       .def(py::init<>())
       .def("__enter__", &PoolLock::lock, py::call_guard<py::gil_scoped_release>())
-      .def("__exit__", [](PoolLock& lock, const py::args&) { lock.unlock(); });
+      .def("__exit__", [](PoolLock& lock, const py::args&) { lock.unlock(); })
+      // In a forked child the owner of a held lock is nobody.
+      .def("renew", [](PoolLock& lock) { new (&lock) PoolLock; });
   py::class_<Lane, std::shared_ptr<Lane>>(m, "Lane")
       .def(py::init<>())
       .def_readwrite("stream", &Lane::stream)
-      .def("holds_outputs", &Lane::holds_outputs);
+      .def("holds_outputs", &Lane::holds_outputs)
+      .def("is_held_elsewhere", &Lane::is_held_elsewhere);
 }
 
 void bind_stage(py::module_& m) {
@@ -159,20 +162,39 @@ void bind_bucket(py::module_& m) {
           },
           py::arg("dims"))
       .def_readonly("size", &Bucket::size)
-      .def_readwrite("checked", &Bucket::checked)
+      .def_readwrite("trusted", &Bucket::trusted)
       .def_readwrite("replays", &Bucket::replays)
       .def_readwrite("padded_rows", &Bucket::padded_rows)
       .def_readonly("given_up", &Bucket::given_up);
 }
 
 void bind_dispatcher(py::module_& m) {
+  py::class_<Written, std::shared_ptr<Written>>(m, "Written")
+      .def(
+          py::init<std::vector<at::Tensor>, std::vector<size_t>, std::vector<size_t>>(),
+          py::arg("outside"),
+          py::arg("bound"),
+          py::arg("staged"))
+      .def(
+          "overlaps",
+          [](const Written& written, const std::vector<at::Tensor>& arguments) {
+            std::vector<const at::Tensor*> each;
+            for (const auto& argument : arguments) {
+              each.push_back(&argument);
+            }
+            return written.overlaps(each);
+          },
+          py::arg("arguments"));
   py::class_<Entry, std::shared_ptr<Entry>>(m, "Entry")
       .def(
-          py::init([](const std::shared_ptr<PoolLock>& lock, const std::shared_ptr<Guard>& guard) {
-            return std::make_shared<Entry>(Entry{lock, guard});
+          py::init([](const std::shared_ptr<PoolLock>& lock,
+                      const std::shared_ptr<Guard>& guard,
+                      const std::shared_ptr<Written>& written) {
+            return std::make_shared<Entry>(Entry{lock, guard, written});
           }),
           py::arg("lock"),
-          py::arg("guard"))
+          py::arg("guard"),
+          py::arg("written"))
       .def(
           "set",
           [](Entry& entry, const std::vector<std::shared_ptr<Bucket>>& buckets, bool exact) {

@@ -25,6 +25,7 @@ py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int
   auto made = result.give(batch, size, arguments, origin, *lane);
   ++replays;
   padded_rows += size - batch;
+  trusted -= static_cast<int64_t>(batch != size);
   return made;
 }
 

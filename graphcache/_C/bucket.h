@@ -40,7 +40,7 @@ class Bucket {
   const std::shared_ptr<Lane> lane;
   Result result;
 
-  bool checked = false; // a padded replay was compared with eager, or need not be
+  int64_t trusted = 0; // how many padded calls it may serve until one is compared with eager
   int64_t replays = 0;
   int64_t padded_rows = 0;
   int64_t given_up = 0; // held outputs that a replay expired or moved

@@ -72,6 +72,26 @@ py::object serve_own(PyObject* self, PyObject* args, PyObject* kwargs) {
   return serve(PyTuple_GET_ITEM(served, 0), PyTuple_GET_ITEM(served, 1), instance.ptr(), args, kwargs);
 }
 
+// How many refer to the forward of an instance while nobody but its module does: the module's __dict__, and
+// both halves of the way in through `_compiled_call_impl`.
+constexpr Py_ssize_t kOwnReferences = 3;
+
+// The forward of one instance, called by itself or by a module with hooks: perhaps by a shallow copy of its
+// module, which Python finds out.
+py::object serve_instance(PyObject* self, PyObject* args, PyObject* kwargs) {
+  static PyObject* const name = interned("_self_served");
+  PyObject* served = own_attribute(self, name);
+  if (served == nullptr) {
+    return Dispatcher::miss();
+  }
+  static const auto alone = py::object(py::module_::import("graphcache.decorators").attr("_is_alone")).release();
+  const auto instance = referent(PyTuple_GET_ITEM(served, 2));
+  if (!py::cast<bool>(alone(py::handle(self), instance))) {
+    return Dispatcher::miss();
+  }
+  return serve_own(self, args, kwargs);
+}
+
 py::object serve_bound(PyObject* self, PyObject* args, PyObject* kwargs) {
   static PyObject* const of_instance = interned("_self_instance");
   static PyObject* const of_parent = interned("_self_parent");
@@ -158,7 +178,17 @@ PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   PyObject* served = PyTuple_GET_ITEM(self, 0);
   const auto module = referent(PyTuple_GET_ITEM(served, 2));
-  if (!is_compiling() && is_plain(module.ptr(), PyTuple_GET_ITEM(self, 1))) {
+  PyObject* const forward = PyTuple_GET_ITEM(self, 1);
+  // One more, and a shallow copy of the module may be what is called.
+  if (Py_REFCNT(forward) > kOwnReferences && !is_compiling()) {
+    static const auto called = py::object(py::module_::import("graphcache.decorators").attr("_called_module")).release();
+    const py::object caller = called();
+    if (!caller.is_none() && !caller.is(module)) {
+      static PyObject* const impl = interned("_call_impl");
+      return PyObject_Call(attribute(caller.ptr(), impl).ptr(), args, kwargs);
+    }
+  }
+  if (!is_compiling() && is_plain(module.ptr(), forward)) {
     auto result =
         serve(PyTuple_GET_ITEM(served, 0), PyTuple_GET_ITEM(served, 1), module.ptr(), args, kwargs);
     if (!result.is(Dispatcher::miss())) {
@@ -186,6 +216,7 @@ py::object module_call(const py::tuple& served, const py::object& forward) {
 void bind_call(py::module_& m) {
   m.def("module_call", &module_call, py::arg("served"), py::arg("forward"));
   m.def("serve_calls", &define_call<serve_own>, py::arg("type"));
+  m.def("serve_instance_calls", &define_call<serve_instance>, py::arg("type"));
   m.def("serve_bound_calls", &define_call<serve_bound>, py::arg("type"));
 }
 

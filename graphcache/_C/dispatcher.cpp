@@ -48,7 +48,7 @@ Bucket* Entry::find(int64_t batch) const {
     return nullptr;
   }
   auto* bucket = found->get();
-  return bucket->checked || batch == bucket->size ? bucket : nullptr;
+  return bucket->trusted > 0 || batch == bucket->size ? bucket : nullptr;
 }
 
 py::object Dispatcher::miss() {
@@ -127,7 +127,8 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
     return miss();
   }
   const auto guard = entry.guard.lock();
-  if (guard == nullptr || !guard->hold(signature.grad())) {
+  if (guard == nullptr || !guard->hold(signature.grad()) || bucket->lane->is_held_elsewhere() ||
+      entry.written->overlaps(leaves.tensors)) {
     return miss();
   }
   ++calls;

@@ -4,6 +4,7 @@
 #include "bucket.h"
 #include "guard.h"
 #include "signature.h"
+#include "written.h"
 
 #include <memory>
 #include <utility>
@@ -17,6 +18,7 @@ struct Entry {
   // Weakly: it refers to what may lead back here, and only Python's own reference shows that to Python's
   // cycle collector.
   std::weak_ptr<Guard> guard;
+  std::shared_ptr<const Written> written;
   bool exact = false; // batches of exactly these sizes only
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
 

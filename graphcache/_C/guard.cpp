@@ -46,30 +46,36 @@ bool is_read_as_dict(PyObject* object) {
 // Modules
 
 Guard::Module::Module(const py::object& module)
-    : reference(py::weakref(module)), slot(dict_slot(module.ptr())), dict(*slot) {}
+    : reference(py::weakref(module)),
+      type(Py_TYPE(module.ptr())),
+      slot(dict_slot(module.ptr())),
+      dict(*slot) {}
 
 bool Guard::Module::is_there() const {
-  return is_alive(reference.ptr()) && *slot == dict;
+  auto* const object = reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object;
+  return object != Py_None && *slot == dict && Py_TYPE(object) == type;
 }
 
-void Guard::watch(const Module& module, bool is_root) {
-  watch(module.dict);
+void Guard::watch(const Module& module, bool is_root, const py::object& names, size_t index) {
+  const Owner owner{"module", index};
+  watch(module.dict, names, owner);
   for (const auto* name : kContents) {
-    watch(table(module.dict, name));
+    watch(table(module.dict, name), py::none(), owner);
   }
   if (is_root) {
     return;
   }
   for (const auto* name : kHooks) {
     auto* hooks = table(module.dict, name);
-    watch(hooks);
+    watch(hooks, py::none(), owner);
     never_ = never_ || PyDict_GET_SIZE(hooks) != 0;
   }
 }
 
-void Guard::watch(PyObject* dict) {
+void Guard::watch(PyObject* dict, const py::object& names, Owner owner) {
   watched_.add(dict); // first: what changes from here on is noticed
-  tables_.emplace_back(dict);
+  tables_.emplace_back(dict, names);
+  owners_.push_back(owner);
 }
 
 // Places
@@ -87,6 +93,8 @@ Guard::Place::Place(const py::tuple& place)
   } else if (PyList_CheckExact(container.ptr()) || PyTuple_CheckExact(container.ptr())) {
     kind = PyList_CheckExact(container.ptr()) ? Kind::kList : Kind::kTuple;
     index = key.cast<Py_ssize_t>();
+  } else if (Py_IS_TYPE(key.ptr(), &PyMemberDescr_Type)) {
+    kind = Kind::kSlot;
   }
 }
 
@@ -106,10 +114,13 @@ bool Guard::Place::holds() const {
       return expected.is(PyTuple_GET_ITEM(held, index));
     case Kind::kCell:
       return expected.is(PyCell_GET(held));
+    case Kind::kSlot:
     case Kind::kOther:
       break;
   }
-  const auto found = py::reinterpret_steal<py::object>(PyObject_GetItem(held, key.ptr()));
+  const auto found = py::reinterpret_steal<py::object>(
+      kind == Kind::kSlot ? PyMemberDescr_Type.tp_descr_get(key.ptr(), held, nullptr)
+                          : PyObject_GetItem(held, key.ptr()));
   if (!found) {
     PyErr_Clear();
   }
@@ -154,29 +165,54 @@ bool Guard::Address::requires_grad() const {
 
 // All of them
 
-Guard::Guard(
-    const Objects& modules,
-    const py::object& root,
-    const Objects& dicts,
-    const Objects& places,
-    const Objects& tensors)
-    : dicts_(dicts) {
-  for (const auto& module : modules) {
-    watch(modules_.emplace_back(module), module.is(root));
+Guard::Guard(const Watched& watched) {
+  for (const auto& module : watched.modules) {
+    const auto index = modules_.size();
+    watch(modules_.emplace_back(module), module.is(watched.root), watched.names, index);
   }
-  for (const auto& dict : dicts) {
-    watch(py::cast<py::dict>(dict).ptr());
+  for (const auto& object : watched.objects) {
+    const auto index = modules_.size() - watched.modules.size();
+    watch(modules_.emplace_back(object).dict, watched.names, {"object", index});
   }
-  for (const auto& place : places) {
-    places_.emplace_back(py::cast<py::tuple>(place));
+  for (size_t index = 0; index < watched.dicts.size(); ++index) {
+    const auto& [dict, filtered] = watched.dicts[index];
+    watch(
+        py::cast<py::dict>(dict).ptr(),
+        filtered ? watched.names : py::object(py::none()),
+        {"dict", index});
   }
-  for (const auto& tensor : tensors) {
+  for (const auto& list : watched.lists) {
+    if (!PyList_Check(list.ptr()) && !PyAnySet_Check(list.ptr())) {
+      throw py::type_error("graphcache: lists are lists or sets");
+    }
+    lists_.emplace_back(list.ptr());
+  }
+  for (const auto& buffer : watched.buffers) {
+    buffers_.emplace_back(buffer);
+  }
+  for (size_t index = 0; index < watched.places.size(); ++index) {
+    Place place(py::cast<py::tuple>(watched.places[index]));
+    if (place.kind == Kind::kDict) {
+      scopes_.add(place.container.ptr());
+      dict_places_.push_back(std::move(place));
+      place_numbers_.push_back(index);
+    } else {
+      places_.push_back(std::move(place));
+    }
+  }
+  for (size_t index = 0; index < watched.places.size(); ++index) {
+    if (!is_read_as_dict(PyTuple_GET_ITEM(watched.places[index].ptr(), 0))) {
+      place_numbers_.push_back(index);
+    }
+  }
+  for (const auto& tensor : watched.tensors) {
     addresses_.emplace_back(tensor, strides_);
   }
 }
 
+// Places first: they keep what they look at alive, and what is watched after them may hang on them.
 bool Guard::hold(bool grad) {
-  return !never_ && modules_hold() && places_hold() && addresses_hold(grad);
+  return !never_ && places_hold() && modules_hold() && addresses_hold(grad);
 }
 
 bool Guard::modules_hold() {
@@ -185,21 +221,74 @@ bool Guard::modules_hold() {
       return false;
     }
   }
-  if (watched_.clean()) {
-    return true;
+  if (!watched_.clean()) {
+    // Changed, but perhaps back to what it was, as by eval() on what is in eval mode already.
+    if (watched_.lost() ||
+        !std::all_of(tables_.begin(), tables_.end(), [](const auto& table) { return table.same(); })) {
+      return false;
+    }
+    watched_.rearm();
   }
-  // Changed, but perhaps back to what it was, as by eval() on what is in eval mode already.
-  if (watched_.lost() ||
-      !std::all_of(tables_.begin(), tables_.end(), [](const auto& table) { return table.same(); })) {
-    return false;
-  }
-  watched_.rearm();
-  return true;
+  // After what holds them.
+  const auto same = [](const auto& items) { return items.same(); };
+  return std::all_of(lists_.begin(), lists_.end(), same) &&
+      std::all_of(buffers_.begin(), buffers_.end(), same);
 }
 
-bool Guard::places_hold() const {
-  return std::all_of(
-      places_.begin(), places_.end(), [](const auto& place) { return place.holds(); });
+bool Guard::places_hold() {
+  const auto holds = [](const auto& place) { return place.holds(); };
+  if (!scopes_.clean()) {
+    if (!std::all_of(dict_places_.begin(), dict_places_.end(), holds)) {
+      return false;
+    }
+    scopes_.rearm();
+  }
+  return std::all_of(places_.begin(), places_.end(), holds);
+}
+
+py::object Guard::broken(bool grad) {
+  const auto found = [](const char* kind, size_t index, py::object key = py::none()) -> py::object {
+    return py::make_tuple(kind, index, key ? std::move(key) : py::object(py::none()));
+  };
+  size_t number = 0;
+  for (const auto* places : {&dict_places_, &places_}) {
+    for (const auto& place : *places) {
+      if (!place.holds()) {
+        return found("place", place_numbers_[number]);
+      }
+      ++number;
+    }
+  }
+  for (size_t index = 0; index < modules_.size(); ++index) {
+    if (!modules_[index].is_there()) {
+      return found("gone", index);
+    }
+  }
+  if (!watched_.lost()) {
+    for (size_t index = 0; index < tables_.size(); ++index) {
+      if (auto key = tables_[index].changed()) {
+        return found(owners_[index].first, owners_[index].second, std::move(*key));
+      }
+    }
+    for (size_t index = 0; index < lists_.size(); ++index) {
+      if (!lists_[index].same()) {
+        return found("list", index);
+      }
+    }
+  }
+  for (size_t index = 0; index < buffers_.size(); ++index) {
+    if (!buffers_[index].same()) {
+      return found("buffer", index);
+    }
+  }
+  const auto* strides = strides_.data();
+  for (size_t index = 0; index < addresses_.size(); ++index) {
+    if (!addresses_[index].holds(strides) || (grad && addresses_[index].requires_grad())) {
+      return found("tensor", index);
+    }
+    strides += addresses_[index].dims;
+  }
+  return hold(grad) ? py::object(py::none()) : found("other", 0);
 }
 
 bool Guard::addresses_hold(bool grad) const {
@@ -223,14 +312,18 @@ int Guard::traverse(visitproc visit, void* arg) const {
       return stop;
     }
   }
-  for (const auto& dict : dicts_) {
-    Py_VISIT(dict.ptr());
-  }
-  for (const auto& place : places_) {
-    Py_VISIT(place.container.ptr());
-    Py_VISIT(place.key.ptr());
-    if (const int stop = place.expected.traverse(visit, arg)) {
+  for (const auto& list : lists_) {
+    if (const int stop = list.traverse(visit, arg)) {
       return stop;
+    }
+  }
+  for (const auto* places : {&dict_places_, &places_}) {
+    for (const auto& place : *places) {
+      Py_VISIT(place.container.ptr());
+      Py_VISIT(place.key.ptr());
+      if (const int stop = place.expected.traverse(visit, arg)) {
+        return stop;
+      }
     }
   }
   for (const auto& address : addresses_) {
@@ -244,7 +337,8 @@ void Guard::clear() {
   // Moved out first: what dies here may run code that asks this guard.
   const auto modules = std::move(modules_);
   const auto tables = std::move(tables_);
-  const auto dicts = std::move(dicts_);
+  const auto lists = std::move(lists_);
+  const auto dict_places = std::move(dict_places_);
   const auto places = std::move(places_);
   const auto addresses = std::move(addresses_);
 }

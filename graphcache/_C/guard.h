@@ -19,18 +19,29 @@ class Guard {
 
   Guard() = default; // holds always
 
-  // `modules`: all of their attributes, parameters, buffers and children; of all but `root` also that
-  // they have no hooks. `dicts` must stay as they are. `places`: (container, key, value) that have to
-  // stay so. `tensors` keep their storage, address and layout.
-  Guard(
-      const Objects& modules,
-      const pybind11::object& root,
-      const Objects& dicts,
-      const Objects& places,
-      const Objects& tensors);
+  // `modules`: their parameters, buffers, children and, of their attributes, those in `names` (None:
+  // all); of all but `root` also that they have no hooks. `objects`: the same of other objects that have
+  // attributes. `dicts` (with a flag: only `names` count) and `lists` must stay as they are; each is held
+  // by something that is watched before it. `places`: (container, key, value) that have to stay so.
+  // `tensors` keep their storage, address and layout.
+  struct Watched {
+    Objects modules;
+    pybind11::object root;
+    Objects objects;
+    std::vector<std::pair<pybind11::object, bool>> dicts;
+    Objects lists; // and sets
+    Objects buffers; // arrays on the host that keep their bytes
+    Objects places;
+    Objects tensors;
+    pybind11::object names;
+  };
+  explicit Guard(const Watched& watched);
 
   // Tells whether all is as it was; with `grad`, also that nothing requires gradients.
   bool hold(bool grad);
+
+  // What is not, for a message: (kind, index among its kind, key or None). None where all is.
+  pybind11::object broken(bool grad);
 
   // For Python's cycle collector, to be called by the only owner; after `clear` nothing holds.
   int traverse(visitproc visit, void* arg) const;
@@ -42,11 +53,12 @@ class Guard {
     bool is_there() const;
 
     pybind11::object reference;
+    PyTypeObject* type;
     PyObject** slot; // where the module keeps its __dict__
     PyObject* dict;
   };
 
-  enum class Kind : char { kDict, kList, kTuple, kCell, kOther };
+  enum class Kind : char { kDict, kList, kTuple, kCell, kSlot, kOther };
 
   struct Place {
     explicit Place(const pybind11::tuple& place);
@@ -72,17 +84,25 @@ class Guard {
     size_t dims;
   };
 
-  void watch(const Module& module, bool is_root);
-  void watch(PyObject* dict);
+  // Whose table it is, for `broken`: a kind, and the index among that.
+  using Owner = std::pair<const char*, size_t>;
+
+  void watch(const Module& module, bool is_root, const pybind11::object& names, size_t index);
+  void watch(PyObject* dict, const pybind11::object& names, Owner owner);
   bool modules_hold();
-  bool places_hold() const;
+  bool places_hold();
   bool addresses_hold(bool grad) const;
 
-  std::vector<Module> modules_;
+  std::vector<Module> modules_; // and other objects after them
   std::vector<Table> tables_; // those of each module behind its __dict__, which keeps them alive
+  std::vector<Owner> owners_; // of each table
   DictGroup watched_; // the same dicts, in the same order
-  Objects dicts_; // those of no module
+  std::vector<Items> lists_;
+  std::vector<Bytes> buffers_;
+  std::vector<Place> dict_places_; // globals of Python modules: they change often, elsewhere
+  DictGroup scopes_; // the containers of these
   std::vector<Place> places_;
+  std::vector<size_t> place_numbers_; // as they were given: those in dicts, then the others
   std::vector<Address> addresses_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
   bool never_ = false; // hooked from the start, or cleared

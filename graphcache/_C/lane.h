@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace graphcache {
@@ -40,15 +41,22 @@ class Lane {
   Lane& operator=(const Lane&) = delete;
 
   bool holds_outputs() const;
+  // Tells whether somebody holds one that another thread was given: it may be in the middle of an
+  // operation on it, without the GIL, past the point where expiry is noticed.
+  bool is_held_elsewhere() const { return thread_ != std::this_thread::get_id() && holds_outputs(); }
 
   // Expires or moves what is still held; returns how many storages that were.
   int64_t give_up(const Origin& overwritten_by);
-  void hand_out(std::shared_ptr<Handed> handed) { live_.push_back(std::move(handed)); }
+  void hand_out(std::shared_ptr<Handed> handed) {
+    live_.push_back(std::move(handed));
+    thread_ = std::this_thread::get_id();
+  }
 
   int64_t stream = 0; // that the last replay was launched on
 
  private:
   std::vector<std::shared_ptr<Handed>> live_;
+  std::thread::id thread_; // that was given them
 };
 
 // One graph of a pool is dispatched at a time. Python waits for it without the GIL.

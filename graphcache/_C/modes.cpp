@@ -7,12 +7,38 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <tuple>
 
 namespace py = pybind11;
 
 namespace graphcache {
+namespace {
+
+uint32_t kernel_switches() {
+  const auto& context = at::globalContext();
+  uint32_t all = 0;
+  for (const bool on :
+       {context.userEnabledCuDNN(),
+        context.benchmarkCuDNN(),
+        context.deterministicCuDNN(),
+        context.deterministicAlgorithms(),
+        context.deterministicAlgorithmsWarnOnly(),
+        context.userEnabledFlashSDP(),
+        context.userEnabledMemEfficientSDP(),
+        context.userEnabledMathSDP(),
+        context.userEnabledCuDNNSDP(),
+        context.userEnabledMkldnn(),
+        context.allowFP16BF16ReductionMathSDP(),
+        static_cast<int>(context.allowFP16ReductionCuBLAS()) != 0,
+        static_cast<int>(context.allowBF16ReductionCuBLAS()) != 0}) {
+    all = all << 1 | static_cast<uint32_t>(on);
+  }
+  return all;
+}
+
+} // namespace
 
 std::optional<Modes> Modes::now(const py::object& device_mode) {
   using Stack = at::impl::PythonTorchFunctionTLS;
@@ -23,6 +49,9 @@ std::optional<Modes> Modes::now(const py::object& device_mode) {
       return std::nullopt;
     }
     default_device = py::cast<c10::Device>(py::handle(mode).attr("device"));
+  }
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr) {
+    return std::nullopt; // a tensor may have a tangent, which no graph follows
   }
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   const auto& autograd = c10::AutogradState::get_tls_state();
@@ -35,6 +64,7 @@ std::optional<Modes> Modes::now(const py::object& device_mode) {
       at::autocast::get_autocast_dtype(at::kCPU),
       c10::get_default_dtype_as_scalartype(),
       static_cast<int>(at::globalContext().float32MatmulPrecision()),
+      kernel_switches(),
       default_device};
 }
 
@@ -50,6 +80,7 @@ auto all(const Modes& modes) {
       modes.autocast_cpu,
       modes.default_dtype,
       modes.matmul_precision,
+      modes.switches,
       modes.default_device);
 }
 
@@ -69,6 +100,7 @@ py::tuple Modes::key() const {
       static_cast<int>(autocast_cpu),
       static_cast<int>(default_dtype),
       matmul_precision,
+      switches,
       py::cast(default_device));
 }
 

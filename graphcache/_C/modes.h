@@ -19,11 +19,12 @@ struct Modes {
   c10::ScalarType autocast_cpu;
   c10::ScalarType default_dtype;
   int matmul_precision;
+  uint32_t switches; // of torch.backends: which kernels may be taken
 
   c10::Device default_device; // torch.set_default_device
 
-  // `device_mode`: the type of torch's own mode for that. Nothing where another TorchFunctionMode is
-  // active, which Python has to look at.
+  // `device_mode`: the type of torch's own mode for that. Nothing where Python has to look:
+  // another TorchFunctionMode is active, or forward-mode differentiation.
   static std::optional<Modes> now(const pybind11::object& device_mode);
   bool operator==(const Modes& other) const;
 

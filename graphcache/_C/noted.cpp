@@ -2,6 +2,9 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cstring>
+#include <string_view>
+
 namespace py = pybind11;
 
 namespace graphcache {
@@ -40,35 +43,92 @@ py::object keeper_of(PyObject* object) {
 
 } // namespace
 
-Noted::Noted(PyObject* object) : address_(object), keeper_(keeper_of(object)) {}
-
-int Noted::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(keeper_.ptr());
-  return 0;
-}
-
-Table::Table(PyObject* dict) : dict_(dict) {
-  // Held meanwhile: a weak reference is an allocation, which may set off the cycle collector.
-  const auto items = py::reinterpret_steal<py::list>(PyDict_Items(dict));
-  for (const auto item : items) {
-    entries_.emplace_back(
-        Noted(PyTuple_GET_ITEM(item.ptr(), 0)), Noted(PyTuple_GET_ITEM(item.ptr(), 1)));
+Noted::Noted(PyObject* object) : address_(object), keeper_(keeper_of(object)) {
+  if (!keeper_ && PyTuple_CheckExact(object)) {
+    for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
+      items_.emplace_back(PyTuple_GET_ITEM(object, index));
+    }
   }
 }
 
-bool Table::same() const {
-  if (!PyDict_Check(dict_) || PyDict_GET_SIZE(dict_) != static_cast<Py_ssize_t>(entries_.size())) {
+// The caller found something at the address: if that is a tuple of this length, it lives.
+bool Noted::holds_items() const {
+  if (!PyTuple_CheckExact(address_) || PyTuple_GET_SIZE(address_) != static_cast<Py_ssize_t>(items_.size())) {
     return false;
   }
-  Py_ssize_t position = 0;
-  PyObject* key = nullptr;
-  PyObject* value = nullptr;
-  for (const auto& [name, expected] : entries_) {
-    if (PyDict_Next(dict_, &position, &key, &value) == 0 || !name.is(key) || !expected.is(value)) {
+  for (size_t index = 0; index < items_.size(); ++index) {
+    if (!items_[index].is(PyTuple_GET_ITEM(address_, static_cast<Py_ssize_t>(index)))) {
       return false;
     }
   }
   return true;
+}
+
+int Noted::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(keeper_.ptr());
+  for (const auto& item : items_) {
+    if (const int stop = item.traverse(visit, arg)) {
+      return stop;
+    }
+  }
+  return 0;
+}
+
+// Exact types only: no code of the user's runs here.
+bool Noted::equals(PyObject* object) const {
+  if (keeper_.ptr() != address_ || Py_TYPE(object) != Py_TYPE(address_)) {
+    return false;
+  }
+  if (PyFloat_CheckExact(object)) {
+    // by bits: -0.0 is not 0.0, and nan is itself
+    return std::memcmp(
+               &reinterpret_cast<PyFloatObject*>(object)->ob_fval,
+               &reinterpret_cast<PyFloatObject*>(address_)->ob_fval,
+               sizeof(double)) == 0;
+  }
+  return (PyLong_CheckExact(object) || PyUnicode_CheckExact(object)) &&
+      PyObject_RichCompareBool(object, address_, Py_EQ) == 1;
+}
+
+Table::Table(PyObject* dict, py::object names) : dict_(dict), names_(std::move(names)) {
+  // Held meanwhile: a weak reference is an allocation, which may set off the cycle collector.
+  const auto items = py::reinterpret_steal<py::list>(PyDict_Items(dict));
+  for (const auto item : items) {
+    auto* const key = PyTuple_GET_ITEM(item.ptr(), 0);
+    if (counts(key)) {
+      entries_.emplace_back(Noted(key), Noted(PyTuple_GET_ITEM(item.ptr(), 1)));
+    }
+  }
+}
+
+bool Table::counts(PyObject* key) const {
+  // torch.compile replaces those of nn.Module, and no forward of what exists already runs them.
+  if (PyUnicode_CheckExact(key) &&
+      (PyUnicode_CompareWithASCIIString(key, "__init__") == 0 ||
+       PyUnicode_CompareWithASCIIString(key, "__setstate__") == 0)) {
+    return false;
+  }
+  return names_.is_none() || !PyUnicode_CheckExact(key) || PySet_Contains(names_.ptr(), key) == 1;
+}
+
+std::optional<py::object> Table::changed() const {
+  if (!PyDict_Check(dict_)) {
+    return py::object();
+  }
+  auto expected = entries_.begin();
+  Py_ssize_t position = 0;
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  while (PyDict_Next(dict_, &position, &key, &value) != 0) {
+    if (!counts(key)) {
+      continue;
+    }
+    if (expected == entries_.end() || !expected->first.is(key) || !expected->second.is(value)) {
+      return py::reinterpret_borrow<py::object>(key);
+    }
+    ++expected;
+  }
+  return expected == entries_.end() ? std::nullopt : std::make_optional(py::object());
 }
 
 int Table::traverse(visitproc visit, void* arg) const {
@@ -78,6 +138,87 @@ int Table::traverse(visitproc visit, void* arg) const {
     }
   }
   return 0;
+}
+
+namespace {
+
+// Calls `visit` with each item, until it returns false; without an iterator, which would be allocated.
+template <typename Visit>
+void each(PyObject* container, Visit visit) {
+  if (PyList_Check(container)) {
+    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(container); ++index) {
+      if (!visit(PyList_GET_ITEM(container, index))) {
+        return;
+      }
+    }
+    return;
+  }
+  const auto* set = reinterpret_cast<PySetObject*>(container);
+  for (Py_ssize_t slot = 0; slot <= set->mask; ++slot) {
+    const auto& entry = set->table[slot];
+    // A slot that was given up holds a dummy, with a hash that no object has.
+    if (entry.key != nullptr && entry.hash != -1 && !visit(entry.key)) {
+      return;
+    }
+  }
+}
+
+} // namespace
+
+Items::Items(PyObject* items) : container_(items) {
+  const auto held = py::reinterpret_steal<py::object>(PySequence_Tuple(items)); // as in Table
+  each(items, [&](PyObject* item) {
+    items_.emplace_back(item);
+    return true;
+  });
+}
+
+bool Items::same() const {
+  size_t index = 0;
+  bool same = true;
+  each(container_, [&](PyObject* item) {
+    same = index < items_.size() && items_[index].is(item);
+    ++index;
+    return same;
+  });
+  return same && index == items_.size();
+}
+
+int Items::traverse(visitproc visit, void* arg) const {
+  for (const auto& item : items_) {
+    if (const int stop = item.traverse(visit, arg)) {
+      return stop;
+    }
+  }
+  return 0;
+}
+
+namespace {
+
+// Calls `read` with its bytes; false where it has none to show any more.
+template <typename Read>
+bool with_bytes(const py::object& array, Read read) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_ANY_CONTIGUOUS) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool result = read(std::string_view(static_cast<const char*>(view.buf), view.len));
+  PyBuffer_Release(&view);
+  return result;
+}
+
+} // namespace
+
+Bytes::Bytes(py::object array) : array_(std::move(array)) {
+  with_bytes(array_, [&](std::string_view now) {
+    bytes_ = now;
+    return true;
+  });
+}
+
+bool Bytes::same() const {
+  return with_bytes(array_, [&](std::string_view now) { return now == bytes_; });
 }
 
 } // namespace graphcache

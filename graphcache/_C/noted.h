@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -10,17 +12,22 @@ namespace graphcache {
 
 // One object. Its address stands for it only while it lives, so tensors and plain values are kept alive.
 // Other objects are known by a weak reference, since they may lead back to what owns this; those that
-// allow none (lists, dicts) by nothing but their address.
+// allow none (lists, dicts) by nothing but their address, and tuples by their items besides.
 class Noted {
  public:
   explicit Noted(PyObject* object);
 
+  // The same object; or, of numbers and texts, one of the same type and value.
   bool is(PyObject* object) const;
   int traverse(visitproc visit, void* arg) const;
 
  private:
+  bool equals(PyObject* object) const;
+  bool holds_items() const;
+
   PyObject* address_;
   pybind11::object keeper_; // the object itself, a weak reference to it, or nothing
+  std::vector<Noted> items_; // of a tuple that is not kept
 };
 
 // Tells whether the object of a weak reference still lives.
@@ -29,22 +36,55 @@ inline bool is_alive(PyObject* reference) {
 }
 
 inline bool Noted::is(PyObject* object) const {
-  return object == address_ &&
-      (!keeper_ || keeper_.ptr() == address_ || is_alive(keeper_.ptr()));
+  if (object != address_) {
+    return object != nullptr && equals(object);
+  }
+  return keeper_ ? keeper_.ptr() == address_ || is_alive(keeper_.ptr()) : items_.empty() || holds_items();
 }
 
 // The keys and values of one dict, in their order.
 class Table {
  public:
-  explicit Table(PyObject* dict);
+  // `names`: a frozenset of the keys that count, besides those that are no strings; None: all do.
+  Table(PyObject* dict, pybind11::object names);
 
   // Tells whether the dict is as it was; whoever asks knows that it lives.
+  bool same() const { return !changed().has_value(); }
+  // The first key that is not as it was, or a null one where something came on top.
+  std::optional<pybind11::object> changed() const;
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  bool counts(PyObject* key) const;
+
+  PyObject* dict_;
+  pybind11::object names_;
+  std::vector<std::pair<Noted, Noted>> entries_;
+};
+
+// The items of one list or set.
+class Items {
+ public:
+  explicit Items(PyObject* items);
+
+  // Tells whether it is as it was; whoever asks knows that it lives.
   bool same() const;
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  PyObject* dict_;
-  std::vector<std::pair<Noted, Noted>> entries_;
+  PyObject* container_;
+  std::vector<Noted> items_;
+};
+
+// The bytes of an array on the host. Kept alive, as it leads nowhere.
+class Bytes {
+ public:
+  explicit Bytes(pybind11::object array);
+  bool same() const;
+
+ private:
+  pybind11::object array_;
+  std::string bytes_;
 };
 
 } // namespace graphcache

@@ -2,6 +2,7 @@
 
 #include "strides.h"
 
+#include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -30,6 +31,17 @@ Result::Result(Tree layout, std::vector<Output> outputs, bool copy)
   }
   handed_->storages.resize(first_.size());
 }
+
+namespace {
+
+// By torch's own operation where it has one, so that it is a view as eager gives it.
+at::Tensor view(const at::Tensor& base, const at::Tensor& like, int64_t offset) {
+  return base.scalar_type() == like.scalar_type()
+      ? at::as_strided(base, like.sizes(), like.strides(), offset)
+      : alias(base, like.sizes(), like.strides(), offset, like);
+}
+
+} // namespace
 
 void Result::set_batch_dims(const std::vector<std::vector<int64_t>>& dims) {
   for (size_t index = 0; index < outputs_.size(); ++index) {
@@ -66,13 +78,13 @@ py::object Result::tensor(
       return output.object;
     case Output::ArgumentSame:
       return py::reinterpret_borrow<py::object>(arguments.objects[output.argument]);
+    case Output::Constant:
+      return py::cast(captured.clone());
     case Output::Outside:
-      return py::cast(alias(
-          captured, captured.sizes(), captured.strides(), captured.storage_offset(), captured));
+      return py::cast(view(captured, captured, captured.storage_offset()));
     case Output::Argument: {
       const auto& base = *arguments.tensors[output.argument];
-      const auto offset = base.storage_offset() + captured.storage_offset();
-      return py::cast(alias(base, captured.sizes(), captured.strides(), offset, captured));
+      return py::cast(view(base, captured, base.storage_offset() + captured.storage_offset()));
     }
     default: {
       auto made = batch == size || output.batch_dims.empty()

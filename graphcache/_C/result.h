@@ -17,6 +17,7 @@ struct Output {
     OutsideSame, // the very tensor that the forward found outside
     Argument, // a view of an argument
     ArgumentSame, // that very argument
+    Constant, // on the host: each caller gets a copy
   };
   Kind kind;
   at::Tensor tensor; // as captured; of a view of an argument, the offset counts from that

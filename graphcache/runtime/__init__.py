@@ -110,7 +110,8 @@ def is_capturing() -> bool:
 
 def is_stream_capturing() -> bool:
     """Tells whether somebody captures on the current CUDA stream."""
-    return _HAS_CUDA and torch.cuda.is_current_stream_capturing()
+    # Asked before CUDA is initialised, a torch with CUDA raises where there is no driver.
+    return _HAS_CUDA and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager

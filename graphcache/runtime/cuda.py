@@ -59,7 +59,12 @@ class CudaArena:
 
     def memory(self) -> PoolMemory:
         """Returns the bytes of the segments of this pool."""
-        segments = torch.cuda.memory_snapshot(self.pool.id)
+        # Of all pools: asked for one, torch 2.11 releases the numbers of its id once too often.
+        segments = [
+            segment
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment["segment_pool_id"]) == tuple(self.pool.id)
+        ]
         return PoolMemory(
             sum(segment["total_size"] for segment in segments),
             sum(segment["allocated_size"] for segment in segments),

@@ -120,8 +120,8 @@ class _Recorder(TorchDispatchMode):
         if why is not None:
             raise CaptureError(f"{why}, at {user_line()}")
         if func is _aten.lift_fresh.default:  # a constant written in the source
-            self.graph.outside[_C.storage_key(args[0])] = args[0].untyped_storage()
-            return args[0]
+            # Each replay makes it anew: a caller may write to what it gets.
+            return self.__torch_dispatch__(_aten.clone.default, types, (args[0],))
         for tensor in written_by(func, args, kwargs):
             if not self._arena.owns(tensor):
                 self.saved.save(tensor)

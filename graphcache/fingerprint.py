@@ -1,0 +1,62 @@
+"""Finds out what a forward wrote past torch's operators, where no schema tells.
+
+A Triton or CuPy kernel, or an extension that takes tensors without registering an operator, writes where
+nothing sees it. So the bytes of what it could have written are summed up before and after.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from graphcache import _C
+
+_WORD = 8  # bytes
+
+
+class Fingerprints:
+    """Sums over the storages of some tensors, to be compared later.
+
+    Args:
+        tensors: whose storages to look at; those that no longer can be read are left out.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._before: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in tensors:
+                if _is_plain(tensor) and _C.storage_key(tensor) not in self._before:
+                    self._before[_C.storage_key(tensor)] = tensor, _sums(tensor)
+
+    def changed(self, known: Iterable[int]) -> list[Tensor]:
+        """Returns a tensor of each storage that changed, but for those with a key in `known`."""
+        with torch.inference_mode(False), torch.no_grad():
+            return [
+                tensor
+                for key, (tensor, before) in self._before.items()
+                if key not in known
+                and _C.storage_key(tensor) == key
+                and not _same(before, _sums(tensor))
+            ]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not _C.is_expired(tensor)
+        and tensor.untyped_storage().nbytes() > 0
+    )
+
+
+def _sums(tensor: Tensor) -> list[Tensor]:
+    nbytes = tensor.untyped_storage().nbytes()
+    everything = _C.carve(tensor, 0, nbytes)
+    whole = nbytes // _WORD * _WORD
+    words, rest = everything[:whole].view(torch.int64), everything[whole:]
+    # the second tells rows that changed places
+    return [words.sum(), words[::3].sum(), rest.sum()]
+
+
+def _same(before: list[Tensor], now: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
