@@ -5,10 +5,10 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard graphcache/_C/*.cpp graphcache/_C/*.h)
-# numpy: torch warns without it, and warnings are errors in tests. mypy and ruff: what `test` checks.
-TOOLS := setuptools ninja numpy wrapt tqdm pytest ruff mypy types-tqdm
+# numpy: torch warns without it, and warnings are errors in tests. hypothesis: the fuzzer. mypy and ruff: what `test` checks.
+TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff mypy types-tqdm
 
-.PHONY: demo test lint format clean
+.PHONY: demo test fuzz lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -17,6 +17,9 @@ demo: $(VENV)/.built
 
 test: lint
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.built
+	$(BIN)/python -m tests.fuzz --sequences 10000 --jobs 2 --out fuzz-emulated.json
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def test_the_tiny_workload_runs_on_the_cpu_and_says_that_it_is_emulated(tmp_path
         arms = scenario["arms"]
         assert arms["graphcache"]["correct"]
         assert arms["graphcache"]["replayed"] > 0
-        assert not arms["graphcache"]["eager"]
+        assert not arms["graphcache"]["eager"].keys() - {"compared with a padded replay"}
         assert arms["eager"]["latency_us"]["median"] > 0
         assert arms["replay"] == {"error": "needs a GPU"}
     assert all(goal["met"] is None for goal in figures["goals"])

@@ -88,6 +88,7 @@ def test_what_a_padded_row_holds(backend: Backend, pad: Any, row: list[float]) -
 
     graphed = cuda_graphed(forward, sizes=(4,), pad=pad)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=backend.device)
+    graphed(x[:1], x[:1].clone())  # one batch alone does not tell which arguments carry it
     for _ in range(3):
         graphed(x, x.clone())
     (entry,) = graphed._cache()._entries.values()
@@ -239,7 +240,7 @@ def test_nested_arguments_and_results(backend: Backend) -> None:
         assert out["output"].hidden is None
         assert torch.equal(out["output"]["logits"], out["output"].logits)
         assert torch.equal(out["output"].states[1], expected["output"].states[1])
-    assert info(model).replays == {4: 1}
+    assert info(model).replays == {3: 1}  # all of the arguments may be as long by chance
 
 
 def test_outputs_that_are_inputs_or_parameters(backend: Backend) -> None:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphcache
 from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
-from tests.conftest import MLP, Backend, close, eager
+from tests.conftest import MLP, Backend, Counter, close, eager
 
 
 def reasons(model: nn.Module) -> dict[str, int]:
@@ -192,7 +193,7 @@ def test_fallback_false_raises(backend: Backend, name: str) -> None:
 
 def test_the_process_is_in_good_order_after_a_failed_capture(backend: Backend, mlp: MLP) -> None:
     """The operation is hidden from the first call, so that the capture itself fails."""
-    calls = []
+    calls: deque[int] = deque()  # where nothing watches
 
     def sometimes(x: Tensor) -> Tensor:
         calls.append(1)
@@ -257,19 +258,17 @@ def test_an_attribute_that_cannot_be_searched_costs_no_result(backend: Backend) 
             return x * 2
 
     x = backend.randn(2, 2)
-    with pytest.warns(GraphCacheWarning, match="ValueError: not to be looked at"):
-        assert torch.equal(cuda_graphed(Holds(), sizes=(2,))(x), x * 2)
-    with pytest.raises(CaptureError, match="not to be looked at") as raised:
-        cuda_graphed(Holds(), sizes=(2,), fallback=False)(x)
-    assert isinstance(raised.value.__cause__, ValueError)
+    model = cuda_graphed(Holds(), sizes=(2,))
+    for _ in range(3):
+        assert torch.equal(model(x), x * 2)
+    assert model.forward.cache_info().hits == 2
 
 
 def test_a_result_that_changes_its_structure(backend: Backend) -> None:
-    calls: list[int] = []
+    calls = Counter()
 
     def forward(x: Tensor) -> Any:
-        calls.append(1)
-        return (x * 2, object()) if len(calls) == 3 else x * 2
+        return (x * 2, object()) if calls.add() == 3 else x * 2
 
     model = cuda_graphed(forward, sizes=(4,))
     x = backend.randn(3, 2)
@@ -312,10 +311,10 @@ def test_sizes_that_can_not_be_captured_leave_the_exact_ones(backend: Backend) -
 def test_sizes_that_do_not_fit_into_memory_are_left_out(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs = []
+    runs: deque[int] = deque()
 
     def forward(x: Tensor) -> Tensor:
-        runs.append(x.shape[0])
+        runs.append(1)
         if x.shape[0] > 2 and len(runs) > 1:
             raise torch.OutOfMemoryError("pretended")
         return x * 2

@@ -30,7 +30,7 @@ DTYPES = [
 
 def values(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     numbers = torch.randint(-5, 100, shape, device=backend.device)
-    return numbers.to(dtype)
+    return numbers > 40 if dtype is torch.bool else numbers.to(dtype)
 
 
 def static(graphed: Any, size: int) -> list[Tensor]:
