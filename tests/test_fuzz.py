@@ -1,0 +1,60 @@
+"""A share of the fuzzer's sequences in every run of the tests, and that it can fail."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from graphcache.cache import GraphCache
+from graphcache.guards import Guards
+from tests import fuzz
+from tests.conftest import RUNTIMES
+from tests.fuzz_machine import Fuzz, Mismatch, Stats
+from tests.fuzz_modules import KINDS
+
+# By kind, since what hypothesis draws under a seed depends on what else is imported.
+OF_EACH_KIND = 10
+ENOUGH_TO_FIND = 200  # sequences, of which each of the bugs below takes a tenth
+
+
+@pytest.fixture(params=RUNTIMES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny, and threads of an operation would only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_graphed_modules_do_what_their_twins_do(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = Stats()
+    monkeypatch.setattr(Fuzz, "stats", stats)
+    for number, kind in enumerate(KINDS):
+        fuzz.run(OF_EACH_KIND, 20250 + number, device, kind=kind)
+    assert stats.kinds.keys() == KINDS.keys()
+    assert stats.replays > OF_EACH_KIND * len(KINDS) / 2  # graphs did serve
+
+
+def _forget_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guards, "find", lambda *_: Guards())
+
+
+def _pad_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphCache, "_why_exact", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "kind"), [(_forget_what_is_reached, "mlp"), (_pad_what_draws, "dropout")]
+)
+def test_a_broken_library_is_found_out(breaks, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fuzz, "stats", Stats())
+    breaks(monkeypatch)
+    with pytest.raises(Mismatch):
+        fuzz.run(ENOUGH_TO_FIND, 1, torch.device("cpu"), kind=kind, shrink=False)
