@@ -120,8 +120,8 @@ def memory(figures: dict[str, Any]) -> str:
 
 
 def plot_of(figures: dict[str, Any]) -> str:
-    """Returns where the plot of a record lies, seen from the page."""
-    return f"plots/bench-{figures['workload']}.svg"
+    """Returns where the plot of a record lies, seen from the page; it has the name of its record."""
+    return f"plots/{figures.get('plot', 'bench-' + figures['workload'])}.svg"
 
 
 # The memory record says nothing of arms, so it is not the first.

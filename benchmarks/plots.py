@@ -79,6 +79,7 @@ def main() -> int:
     for path in sorted(RESULTS.glob("bench-*.json")):
         figures = json.loads(path.read_text())["figures"]
         comparison.check(figures)
+        figures["plot"] = path.stem
         draw = lines if figures["workload"] == "memory" else bars
         figure = draw(figures, pyplot)
         figure.savefig(PAGE_FOLDER / comparison.plot_of(figures), metadata={"Date": None})

@@ -27,8 +27,17 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ("weak_refs", "char_decode")
 
 
-def environment() -> dict[str, str]:
+def environment(*, emulated: bool = False) -> dict[str, str]:
     """Returns what a figure is worth nothing without."""
+    where = {
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "commit": os.environ.get("GRAPHCACHE_COMMIT") or _commit(),
+    }
+    if emulated:
+        return {"device": "emulated on a CPU", "driver": "none", **where}
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True,
@@ -38,12 +47,14 @@ def environment() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name(),
         "driver": driver.strip(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "commit": os.environ.get("GRAPHCACHE_COMMIT") or _commit(),
+        **where,
     }
+
+
+def write(path: Path, name: str, figures: dict[str, Any], *, emulated: bool) -> None:
+    """Writes one record of what ran on this machine."""
+    record = {"name": name, "environment": environment(emulated=emulated), "figures": figures}
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _commit() -> str:
@@ -100,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if name == "tests"
                     else run_example(name, folder)
                 )
-                record = {"name": name, "environment": where, "figures": figures}
-                path = args.out / f"{name}-{short}.json"
-                path.write_text(json.dumps(record, indent=2) + "\n")
+                write(args.out / f"{name}-{short}.json", name, figures, emulated=False)
                 worst = max(worst, figures["status"])
     return int(worst != 0)
 

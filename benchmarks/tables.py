@@ -86,7 +86,46 @@ def char_decode(figures: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"tests": tests, "weak_refs": weak_refs, "char_decode": char_decode, **comparison.SECTIONS}
+def fuzz(figures: dict[str, Any]) -> str:
+    """What the differential fuzzer ran and found."""
+    ours = ", ".join(f"{name}: {count:,}" for name, count in sorted(figures["our_errors"].items()))
+    rows = [
+        ("`python -m tests.fuzz`", ""),
+        ("sequences", f"{figures['sequences']:,}"),
+        ("calls, of those replayed", f"{figures['calls']:,}, {figures['replays']:,}"),
+        ("errors of ours", "not in the log" if figures.get("from_log") else ours or "none"),
+        ("mismatches, aborts, hangs", str(len(figures["mismatches"]))),
+        (
+            "seeds",
+            f"{min(figures['seeds'])} to {max(figures['seeds'])}, {figures['chunk']} sequences each",
+        ),
+    ]
+    text = "Random lives of graphed modules beside twins that graphcache never saw."
+    if figures.get("from_log"):
+        text += " The figures are those of its log; its own record did not get off the machine."
+    return text + "\n\n" + table(rows)
+
+
+def cycles(figures: dict[str, Any]) -> str:
+    """What captures and drops leave behind."""
+    rows = [("`python -m tests.cycles`", "grown by", "allowed")]
+    for name, grown in figures["grown"].items():
+        rows.append((name.replace("_", " "), f"{grown:,}", f"{figures['allowed'][name]:,.0f}"))
+    return (
+        f"{figures['count']:,} modules captured, called and dropped again; bytes, numbers of lanes and "
+        "of Python objects. What is allowed of host memory is what torch itself leaves of each private "
+        "pool that was ever opened, measured in the same run.\n\n" + table(rows)
+    )
+
+
+SECTIONS = {
+    "tests": tests,
+    "fuzz": fuzz,
+    "cycles": cycles,
+    "weak_refs": weak_refs,
+    "char_decode": char_decode,
+    **comparison.SECTIONS,
+}
 
 
 def page() -> str:
@@ -103,7 +142,7 @@ def page() -> str:
             if name.startswith("bench-") and COMPARISONS not in parts:
                 parts += [COMPARISONS, comparison.legend(record["figures"]) + "\n"]
             parts.append(f"## {name}, {where['device']}\n")
-            parts.append(section(record["figures"]) + "\n")
+            parts.append(section({**record["figures"], "plot": path.stem}) + "\n")
             parts.append(
                 f"{where['date']}, commit {where['commit'][:12]}, driver {where['driver']}, torch "
                 f"{where['torch']}, Python {where['python']}.\n"
