@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,14 @@ from graphcache.buckets import default_sizes
 from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
 from graphcache.entry import Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
-from graphcache.guards import Guards, submodule_with_hooks
+from graphcache.guards import submodule_with_hooks
+from graphcache.learn import Observation, observe
 from graphcache.modes import modes_of, refuse_where_watched
 from graphcache.observe import Observer
-from graphcache.pool import GraphPool, Stale, default_pool
-from graphcache.reads import Reads
+from graphcache.options import Options
+from graphcache.pool import GraphPool, default_pool
 from graphcache.runtime import inlining, is_stream_capturing
 from graphcache.signature import BATCHED, BOUND, Call, Signature, Unservable
-from graphcache.staging import Pad
 from graphcache.stats import CacheInfo, Counts
 from graphcache.tree import NotATree, flatten
 from graphcache.verify import Sample, first_rows, same
@@ -39,19 +39,6 @@ MAX_ALIKE = 3
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 
 _NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
-
-
-class Options(NamedTuple):
-    """The keywords of `cuda_graphed`, checked."""
-
-    batch_dim: int = 0
-    sizes: tuple[int, ...] | None = None
-    pad: Pad = None
-    bind: tuple[str, ...] = ()
-    stale: Stale = "error"
-    pool: GraphPool | None = None
-    fallback: bool = True
-    progress: bool | None = None
 
 
 class GraphCache:
@@ -223,18 +210,10 @@ class GraphCache:
         self, function: Callable[..., Any], instance: Any, call: Call, *, exactly: bool = False
     ) -> Any:
         """Runs the forward eagerly, once, and captures it afterwards; perhaps just for this batch."""
-        result, observed = self._observe(function, instance, call, restore=False)
+        seen = observe(function, instance, call, restore=False)
         self._counts.eager["the first call of a signature"] += 1
-        self._learn(function, instance, call, *observed, result, exactly=exactly)
-        return result
-
-    def _observe(
-        self, function: Callable[..., Any], instance: Any, call: Call, *, restore: bool
-    ) -> tuple[Any, tuple[Observer, Reads]]:
-        reads = Reads(instance)
-        observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=reads.tensors)
-        with inlining(), observer.watch(), reads.watch():
-            return function(*call.args, **call.kwargs), (observer, reads)
+        self._learn(function, instance, call, seen, exactly=exactly)
+        return seen.result
 
     def warm_up(
         self,
@@ -251,8 +230,7 @@ class GraphCache:
                 entry = self._serving(call, instance)
                 if entry is not None and entry.bucket(call.batch) is not None:
                     return
-                result, observed = self._observe(function, instance, call, restore=True)
-                self._learn(function, instance, call, *observed, result)
+                self._learn(function, instance, call, observe(function, instance, call, restore=True))
         except Unservable as reason:
             self._warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
 
@@ -261,43 +239,26 @@ class GraphCache:
         function: Callable[..., Any],
         instance: Any,
         call: Call,
-        observer: Observer,
-        reads: Reads,
-        result: Any,
+        seen: Observation,
         *,
         exactly: bool = False,
     ) -> None:
         """Decides from an observed eager call how its signature is served, and captures it."""
-        tensors: list[Tensor] = []
-        changed = reads.changed()
+        observer = seen.observer
         try:
-            layout = flatten(result, tensors, [])
-            for tensor in tensors:
-                observer.note_read(tensor)
-            if observer.blocker is not None:
-                raise CaptureError(observer.blocker)
-            if reads.seeded:
-                raise CaptureError(f"it sets the state of a random generator ({reads.seeded})")
-            if reads.drew_on_the_host():
-                raise CaptureError(
-                    "it draws random numbers of Python's or numpy's, which a graph freezes"
-                )
-            if not changed and observer.keeps(tensors):
-                changed = ["a tensor that it made and that something keeps"]
-            if any(tensor.grad_fn is not None for tensor in tensors):
+            layout = seen.layout()
+            seen.check()
+            if any(tensor.grad_fn is not None for tensor in seen.tensors):
                 return  # something that is no parameter wants gradients
-            if changed:
-                self._leave_unsettled(changed)
-            guards = Guards.find(instance, reads, observer.reached())
-            if guards.hooked is not None:
-                raise Unservable(f"hooks inside the forward, on {guards.hooked}")
-            _check_reached(observer, guards)
+            if seen.changed:
+                self._leave_unsettled(seen.changed)
+            guards = seen.guards(instance)
             call = self._bind_written(call, observer)
             entry = self._entries.get(call.key) or Entry()
             self._withdraw(entry)
             entry.guards = guards
             entry.pure = not observer.written
-            entry.written = _written(call, observer)
+            entry.written = seen.written(call)
             entry.exact = entry.exact or self._why_exact(call, observer)
             job = Job(
                 self.name,
@@ -313,7 +274,7 @@ class GraphCache:
             )
             entry.sample = entry.sample or Sample(call)
             entry.batches.add(call.batch)
-            self._capture(job, entry, layout, tensors, exactly=exactly)
+            self._capture(job, entry, layout, seen.tensors, exactly=exactly)
             if not guards.hold(grad=False):  # a capture runs the forward's Python
                 self._leave_unsettled([guards.broken(grad=False)])
         except Unservable:
@@ -323,8 +284,7 @@ class GraphCache:
             return
         self._entries[call.key] = entry
         self._publish(call, instance, entry)
-        theirs = {_C.storage_key(tensor) for tensor in call.leaves} | observer.external.keys()
-        made = [tensor for tensor in tensors if _C.storage_key(tensor) not in theirs]
+        made = seen.made(call)
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(made)
 
@@ -338,11 +298,7 @@ class GraphCache:
 
     def _bind_written(self, call: Call, observer: Observer) -> Call:
         """Returns the call read again, with the arguments that the forward wrote to bound."""
-        written = frozenset(
-            index
-            for index, tensor in enumerate(call.leaves)
-            if _C.storage_key(tensor) in observer.written
-        )
+        written = frozenset(observer.written_of(call.leaves))
         known = self._written.get(call.layout, frozenset())
         if written <= known:
             return call
@@ -533,34 +489,5 @@ def _is_ambiguous(call: Call, entry: Entry) -> bool:
     return len(entry.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1
 
 
-def _written(call: Call, observer: Observer) -> _C.Written:
-    keys = [_C.storage_key(tensor) for tensor in call.leaves]
-    return _C.Written(
-        [tensor for key, tensor in observer.external.items() if key in observer.written],
-        [index for index, key in enumerate(keys) if key in observer.written],
-        [index for index, _ in call.staged()],
-    )
-
-
 def _wants_grad(instance: Any) -> bool:
     return isinstance(instance, nn.Module) and any(p.requires_grad for p in instance.parameters())
-
-
-def _check_reached(observer: Observer, guards: Guards) -> None:
-    """Raises `CaptureError` where an address that the forward reaches can't be captured safely."""
-    for tensor in observer.external.values():
-        if tensor.device != observer.device:
-            raise CaptureError(f"it reads a tensor on {tensor.device} ({_describe(tensor)})")
-        if _C.is_weak(tensor):
-            raise CaptureError(
-                f"it reads an output of a graph that was kept ({_describe(tensor)}); keep a .clone()"
-            )
-    if guards.unwatched:
-        raise CaptureError(
-            f"it reaches a tensor ({_describe(guards.unwatched[0])}) in a way that can't be watched; "
-            "make it an argument, a buffer or an attribute"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -223,7 +223,7 @@ class _Body:
         self._job = job
         self._static = static
         self._layout: Any = None
-        self._outputs: list[Output | None] = []
+        self._outputs: list[Output | int | None] = []  # an argument's place: a copy of a view of it
 
     def __call__(self) -> list[Tensor]:
         """Returns the output tensors that lie in memory of the graph."""
@@ -236,25 +236,30 @@ class _Body:
         owned = []
         for tensor in tensors:
             output = self._lies_outside(tensor, leaves)
-            if isinstance(output, Tensor):
-                owned.append(output)
-            self._outputs.append(output if isinstance(output, Output) else None)
+            if output is None:
+                owned.append(tensor)
+            elif isinstance(output, int):
+                owned.append(tensor.clone())  # the next call overwrites the static input it lies in
+            self._outputs.append(output)
         return owned
 
     def result(self, weak: list[Tensor]) -> Result:
         """Returns the result, with the owned tensors replaced by `weak`."""
         rest = iter(weak)
-        outputs = [_in_pool(next(rest)) if output is None else output for output in self._outputs]
+        outputs = [
+            output if isinstance(output, Output) else _in_pool(next(rest), output)
+            for output in self._outputs
+        ]
         return Result(self._layout, outputs)
 
-    def _lies_outside(self, tensor: Tensor, leaves: list[Tensor]) -> Output | Tensor:
+    def _lies_outside(self, tensor: Tensor, leaves: list[Tensor]) -> Output | int | None:
         key, place = _C.storage_key(tensor), Place.of(tensor)
         for index, leaf in enumerate(leaves):
             if tensor is leaf:
                 return Output(_C.weak_ref(tensor), place, argument=index, same=True)
             if key == _C.storage_key(leaf):
                 if self._job.call.roles[index].role is not BOUND:
-                    return tensor.clone()  # the next call overwrites the static input it lies in
+                    return index
                 offset = int(tensor.storage_offset()) - int(leaf.storage_offset())
                 base = _C.weak_ref(tensor)
                 view = _C.alias(base, tensor.shape, tensor.stride(), offset)
@@ -264,11 +269,11 @@ class _Body:
             return Output(tensor, place, outside=True, same=same)
         if tensor.device != self._job.pool.device:  # a constant on the host
             return Output(tensor, place, outside=True, same=True, constant=True)
-        return tensor
+        return None
 
 
-def _in_pool(weak: Tensor) -> Output:
-    return Output(weak, Place.of(weak))
+def _in_pool(weak: Tensor, copied: int | None) -> Output:
+    return Output(weak, Place.of(weak), copied=copied)
 
 
 def _fill(job: Job, static: list[Tensor], size: int) -> None:

@@ -15,11 +15,10 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from graphcache import _C
-from graphcache.buckets import check_sizes
-from graphcache.cache import GraphCache, Options
+from graphcache.cache import GraphCache
 from graphcache.errors import GraphCacheError, OptionError
+from graphcache.options import Options
 from graphcache.pool import GraphPool, Stale
-from graphcache.signature import top_name
 from graphcache.staging import Pad
 from graphcache.stats import CacheInfo
 
@@ -407,13 +406,13 @@ def cuda_graphed(
         >>> with torch.inference_mode():
         ...     logits = model(tokens)
     """
-    options = Options(
-        batch_dim=_integer(batch_dim),
-        sizes=None if sizes is None else check_sizes(sizes),
-        pad=_check_pad(pad),
-        bind=(bind,) if isinstance(bind, str) else tuple(bind),
-        stale=_one_of("stale", stale, ("error", "copy")),
-        pool=_instance_of("pool", pool, GraphPool),
+    options = Options.checked(
+        batch_dim=batch_dim,
+        sizes=sizes,
+        pad=pad,
+        bind=bind,
+        stale=stale,
+        pool=pool,
         fallback=fallback,
         progress=progress,
     )
@@ -428,7 +427,7 @@ def _decorate(target: Any, options: Options) -> Any:
         if isinstance(own, InstanceForward):
             own = own.__wrapped__  # decorated again: the new options count
         function = own if own is not None else _class_forward(type(target))
-        _check_names(options, function)
+        options.check_names(function)
         target.forward = InstanceForward(target, function, options)
         return target
     if inspect.isclass(target):
@@ -438,7 +437,7 @@ def _decorate(target: Any, options: Options) -> Any:
                 "that you want graphed"
             )
         function = _class_forward(target)
-        _check_names(options, function)
+        options.check_names(function)
         target.forward = GraphedForward(function, options)  # type: ignore[attr-defined]
         return target
     if not callable(target) or isinstance(target, (staticmethod, classmethod)):
@@ -448,47 +447,5 @@ def _decorate(target: Any, options: Options) -> Any:
         )
     if isinstance(target, GraphedForward):
         target = target.__wrapped__
-    _check_names(options, target)
+    options.check_names(target)
     return GraphedForward(target, options)
-
-
-def _check_names(options: Options, function: Callable[..., Any]) -> None:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    pads = options.pad if isinstance(options.pad, dict) else {}
-    for option, names in (("pad", pads), ("bind", options.bind)):
-        for name in names:
-            if top_name(name) not in parameters:
-                raise OptionError(
-                    f"graphcache: {option} names {name!r}, and {function.__qualname__} takes "
-                    f"{', '.join(parameters)}"
-                )
-
-
-def _check_pad(pad: Any) -> Pad:
-    for fill in pad.values() if isinstance(pad, dict) else (pad,):
-        if not ((fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))):
-            raise OptionError(
-                f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
-                "again), for all arguments or in a dictionary by argument name"
-            )
-    return pad  # type: ignore[no-any-return]
-
-
-def _integer(batch_dim: Any) -> int:
-    if type(batch_dim) is not int:
-        raise OptionError(f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension")
-    return batch_dim
-
-
-def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise OptionError(f"graphcache: {option}={value!r}; give one of {', '.join(allowed)}")
-    return value
-
-
-def _instance_of(option: str, value: Any, kind: type) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise OptionError(f"graphcache: {option}={value!r}; give a {kind.__name__}")
-    return value

@@ -1,5 +1,7 @@
 """The exceptions of graphcache: one root, so that `except GraphCacheError` catches them all."""
 
+from torch import Tensor
+
 
 class GraphCacheError(RuntimeError):
     """The root of every exception that graphcache raises.
@@ -23,3 +25,8 @@ class NativeModuleError(GraphCacheError, ImportError):
 
 class GraphCacheWarning(UserWarning):
     """A forward is served more slowly than it could be; the text says why and what to do."""
+
+
+def describe(tensor: Tensor) -> str:
+    """Returns dtype and shape, as messages give them."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
+from graphcache.errors import describe
 from graphcache.fingerprint import Fingerprints
 from graphcache.ops import (
     HostReads,
@@ -33,15 +34,15 @@ _aten = torch.ops.aten
 MANY = 10_000
 
 
-def _is_in_a_container(tensor: Tensor) -> bool:
-    """Tells whether something of Python's holds `tensor` besides a frame, which may just die late."""
+def _holder(tensor: Tensor) -> str | None:
+    """Returns the type of what holds `tensor` besides a frame, which may just die late."""
     here = sys._getframe(0)
-    return any(
-        type(holder).__name__ not in ("frame", "list_iterator")
-        and not (type(holder) is list and len(holder) > MANY)  # what gc.get_objects() gave
-        for holder in gc.get_referrers(tensor)
-        if holder is not here
-    )
+    for holder in gc.get_referrers(tensor):
+        kind = type(holder).__name__
+        gives_objects = isinstance(holder, list) and len(holder) > MANY  # as gc.get_objects() does
+        if holder is not here and kind not in ("frame", "list_iterator") and not gives_objects:
+            return kind
+    return None
 
 
 class _Report(HostReads):
@@ -202,29 +203,35 @@ class Observer(TorchDispatchMode):
         """Returns the tensors that came from elsewhere and that somebody holds still."""
         return [tensor for known in self._reached.values() if (tensor := known()) is not None]
 
-    def keeps(self, result: Iterable[Tensor]) -> bool:
-        """Tells whether something that the forward made lives on besides its result.
+    def written_of(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Returns the places of those that were written to."""
+        return [i for i, tensor in enumerate(tensors) if _C.storage_key(tensor) in self.written]
+
+    def kept(self, result: Iterable[Tensor]) -> str | None:
+        """Describes something that the forward made and that lives on besides its result, or None.
 
         Call it when nothing of the call is under way any more.
         """
         returned = {_C.storage_key(tensor) for tensor in result}
 
-        def kept() -> set[int]:
-            alive = {key for key, storage in self._made.items() if not storage.expired()}
-            return alive - returned
+        def alive() -> set[int]:
+            made = {key for key, storage in self._made.items() if not storage.expired()}
+            return made - returned
 
-        if not kept():
-            return False
+        if not alive():
+            return None
         gc.collect()  # a cycle of objects dies late
-        keys = kept()
-        return bool(keys) and any(
-            _is_in_a_container(tensor)
-            for tensor in gc.get_objects()
-            if isinstance(tensor, Tensor)
-            and tensor.layout is torch.strided
-            and not overrides_dispatch(tensor)
-            and _C.storage_key(tensor) in keys
-        )
+        keys = alive()
+        for tensor in gc.get_objects() if keys else ():
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.layout is torch.strided
+                and not overrides_dispatch(tensor)
+                and _C.storage_key(tensor) in keys
+                and (holder := _holder(tensor)) is not None
+            ):
+                return f"a tensor that it made ({describe(tensor)}) and that a {holder} keeps"
+        return None
 
     def _random_state(self) -> Tensor:
         if self.device.type == "cuda":

@@ -31,6 +31,7 @@ class Output:
         same: it is that very argument, and the caller's own object is returned.
         outside: it lies in memory that the forward found outside (a parameter, a buffer).
         constant: it is a constant on the host: the caller gets a copy.
+        copied: position of the argument that eager returns a view of, where this is a copy of it.
         batch_dims: the dimensions that carry the batch; learned by comparing two sizes.
     """
 
@@ -40,6 +41,7 @@ class Output:
     same: bool = False
     outside: bool = False
     constant: bool = False
+    copied: int | None = None
     batch_dims: tuple[int, ...] | None = None
 
     def is_weak(self) -> bool:
@@ -52,7 +54,9 @@ class Output:
             return 5, self.tensor, -1
         if self.argument is not None:
             return 4 if self.same else 3, self.tensor, self.argument
-        return (2 if self.same else 1) if self.outside else 0, self.tensor, -1
+        if self.outside:
+            return 2 if self.same else 1, self.tensor, -1
+        return 0, self.tensor, -1 if self.copied is None else self.copied
 
     def learn(self, size: int, there: Place, other_size: int) -> str | None:
         """Finds the dimensions that carry the batch by what it is at another size.

@@ -2,10 +2,11 @@
 
 Padding can look harmless by the values of one call: where all rows are zero, as in a warm-up, the rows
 that are added look like those of the caller. So the tail holds other rows too, of this call and of an
-earlier one: valid values by construction.
+earlier one, and the largest and the least values of both: valid by construction, and what a sum, a
+maximum or a softmax over rows shows most clearly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,12 +30,18 @@ _TOLERANCE = {
 }
 
 
+_ORDERED = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
 class Sample:
     """Rows of an earlier call, to put after those of a later one."""
 
     def __init__(self, call: Call) -> None:
         with _plainly(call):
-            self.rows = [
+            self.rows: list[tuple[int, Tensor] | None] = [
                 (leaf.dim, tensor.clone()) if leaf.role is BATCHED and leaf.dim is not None else None
                 for tensor, leaf in zip(call.leaves, call.roles, strict=True)
             ]
@@ -51,7 +58,20 @@ class Sample:
 
     def full(self, call: Call, size: int) -> list[list[Tensor]]:
         """Returns arguments of `size` rows, the first of which are those of `call`."""
-        return [each._joined(call, size - call.batch) for each in (self, Sample(call))]
+        tails = (self, Sample(call), self._reduced(call, torch.amax), self._reduced(call, torch.amin))
+        return [each._joined(call, size - call.batch) for each in tails]
+
+    def _reduced(self, call: Call, reduce: Callable[..., Tensor]) -> "Sample":
+        """Returns one row, of the largest values of `call` and this, or of the least ones."""
+        reduced = Sample(call)
+        with _plainly(call):
+            reduced.rows = [
+                held
+                if held is None or held[1].dtype not in _ORDERED
+                else (held[0], reduce(torch.cat([tensor, held[1]], held[0]), held[0], keepdim=True))
+                for tensor, held in zip(call.leaves, self.rows, strict=True)
+            ]
+        return reduced
 
     def _joined(self, call: Call, count: int) -> list[Tensor]:
         with _plainly(call):

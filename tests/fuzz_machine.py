@@ -396,7 +396,11 @@ class Fuzz(RuleBasedStateMachine):
             return
         kept = {tensor.untyped_storage().data_ptr() for tensor in pair.twin_kept.values()}
         given = {tensor.untyped_storage().data_ptr() for tensor in expected.inputs} - kept
-        shared = shared or any(tensor.untyped_storage().data_ptr() in given for tensor in mine)
+        shared = (
+            shared
+            or pair.kind.views
+            or any(tensor.untyped_storage().data_ptr() in given for tensor in mine)
+        )
         if hold == "view":
             mine, theirs = (
                 [t[..., :1] if t.dim() else t.view(1) for t in side] for side in (mine, theirs)

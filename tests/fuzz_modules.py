@@ -435,6 +435,7 @@ class Kind:
         pure: calls may be made in any order, so from two threads at once.
         mixes: its rows depend on each other, so it can't be padded, which is for graphcache to find out.
         attributes: names of what the forward changes besides tensors.
+        views: its results share memory with its arguments, and so with each other, in eager alone.
         spare: buffers whose last row is for padding, and is not compared.
         kept: shapes of the tensors that are passed to every call.
     """
@@ -450,6 +451,7 @@ class Kind:
     pure: bool = True
     mixes: bool = False
     attributes: tuple[str, ...] = ()
+    views: bool = False
     spare: tuple[str, ...] = ()
     kept: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -532,7 +534,7 @@ KINDS = {
     "embedding": Kind(Embed, _tokens, pads=(None, 0, 1, "edge")),
     "attention": Kind(Attention, _attention),
     "nested": Kind(Nested, _nested),
-    "view of input": Kind(ViewOfInput, _x, batch_dims=_ROWS),
+    "view of input": Kind(ViewOfInput, _x, batch_dims=_ROWS, views=True),
     "view of parameter": Kind(ViewOfParameter, _x),
     "integers": Kind(Integers, _x, batch_dims=_ROWS, smooth=False),
     "casts": Kind(Casts, _x),

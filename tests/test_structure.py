@@ -14,7 +14,9 @@ PACKAGE = Path(graphcache.__file__).parent
 ORDER = [
     "decorators",
     "cache",
+    "options",
     "entry",
+    "learn",
     "modes",
     "verify",
     "capture",
@@ -29,7 +31,7 @@ LEAVES = {
     "errors": set(),
     "fingerprint": {"_C"},
     "guards": {"_C", "ops", "reads"},
-    "observe": {"_C", "fingerprint", "ops", "state"},
+    "observe": {"_C", "errors", "fingerprint", "ops", "state"},
     "ops": {"errors"},
     "reads": {"ops"},
     "signature": {"_C", "tree"},

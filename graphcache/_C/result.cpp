@@ -4,9 +4,11 @@
 
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace py = pybind11;
 
@@ -87,6 +89,11 @@ py::object Result::tensor(
       return py::cast(view(base, captured, base.storage_offset() + captured.storage_offset()));
     }
     default: {
+      // Eager returns a view of the argument then, which is an inference tensor if that is one.
+      std::optional<c10::InferenceMode> as_argument;
+      if (output.argument >= 0) {
+        as_argument.emplace(arguments.tensors[output.argument]->is_inference());
+      }
       auto made = batch == size || output.batch_dims.empty()
           ? over(
                 handed_->storages[groups_[index]],

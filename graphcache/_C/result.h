@@ -22,7 +22,7 @@ struct Output {
   Kind kind;
   at::Tensor tensor; // as captured; of a view of an argument, the offset counts from that
   pybind11::object object; // the same, for those that are returned as they are
-  int64_t argument;
+  int64_t argument; // of those in the pool, the one that it copies a view of
   std::vector<int64_t> batch_dims;
 };
 

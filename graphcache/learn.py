@@ -1,0 +1,109 @@
+"""What a first call has shown: the forward runs eagerly, once, and everything that matters is noted."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from graphcache import _C
+from graphcache.errors import CaptureError, describe
+from graphcache.guards import Guards
+from graphcache.observe import Observer
+from graphcache.reads import Reads
+from graphcache.runtime import inlining
+from graphcache.signature import Call, Unservable
+from graphcache.tree import flatten
+
+
+def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore: bool) -> "Observation":
+    """Runs the forward under observation; with `restore`, what it wrote is put back."""
+    reads = Reads(instance)
+    observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=reads.tensors)
+    with inlining(), observer.watch(), reads.watch():
+        result = function(*call.args, **call.kwargs)
+    return Observation(result, observer, reads)
+
+
+class Observation:
+    """The result of an observed call, and what it says about graphs.
+
+    Attributes:
+        result: what eager returned.
+        observer: the tensors and operations that the forward came across.
+        tensors: those of the result, once `layout` was asked for.
+    """
+
+    def __init__(self, result: Any, observer: Observer, reads: Reads) -> None:
+        self.result = result
+        self.observer = observer
+        self.tensors: list[Tensor] = []
+        self._reads = reads
+        self._changed = reads.changed()  # at once: it lets go of what was there before
+
+    def layout(self) -> Any:
+        """Returns the shape of the result's containers.
+
+        Raises:
+            NotATree: if it holds something that a graph could not return again.
+        """
+        self.tensors = []
+        layout = flatten(self.result, self.tensors, [])
+        for tensor in self.tensors:
+            self.observer.note_read(tensor)
+        return layout
+
+    def check(self) -> None:
+        """Raises `CaptureError` if a graph can't do what the forward did."""
+        if self.observer.blocker is not None:
+            raise CaptureError(self.observer.blocker)
+        if self._reads.seeded:
+            raise CaptureError(f"it sets the state of a random generator ({self._reads.seeded})")
+        if self._reads.drew_on_the_host():
+            raise CaptureError("it draws random numbers of Python's or numpy's, which a graph freezes")
+
+    @cached_property
+    def changed(self) -> list[str]:
+        """The Python values that the forward changed, and what it left behind."""
+        if self._changed:
+            return self._changed
+        kept = self.observer.kept(self.tensors)
+        return [] if kept is None else [kept]
+
+    def guards(self, instance: Any) -> Guards:
+        """Returns what the forward's graphs depend on besides its arguments.
+
+        Raises:
+            CaptureError: where an address that it reaches can't be captured safely.
+            Unservable: where hooks would run inside it.
+        """
+        guards = Guards.find(instance, self._reads, self.observer.reached())
+        if guards.hooked is not None:
+            raise Unservable(f"hooks inside the forward, on {guards.hooked}")
+        for tensor in self.observer.external.values():
+            if tensor.device != self.observer.device:
+                raise CaptureError(f"it reads a tensor on {tensor.device} ({describe(tensor)})")
+            if _C.is_weak(tensor):
+                raise CaptureError(
+                    f"it reads an output of a graph that was kept ({describe(tensor)}); keep a .clone()"
+                )
+        if guards.unwatched:
+            raise CaptureError(
+                f"it reaches a tensor ({describe(guards.unwatched[0])}) in a way that can't be "
+                "watched; make it an argument, a buffer or an attribute"
+            )
+        return guards
+
+    def written(self, call: Call) -> _C.Written:
+        """Returns what the forward wrote outside, and which arguments that are."""
+        observer = self.observer
+        return _C.Written(
+            [tensor for key, tensor in observer.external.items() if key in observer.written],
+            observer.written_of(call.leaves),
+            [index for index, _ in call.staged()],
+        )
+
+    def made(self, call: Call) -> list[Tensor]:
+        """Returns the tensors of the result that the forward made itself."""
+        theirs = {_C.storage_key(tensor) for tensor in call.leaves} | self.observer.external.keys()
+        return [tensor for tensor in self.tensors if _C.storage_key(tensor) not in theirs]

@@ -1,0 +1,91 @@
+"""The keywords of `cuda_graphed`, checked."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from graphcache.buckets import check_sizes
+from graphcache.errors import OptionError
+from graphcache.pool import GraphPool, Stale
+from graphcache.signature import top_name
+from graphcache.staging import Pad
+
+
+class Options(NamedTuple):
+    """The keywords of `cuda_graphed`; see there."""
+
+    batch_dim: int = 0
+    sizes: tuple[int, ...] | None = None
+    pad: Pad = None
+    bind: tuple[str, ...] = ()
+    stale: Stale = "error"
+    pool: GraphPool | None = None
+    fallback: bool = True
+    progress: bool | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        batch_dim: int,
+        sizes: Iterable[int] | None,
+        pad: Any,
+        bind: str | Iterable[str],
+        stale: Any,
+        pool: Any,
+        fallback: bool,
+        progress: bool | None,
+    ) -> "Options":
+        """Returns the options, or raises `OptionError` for one that makes no sense."""
+        return cls(
+            batch_dim=_integer(batch_dim),
+            sizes=None if sizes is None else check_sizes(sizes),
+            pad=_check_pad(pad),
+            bind=(bind,) if isinstance(bind, str) else tuple(bind),
+            stale=_one_of("stale", stale, ("error", "copy")),
+            pool=_instance_of("pool", pool, GraphPool),
+            fallback=fallback,
+            progress=progress,
+        )
+
+    def check_names(self, function: Callable[..., Any]) -> None:
+        """Raises `OptionError` if an option names an argument that `function` does not take."""
+        parameters = inspect.signature(function).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        pads = self.pad if isinstance(self.pad, dict) else {}
+        for option, names in (("pad", pads), ("bind", self.bind)):
+            for name in names:
+                if top_name(name) not in parameters:
+                    raise OptionError(
+                        f"graphcache: {option} names {name!r}, and {function.__qualname__} takes "
+                        f"{', '.join(parameters)}"
+                    )
+
+
+def _check_pad(pad: Any) -> Pad:
+    for fill in pad.values() if isinstance(pad, dict) else (pad,):
+        if not ((fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))):
+            raise OptionError(
+                f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
+                "again), for all arguments or in a dictionary by argument name"
+            )
+    return pad  # type: ignore[no-any-return]
+
+
+def _integer(batch_dim: Any) -> int:
+    if type(batch_dim) is not int:
+        raise OptionError(f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension")
+    return batch_dim
+
+
+def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise OptionError(f"graphcache: {option}={value!r}; give one of {', '.join(allowed)}")
+    return value
+
+
+def _instance_of(option: str, value: Any, kind: type) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise OptionError(f"graphcache: {option}={value!r}; give a {kind.__name__}")
+    return value
