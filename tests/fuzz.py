@@ -28,6 +28,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from benchmarks import record
 from tests.fuzz_machine import Fuzz, Stats
+from tests.fuzz_modules import KINDS
 
 STEPS = 10  # of a sequence at most, and of each several calls
 
@@ -66,7 +67,8 @@ def main() -> int:
     start = time.perf_counter()
     sizes = [min(asked.chunk, asked.sequences - done) for done in range(0, asked.sequences, asked.chunk)]
     # Far apart, so that two runs with neighbouring seeds do not repeat each other.
-    chunks = [(asked.seed * 1_000_000 + number, size) for number, size in enumerate(sizes)]
+    # Each kind of module has a seed of its own.
+    chunks = [(asked.seed * 1_000_000 + number * len(KINDS), size) for number, size in enumerate(sizes)]
     total, mismatches = Stats(), []
     with ThreadPool(asked.jobs) as pool:
         for done, (seed, stats, mismatch) in enumerate(
@@ -114,14 +116,15 @@ def _in_process(device: str, seed: int, sequences: int) -> tuple[int, Stats, str
 
 
 def work(asked: argparse.Namespace) -> None:
-    """Runs the sequences of one seed, and writes what came of them."""
+    """Runs the sequences of one chunk, shared out evenly among the kinds; writes what came of them."""
     faulthandler.enable()
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if asked.device == "cuda" else torch.device("cpu")
     mismatch = ""
     with asked.out.with_suffix(".steps").open("w") as Fuzz.trace:
         try:
-            run(asked.sequences, asked.seed, device)
+            for number, kind in enumerate(KINDS):
+                run(-(-asked.sequences // len(KINDS)), asked.seed + number, device, kind=kind)
         except Exception as error:
             mismatch = "".join(traceback.format_exception(error))[-8000:]
     asked.out.write_text(json.dumps({"stats": vars(Fuzz.stats), "mismatch": mismatch}))
