@@ -1920,6 +1920,24 @@ def warned_once(
     assert info(model).hits == 0
 
 
+def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend) -> None:
+    """A replay appends nothing, and what the capture appended is memory of the graph."""
+    kept: deque[Tensor] = deque()
+
+    def forward(x: Tensor) -> Tensor:
+        kept.append(x * 2)
+        return kept[-1] + 1
+
+    model = cuda_graphed(forward, sizes=(2, 4))
+    with pytest.warns(GraphCacheWarning, match=r"made \(float32\[2, 8\]\) and that a deque keeps"):
+        for number, batch in enumerate((2, 2, 2, 2), 1):
+            x = backend.randn(batch, 8)
+            equal(model(x), x * 2 + 1)
+            assert len(kept) == number
+            equal(kept[-1], x * 2)
+    assert info(model).hits == 0
+
+
 def test_item(backend: Backend) -> None:
     """It stops the capture, or freezes the value."""
     model = cuda_graphed(lambda x: x * x.max().item(), sizes=(2, 4))
