@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,14 @@ def char_decode(figures: dict[str, Any]) -> str:
 
 def fuzz(figures: dict[str, Any]) -> str:
     """What the differential fuzzer ran and found."""
-    ours = ", ".join(f"{name}: {count:,}" for name, count in sorted(figures["our_errors"].items()))
+    kinds: Counter[str] = Counter()
+    for text, count in figures["our_errors"].items():
+        kinds[text.split(":")[0]] += count
+    ours = ", ".join(f"{name}: {count:,}" for name, count in sorted(kinds.items()))
     rows = [
         ("`python -m tests.fuzz`", ""),
         ("sequences", f"{figures['sequences']:,}"),
+        ("kinds of modules", str(len(figures["kinds"])) if "kinds" in figures else "not in the log"),
         ("calls, of those replayed", f"{figures['calls']:,}, {figures['replays']:,}"),
         ("errors of ours", "not in the log" if figures.get("from_log") else ours or "none"),
         ("mismatches, aborts, hangs", str(len(figures["mismatches"]))),
@@ -145,7 +150,7 @@ def page() -> str:
             parts.append(section({**record["figures"], "plot": path.stem}) + "\n")
             parts.append(
                 f"{where['date']}, commit {where['commit'][:12]}, driver {where['driver']}, torch "
-                f"{where['torch']}, Python {where['python']}.\n"
+                f"{where['torch']}, Python {where['python']}.{where.get('note', '')}\n"
             )
     return "\n".join(parts)
 
