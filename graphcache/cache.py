@@ -3,6 +3,8 @@
 import logging
 import sys
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
@@ -37,6 +39,8 @@ MAX_RECAPTURES = 8
 WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_ALIKE = 3
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
+MAX_CHANGES = 3  # calls that change the object that the one before changed
+MAX_FILLING = 256
 
 _NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
 
@@ -67,6 +71,9 @@ class GraphCache:
         self._recaptures = 0
         self._replaced = ""
         self._unsettled = 0
+        self._filling: dict[Any, str] = {}  # shapes of objects that a call changed, and what of them
+        self._changed: Counter[type] = Counter()
+        self._last_changed: Callable[[], Any] = lambda: None
         self._warned: set[str] = set()
         self._counts = Counts()
         self._pool: GraphPool | None = options.pool
@@ -87,6 +94,7 @@ class GraphCache:
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
             pool = self._pool_for(call)
             with pool.lock:
+                call = call.at_home(pool.homes)
                 entry = self._serving(call, instance)
                 if entry is None or (bucket := entry.bucket(call.batch)) is None:
                     return self._first(function, instance, call)
@@ -133,6 +141,9 @@ class GraphCache:
         grad = torch.is_grad_enabled()
         if grad and any(tensor.requires_grad for tensor in call.leaves):
             raise Unservable(_NEEDS_GRAD)
+        for passed in call.kept:
+            if passed.shape in self._filling:
+                raise Unservable(self._filling[passed.shape])
         entry = self._entries.get(call.key)
         if entry is not None:
             if entry.eager is not None:
@@ -144,6 +155,8 @@ class GraphCache:
         if entry is None:
             if grad and _wants_grad(instance):
                 raise Unservable(_NEEDS_GRAD)
+            if any(self._changed[type(passed.value)] >= MAX_CHANGES for passed in call.kept):
+                raise Unservable("it changes an object that it is passed in one call after another")
             hooked = submodule_with_hooks(instance)
             if hooked is not None:
                 raise Unservable(f"hooks inside the forward, on {hooked}")
@@ -226,6 +239,8 @@ class GraphCache:
         try:
             refuse_where_watched(instance)
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
+            if call.kept:
+                raise Unservable(f"it may change {call.kept[0].name}; call the forward itself instead")
             with self._pool_for(call).lock:
                 entry = self._serving(call, instance)
                 if entry is not None and entry.bucket(call.batch) is not None:
@@ -246,6 +261,7 @@ class GraphCache:
         """Decides from an observed eager call how its signature is served, and captures it."""
         observer = seen.observer
         try:
+            self._leave_filled(call)
             layout = seen.layout()
             seen.check()
             if any(tensor.grad_fn is not None for tensor in seen.tensors):
@@ -253,6 +269,8 @@ class GraphCache:
             if seen.changed:
                 self._leave_unsettled(seen.changed)
             guards = seen.guards(instance)
+            for passed, home in zip(call.kept, call.homes, strict=True):
+                home.lend(passed, observer.device)
             call = self._bind_written(call, observer)
             entry = self._entries.get(call.key) or Entry()
             self._withdraw(entry)
@@ -296,6 +314,27 @@ class GraphCache:
         names = ", ".join(changed[:3])
         raise CaptureError(f"it changes attributes, which no graph replays: {names}")
 
+    def _leave_filled(self, call: Call) -> None:
+        """Leaves a call that changes an object it was passed, other than by values in its tensors.
+
+        To fill a new one, as the first step of a decode does, is no habit: such calls run eagerly, and
+        later ones have graphs. To change it in one call after another is, such as to count.
+        """
+        for passed in call.kept:
+            changed = passed.changes()
+            if changed is None:
+                continue
+            why = f"it changes {changed}, which no graph replays"
+            if len(self._filling) >= MAX_FILLING:
+                self._filling.clear()
+            self._filling[passed.shape] = why
+            kind = type(passed.value)
+            self._changed[kind] += self._last_changed() is passed.value
+            self._last_changed = weakref.ref(passed.value)
+            if self._changed[kind] == MAX_CHANGES:
+                raise CaptureError(f"{why}, in one call after another")
+            raise Unservable(why)
+
     def _bind_written(self, call: Call, observer: Observer) -> Call:
         """Returns the call read again, with the arguments that the forward wrote to bound."""
         written = frozenset(observer.written_of(call.leaves))
@@ -303,7 +342,8 @@ class GraphCache:
         if written <= known:
             return call
         self._written[call.layout] = written | known
-        return self._signature.read(call.args, call.kwargs, call.key[1], self._written)
+        again = self._signature.read(call.args, call.kwargs, call.key[1], self._written)
+        return again.at_home(self._pool_for(call).homes)
 
     def _why_exact(self, call: Call, observer: Observer) -> str | None:
         """Says why rows may not be added to this forward, or returns None."""
@@ -368,7 +408,7 @@ class GraphCache:
         self._counts.eager["compared with a padded replay"] += 1
         tensors: list[Tensor] = []
         try:
-            layout = flatten(eager, tensors, [])
+            layout = flatten(eager, tensors, [], other=call.place)
             why = learn_batch_dims([bucket], call.batch, layout, tensors)
         except NotATree as error:
             why = str(error)
@@ -478,6 +518,8 @@ class GraphCache:
             self._pool.trim()
         self._written.clear()
         self._warned.clear()
+        self._filling.clear()
+        self._changed.clear()
         self._recaptures = self._unsettled = 0
         self.native.calls = 0
         self._counts = Counts()

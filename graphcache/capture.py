@@ -147,7 +147,7 @@ def _bucket(
         graph.node,
         Stager(static, job.call, size, job.pad).stage,
         None if by_driver else graph.replay,
-        tree.native(result.layout),
+        tree.native(result.layout, job.call.keepers()),
         [output.native() for output in result.outputs],
         job.stale == "copy",
     )
@@ -230,7 +230,7 @@ class _Body:
         leaves = self._job.arguments(self._static)
         tensors: list[Tensor] = []
         try:
-            self._layout = flatten(self._job.run(leaves), tensors, [])
+            self._layout = flatten(self._job.run(leaves), tensors, [], other=self._job.call.place)
         except NotATree as error:
             raise CaptureError(str(error)) from None
         owned = []

@@ -94,22 +94,20 @@ class Guards:
             search.watch((place,), label)
             search.visit(place[-1], (place,), DEPTH, label)
         hooks = [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
-        native = _C.Guard(
-            modules=search.modules,
-            root=instance,
-            objects=search.objects,
-            dicts=[*((table, False) for table in hooks), *search.dicts],
-            lists=search.lists,
-            buffers=search.buffers,
-            places=list(search.places.values()),
-            tensors=list(search.tensors.values()),
-            names=search.names,
-        )
+        native = search.native((table, False) for table in hooks)
         search.labels["dict"][:0] = ["hooks of every module"] * len(hooks)
         lost = [tensor for tensor in reached if id(tensor) not in search.tensors]
         names = zip(search.modules, search.labels["module"], strict=True)
         hooked = (name for module, name in names if module is not instance and _has_hooks(module))
         return cls(native, lost, search.labels, next(hooked, None))
+
+    @classmethod
+    def of_object(cls, value: Any, name: str, depth: int, tensors: Iterable[Tensor]) -> "Guards":
+        """Finds every place in one object; `unwatched` holds those of `tensors` to which none leads."""
+        search = _Search(None, None)
+        search.visit(value, (), depth, name)
+        lost = [tensor for tensor in tensors if id(tensor) not in search.tensors]
+        return cls(search.native(()), lost, search.labels)
 
 
 class _Search:
@@ -133,6 +131,20 @@ class _Search:
         kinds = ("module", "object", "dict", "list", "buffer", "place", "tensor")
         self.labels: dict[str, list[str]] = {kind: [] for kind in kinds}
         self._seen: set[int] = set()
+
+    def native(self, more: Iterable[tuple[dict[Any, Any], bool]]) -> _C.Guard:
+        """Returns what compares all that was found, and `more` dicts before it."""
+        return _C.Guard(
+            modules=self.modules,
+            root=self.root,
+            objects=self.objects,
+            dicts=[*more, *self.dicts],
+            lists=self.lists,
+            buffers=self.buffers,
+            places=list(self.places.values()),
+            tensors=list(self.tensors.values()),
+            names=self.names,
+        )
 
     def watch(self, places: tuple[Place, ...], label: str) -> None:
         """Watches places by themselves: what no container above them tells of."""

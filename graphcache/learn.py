@@ -19,10 +19,11 @@ from graphcache.tree import flatten
 def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore: bool) -> "Observation":
     """Runs the forward under observation; with `restore`, what it wrote is put back."""
     reads = Reads(instance)
-    observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=reads.tensors)
+    suspects = [*reads.tensors, *(tensor for passed in call.kept for tensor in passed.tensors)]
+    observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=suspects)
     with inlining(), observer.watch(), reads.watch():
         result = function(*call.args, **call.kwargs)
-    return Observation(result, observer, reads)
+    return Observation(result, observer, reads, call)
 
 
 class Observation:
@@ -34,11 +35,12 @@ class Observation:
         tensors: those of the result, once `layout` was asked for.
     """
 
-    def __init__(self, result: Any, observer: Observer, reads: Reads) -> None:
+    def __init__(self, result: Any, observer: Observer, reads: Reads, call: Call) -> None:
         self.result = result
         self.observer = observer
         self.tensors: list[Tensor] = []
         self._reads = reads
+        self._call = call
         self._changed = reads.changed()  # at once: it lets go of what was there before
 
     def layout(self) -> Any:
@@ -48,7 +50,7 @@ class Observation:
             NotATree: if it holds something that a graph could not return again.
         """
         self.tensors = []
-        layout = flatten(self.result, self.tensors, [])
+        layout = flatten(self.result, self.tensors, [], other=self._call.place)
         for tensor in self.tensors:
             self.observer.note_read(tensor)
         return layout
@@ -77,7 +79,9 @@ class Observation:
             CaptureError: where an address that it reaches can't be captured safely.
             Unservable: where hooks would run inside it.
         """
-        guards = Guards.find(instance, self._reads, self.observer.reached())
+        kept = {id(tensor) for passed in self._call.kept for tensor in passed.tensors}
+        reached = [tensor for tensor in self.observer.reached() if id(tensor) not in kept]
+        guards = Guards.find(instance, self._reads, reached)
         if guards.hooked is not None:
             raise Unservable(f"hooks inside the forward, on {guards.hooked}")
         for tensor in self.observer.external.values():
@@ -98,7 +102,7 @@ class Observation:
         """Returns what the forward wrote outside, and which arguments that are."""
         observer = self.observer
         return _C.Written(
-            [tensor for key, tensor in observer.external.items() if key in observer.written],
+            [_C.owned(tensor) for key, tensor in observer.external.items() if key in observer.written],
             observer.written_of(call.leaves),
             [index for index, _ in call.staged()],
         )

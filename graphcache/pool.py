@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import _C
 from graphcache.errors import OptionError
+from graphcache.keepers import Homes
 from graphcache.runtime import Graph, PoolMemory, Runtime, runtime_for
 
 Stale = Literal["error", "copy"]
@@ -139,6 +140,7 @@ class GraphPool:
         self.weak = weak
         self.runtime = runtime_for(self.device)
         self.lanes: list[Lane] = []
+        self.homes = Homes()
         _pools.add(self)
         self.lock = _C.PoolLock()  # one graph of a pool is dispatched at a time
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.tree import Node, NotATree, flatten, native, rebuild
+from graphcache.keepers import Home, Homes, Passed
+from graphcache.tree import Kept, Node, NotATree, flatten, native, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 STAGE_LIMIT = 4 * 2**20  # bytes
@@ -46,6 +47,8 @@ class Call(NamedTuple):
         roles: what becomes of each.
         batch: rows of this call.
         key: equal for calls that the same graphs serve, at any batch.
+        kept: the objects among the arguments that keep tensors; see `keepers`.
+        homes: what graphs know in place of each.
     """
 
     args: tuple[Any, ...]
@@ -56,6 +59,33 @@ class Call(NamedTuple):
     roles: list[Leaf]
     batch: int
     key: tuple[Any, ...]
+    kept: list[Passed]
+    homes: tuple[Home, ...] = ()
+
+    def at_home(self, homes: Homes) -> "Call":
+        """Returns the call with a home for each of `kept`, which become part of the key.
+
+        Raises:
+            Unservable: where an object can't have one.
+        """
+        if not self.kept:
+            return self
+        try:
+            found = tuple(homes.of(passed, self.leaves[0].device) for passed in self.kept)
+        except NotATree as error:
+            raise Unservable(str(error)) from None
+        return self._replace(homes=found, key=(*self.key, *found))
+
+    def place(self, value: Any, _: str) -> Kept | None:
+        """Returns the place of an object among `kept`, None for another one; for `tree.flatten`."""
+        for index, passed in enumerate(self.kept):
+            if passed.value is value:
+                return Kept(index)
+        return None
+
+    def keepers(self) -> list[_C.Keeper]:
+        """Returns what native code knows in place of each of `kept`."""
+        return [home.native for home in self.homes]
 
     def staged(self) -> Iterator[tuple[int, Leaf]]:
         """Yields the positions and roles of the leaves that are copied into static inputs."""
@@ -63,7 +93,7 @@ class Call(NamedTuple):
 
     def arguments(self, leaves: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of this call, in its own style, with other tensors in them."""
-        values = rebuild(self.layout, iter(leaves))
+        values = rebuild(self.layout, iter(leaves), [passed.value for passed in self.kept])
         positional = tuple(values.values())[: len(self.args)]
         return positional, {name: values[name] for name in self.kwargs}
 
@@ -104,7 +134,7 @@ class Signature:
                     position,
                     None if extra or name in self.by_position_only else name,
                     None if default is _REQUIRED else (default,),
-                    native(layout),
+                    native(layout, call.keepers()),
                 )
             )
         leaves = []
@@ -159,14 +189,23 @@ class Signature:
         """
         leaves: list[Tensor] = []
         names: list[str] = []
+        kept: list[Passed] = []
+
+        def other(value: Any, name: str) -> Kept | None:
+            passed = Passed.read(value, name)
+            if passed is None:
+                return None
+            kept.append(passed)
+            return Kept(len(kept) - 1, passed.shape)
+
         try:
             named = self._named(args, kwargs)
-            parts = [flatten(value, leaves, names, name) for name, value in named.items()]
+            parts = [flatten(value, leaves, names, name, other) for name, value in named.items()]
         except NotATree as error:
             raise Unservable(str(error)) from None
         layout = Node(dict, tuple(named), tuple(parts))
         by_address = written.get(layout, frozenset())
-        return self._classify(args, kwargs, layout, leaves, names, modes, by_address)
+        return self._classify(args, kwargs, layout, leaves, names, modes, by_address, kept)
 
     def _classify(
         self,
@@ -177,6 +216,7 @@ class Signature:
         names: list[str],
         modes: tuple[Any, ...],
         by_address: frozenset[int],
+        kept: list[Passed],
     ) -> Call:
         bound = {
             index
@@ -214,7 +254,7 @@ class Signature:
             else:
                 roles.append(Leaf(BATCHED, dim, order))
                 key.append((BATCHED, tensor.dtype, (*shape[:dim], -1, *shape[dim + 1 :]), order))
-        return Call(args, kwargs, layout, leaves, names, roles, batch, tuple(key))
+        return Call(args, kwargs, layout, leaves, names, roles, batch, tuple(key), kept)
 
     def _dim(self, tensor: Tensor) -> int | None:
         dim = self.batch_dim if self.batch_dim >= 0 else self.batch_dim + tensor.dim()

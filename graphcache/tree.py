@@ -7,7 +7,7 @@ four leaves where a call has a few us to spend.
 import dataclasses
 import enum
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 _PLAIN = (bool, int, str, bytes, type(None), complex, range, slice, type(Ellipsis), enum.Enum)
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_EXACT_TENSORS = (Tensor, torch.nn.Parameter)
+EXACT_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class NotATree(TypeError):
@@ -60,21 +60,28 @@ class Node(NamedTuple):
     extra: Any = None
 
 
+class Kept(NamedTuple):
+    """The place of an object that keeps tensors for the forward; see `keepers`.
+
+    Attributes:
+        number: which of those that a call passes.
+        shape: all that it holds but the values in tensors; None in a result.
+    """
+
+    number: int
+    shape: Any = None
+
+
+Other = Callable[[Any, str], Any]
+
+
 def _is_namedtuple(kind: type) -> bool:
     return issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def flatten(value: Any, leaves: list[Tensor], names: list[str], name: str = "") -> Any:
-    """Appends the tensors of `value` to `leaves`, their paths to `names`, and returns the layout.
-
-    Raises:
-        NotATree: for an object that a graph can neither read from nor bake in.
-    """
+def constant(value: Any) -> Constant | None:
+    """Returns what a graph bakes in for a plain value; None for any other."""
     kind = type(value)
-    if kind in _EXACT_TENSORS:
-        leaves.append(value)
-        names.append(name)
-        return SLOT
     if kind is float:
         return Constant(kind, value.hex(), value)
     if isinstance(value, _PLAIN) and not dataclasses.is_dataclass(value):
@@ -83,44 +90,65 @@ def flatten(value: Any, leaves: list[Tensor], names: list[str], name: str = "") 
         return Constant(kind, value, value)
     if isinstance(value, _TORCH_VALUES) or kind is torch.Size:
         return Constant(kind, value, value)
+    return None
+
+
+def flatten(
+    value: Any, leaves: list[Tensor], names: list[str], name: str = "", other: Other | None = None
+) -> Any:
+    """Appends the tensors of `value` to `leaves`, their paths to `names`, and returns the layout.
+
+    Args:
+        value: what to take apart.
+        leaves: see above.
+        names: see above.
+        name: its own path.
+        other: given a value that is none of these, and its path, returns the layout of it, or None.
+
+    Raises:
+        NotATree: for an object that a graph can neither read from nor bake in.
+    """
+
+    def part(item: Any, path: str) -> Any:
+        return flatten(item, leaves, names, path, other)
+
+    kind = type(value)
+    if kind in EXACT_TENSORS:
+        leaves.append(value)
+        names.append(name)
+        return SLOT
+    plain = constant(value)
+    if plain is not None:
+        return plain
     if kind in (list, tuple) or _is_namedtuple(kind):
-        return Node(
-            kind,
-            None,
-            tuple(flatten(item, leaves, names, f"{name}[{index}]") for index, item in enumerate(value)),
-        )
+        items = tuple(part(item, f"{name}[{index}]") for index, item in enumerate(value))
+        return Node(kind, None, items)
     if dataclasses.is_dataclass(kind):
         # transformers' ModelOutput is a dictionary too, of those fields that are not None
         extra = tuple(value.keys()) if isinstance(value, dict) else None
         fields = tuple(field.name for field in dataclasses.fields(value))
-        return Node(
-            kind,
-            fields,
-            tuple(
-                flatten(getattr(value, field, None), leaves, names, f"{name}.{field}")
-                for field in fields
-            ),
-            extra,
-        )
+        items = tuple(part(getattr(value, field, None), f"{name}.{field}") for field in fields)
+        return Node(kind, fields, items, extra)
     if kind in (dict, OrderedDict, defaultdict):
         extra = value.default_factory if kind is defaultdict else None
-        return Node(
-            kind,
-            tuple(value),
-            tuple(flatten(item, leaves, names, f"{name}[{key!r}]") for key, item in value.items()),
-            extra,
-        )
+        items = tuple(part(item, f"{name}[{key!r}]") for key, item in value.items())
+        return Node(kind, tuple(value), items, extra)
+    found = other(value, name) if other is not None else None
+    if found is not None:
+        return found
     what = "a tensor subclass" if isinstance(value, Tensor) else "an object"
     raise NotATree(f"{name or 'the result'} is {what} of type {kind.__module__}.{kind.__qualname__}")
 
 
-def rebuild(layout: Any, leaves: Iterator[Any]) -> Any:
-    """Returns a new value of the given layout with its tensors taken from `leaves`, in order."""
+def rebuild(layout: Any, leaves: Iterator[Any], kept: Sequence[Any] = ()) -> Any:
+    """Returns a new value of a layout, its tensors from `leaves`, in order, and with `kept` objects."""
     if layout is SLOT:
         return next(leaves)
     if isinstance(layout, Constant):
         return layout.value
-    return _assemble(layout, [rebuild(child, leaves) for child in layout.children])
+    if isinstance(layout, Kept):
+        return kept[layout.number]
+    return _assemble(layout, [rebuild(child, leaves, kept) for child in layout.children])
 
 
 def _assemble(layout: Node, items: list[Any]) -> Any:
@@ -141,14 +169,21 @@ def _assemble(layout: Node, items: list[Any]) -> Any:
     return defaultdict(extra, pairs) if kind is defaultdict else kind(pairs)
 
 
-def native(layout: Any) -> tuple[Any, ...]:
-    """Returns a layout as `graphcache._C` takes it: (kind, type, keys, children, extra, assemble)."""
+def native(layout: Any, kept: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """Returns a layout as `graphcache._C` takes it: (kind, type, keys, children, extra, assemble).
+
+    Args:
+        layout: see `flatten`.
+        kept: what stands for each object that keeps tensors.
+    """
     if layout is SLOT:
         return 0, None, (), (), None, None
     if isinstance(layout, Constant):
         return 1, layout.kind, (), (), layout.value, None
+    if isinstance(layout, Kept):
+        return 8, None, (), (), kept[layout.number], None
     kind, keys, children, extra = layout
     codes = {list: 2, tuple: 3, dict: 4, OrderedDict: 7, defaultdict: 7}
     code = codes.get(kind, 5 if keys is None else 6)
-    parts = tuple(native(child) for child in children)
+    parts = tuple(native(child, kept) for child in children)
     return code, kind, keys or (), parts, extra, partial(_assemble, layout)

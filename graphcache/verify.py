@@ -16,7 +16,7 @@ from torch import Tensor
 from graphcache.outputs import Output
 from graphcache.signature import BATCHED, Call
 from graphcache.staging import Pad, fill_of
-from graphcache.tree import flatten
+from graphcache.tree import Kept, flatten
 
 # Of the largest value of an output. Another batch size takes another kernel, so rounding differs;
 # rows that mix are off by much more.
@@ -97,7 +97,7 @@ def _cycle(rows: Tensor, dim: int, count: int) -> Tensor:
 def first_rows(result: Any, outputs: Sequence[Output], batch: int) -> list[Tensor]:
     """Returns the tensors of a result that a graph made, cut to their first `batch` rows."""
     tensors: list[Tensor] = []
-    flatten(result, tensors, [])
+    flatten(result, tensors, [], other=lambda *_: Kept(0))
     for index, output in enumerate(outputs):
         for dim in output.batch_dims or ():
             if tensors[index].shape[dim] > batch:

@@ -239,6 +239,50 @@ class PoolLock:
     def renew(self) -> None:
         """Makes it free again, in the child of a fork."""
 
+class Keeper:
+    """The object that the graphs of some signatures stand for at present; known weakly.
+
+    Attributes:
+        object: it; None once it is gone.
+        calls: how often graphs were given it since it was bound.
+    """
+
+    @property
+    def object(self) -> Any: ...
+    @property
+    def calls(self) -> int: ...
+    def __init__(self) -> None: ...
+    def bind(self, object: Any, guard: Guard) -> None:
+        """Lets it stand for `object`, as long as `guard` holds; that is known weakly too."""
+    def release(self) -> None:
+        """Lets it stand for nothing."""
+    def holds(self, object: Any) -> bool:
+        """Tells whether it stands for `object`."""
+    def serves(self, object: Any) -> bool:
+        """Tells the same, and that the object keeps what it kept; counts a call then."""
+
+class Memory:
+    """Memory that graphs were captured over, lent to one storage after another.
+
+    Args:
+        tensor: whose storage gives it, and is the first that it is lent to.
+    """
+
+    def __init__(self, tensor: Tensor) -> None: ...
+    def move_in(self, tensor: Tensor) -> None:
+        """Moves the bytes of another storage here, and lends it this memory; its views follow.
+
+        Raises:
+            ValueError: while it is lent, or for a storage of another size.
+        """
+    def is_lent(self) -> bool:
+        """Tells whether a storage that uses it is alive."""
+    def is_lent_to(self, tensor: Tensor) -> bool:
+        """Tells whether the storage of `tensor` uses it."""
+
+def owned(tensor: Tensor) -> Tensor:
+    """Returns an alias that keeps the memory alive and, where that is lent, is no use of it."""
+
 class Lane:
     """The outputs that one lane has handed out; they expire with it.
 

@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 namespace graphcache {
 void bind_guard(py::module_& m); // bind_guard.cpp
+void bind_keeper(py::module_& m); // bind_keeper.cpp
 void bind_replay(py::module_& m); // bind_replay.cpp
 void bind_call(py::module_& m); // call.cpp
 }
@@ -109,6 +110,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& tensor) { graphcache::materialize(storage_of(tensor)); },
       py::arg("tensor"));
   graphcache::bind_guard(m);
+  graphcache::bind_keeper(m);
   graphcache::bind_replay(m);
   graphcache::bind_call(m);
 }

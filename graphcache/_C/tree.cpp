@@ -49,6 +49,9 @@ Tree::Tree(const py::handle& layout) {
   }
   extra_ = parts[4];
   make_ = parts[5];
+  if (kind_ == Kept) {
+    keeper_ = py::cast<std::shared_ptr<Keeper>>(extra_);
+  }
 }
 
 bool Tree::match(PyObject* value, Leaves& leaves) const {
@@ -61,6 +64,9 @@ bool Tree::match(PyObject* value, Leaves& leaves) const {
   }
   if (kind_ == Constant) {
     return match_constant(value);
+  }
+  if (kind_ == Kept) {
+    return keeper_->serves(value);
   }
   if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != type_.ptr()) {
     return false;
@@ -166,6 +172,8 @@ py::object Tree::build(std::vector<py::object>::const_iterator& tensors) const {
       return *tensors++;
     case Constant:
       return extra_;
+    case Kept:
+      return keeper_->object();
     case Tuple: {
       py::tuple made(children_.size());
       for (size_t index = 0; index < children_.size(); ++index) {

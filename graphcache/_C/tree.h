@@ -1,6 +1,8 @@
 // Nested arguments and results, as graphcache/tree.py lays them out: matched, and put together.
 #pragma once
 
+#include "keeper.h"
+
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
@@ -31,7 +33,7 @@ class Tree {
   pybind11::object build(std::vector<pybind11::object>::const_iterator& tensors) const;
 
  private:
-  enum Kind { Slot, Constant, List, Tuple, Dict, NamedTuple, Fields, Mapping };
+  enum Kind { Slot, Constant, List, Tuple, Dict, NamedTuple, Fields, Mapping, Kept };
 
   bool match_constant(PyObject* value) const;
   bool match_fields(PyObject* value, Leaves& leaves) const;
@@ -42,6 +44,7 @@ class Tree {
   std::vector<pybind11::object> keys_;
   std::vector<Tree> children_;
   pybind11::object extra_; // of a constant, its value; else what tree.py keeps beside the children
+  std::shared_ptr<Keeper> keeper_; // whose object is passed or returned
   pybind11::object make_; // puts containers together that C++ does not know
 };
 

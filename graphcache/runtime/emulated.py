@@ -44,7 +44,7 @@ class EmulatedGraph:
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
-        self.outside: dict[int, Any] = {}  # storages that the capture read but did not make
+        self.outside: dict[int, Tensor] = {}  # memory that the capture read but did not make
 
     def replay(self) -> None:
         """Runs the operations over the recorded addresses."""
@@ -144,7 +144,7 @@ class _Recorder(TorchDispatchMode):
         """Returns `tree` with tensors that name its memory: they pin no block of the arena."""
         if isinstance(tree, Tensor):
             if not self._arena.owns(tree):
-                self.graph.outside[_C.storage_key(tree)] = tree.untyped_storage()
+                self.graph.outside[_C.storage_key(tree)] = _C.owned(tree)
             with torch.inference_mode(False):
                 return _C.weak_ref(tree)
         if isinstance(tree, (list, tuple)):

@@ -1,0 +1,55 @@
+// Objects that are passed to a forward and keep tensors for it, such as a cache of keys and values.
+#pragma once
+
+#include "guard.h"
+
+#include <c10/core/Storage.h>
+
+#include <memory>
+
+namespace graphcache {
+
+// The object that the graphs of some signatures stand for at present. Known weakly, like its guard.
+class Keeper {
+ public:
+  // The guard tells whether the object still keeps what it kept.
+  void bind(const pybind11::object& object, const std::shared_ptr<Guard>& guard);
+  void release();
+
+  bool is(PyObject* object) const;
+  // Tells whether that object may be passed to a graph; counts how often it was.
+  bool serves(PyObject* object);
+  pybind11::object object() const; // None once it is gone
+
+  int64_t calls = 0;
+
+ private:
+  pybind11::object reference_;
+  std::weak_ptr<Guard> guard_;
+};
+
+// Memory that graphs were captured over, lent to one storage after another: the first owned it, later ones
+// had memory of their own, which went when theirs was moved here.
+class Memory {
+ public:
+  // Takes the memory of a storage, and lends it back.
+  explicit Memory(const c10::Storage& storage);
+
+  // Moves the bytes of another storage of the same size here and lends it this memory: all of its views
+  // follow. Only while it is not lent.
+  void move_in(const c10::Storage& storage);
+
+  bool is_lent() const;
+  bool is_lent_to(const c10::Storage& storage) const;
+
+ private:
+  void lend(const c10::Storage& storage);
+
+  c10::Storage owner_;
+  std::shared_ptr<void> lent_; // shared by every lease
+};
+
+// An alias of `tensor` that keeps its memory alive and, where that is lent, does not count as a use.
+at::Tensor owned(const at::Tensor& tensor);
+
+} // namespace graphcache
