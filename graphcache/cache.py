@@ -321,10 +321,13 @@ class GraphCache:
         later ones have graphs. To change it in one call after another is, such as to count.
         """
         for passed in call.kept:
-            changed = passed.changes()
+            changed = passed.changed()
             if changed is None:
                 continue
-            why = f"it changes {changed}, which no graph replays"
+            what, again = changed
+            why = f"it changes {what}, which no graph replays"
+            if again:
+                raise CaptureError(why)
             if len(self._filling) >= MAX_FILLING:
                 self._filling.clear()
             self._filling[passed.shape] = why

@@ -260,7 +260,8 @@ class _Search:
                 self.dicts.append((table, True))
                 self.labels["dict"].append(base.__qualname__)
                 for key, item in list(table.items()):
-                    if isinstance(item, (Tensor, list, dict)) and self._counts(key):
+                    of_python = key.startswith("__")  # annotations lead to docs, made when asked for
+                    if isinstance(item, (Tensor, list, dict)) and self._counts(key) and not of_python:
                         self.visit(item, (), DEPTH, f"{base.__qualname__}.{key}")
 
     def _counts(self, key: Any) -> bool:

@@ -57,17 +57,22 @@ class Passed(NamedTuple):
         walk = _Walk()
         return cls(name, value, walk.shape(value, name, DEPTH), walk.tensors)
 
-    def changes(self) -> str | None:
-        """Returns the path of something in the object that is not as it was read, or None."""
+    def changed(self) -> tuple[str, bool] | None:
+        """Tells what in the object is not as it was read.
+
+        Returns:
+            The path of something, and whether the next call would pass an object of the same shape; None
+            where nothing changed.
+        """
         now = _Walk()
         try:
             shape = now.shape(self.value, self.name, DEPTH)
         except NotATree:
-            return self.name
+            return self.name, False
         if shape != self.shape:
-            return _difference(self.shape, shape, self.name)
+            return _difference(self.shape, shape, self.name), False
         same = all(a is b for a, b in zip(self.tensors, now.tensors, strict=True))
-        return None if same else f"the tensors of {self.name}"
+        return None if same else (f"the tensors of {self.name}", True)
 
 
 class Home:
@@ -90,6 +95,8 @@ class Home:
                 return True
         elif self._memory is not None and self.native.object is not None:
             return False  # both are in use
+        if any(_C.is_weak(tensor) for tensor in passed.tensors):
+            raise NotATree(f"{passed.name} holds an output of a graph; put a .clone() into it")
         self._guards = None  # it held the tensors of the last object
         if self._memory is not None and not self._move(passed, device):
             self.native.release()
@@ -104,7 +111,7 @@ class Home:
     def _move(self, passed: Passed, device: torch.device) -> bool:
         pairs = list(zip(self._memory or (), _storages(passed.tensors, device), strict=True))
         foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_lent_to(tensor)]
-        if any(memory.is_lent() or _C.is_weak(tensor) for memory, tensor in foreign):
+        if any(memory.is_lent() for memory, _ in foreign):
             return False
         self._idle = 0 if self.native.calls or not foreign else self._idle + 1
         if self._idle > MAX_IDLE:
@@ -206,8 +213,7 @@ class _Walk:
             return kind, frozenset(constant(item) for item in value)
         if depth > 0 and _is_plain_object(value):
             return kind, tuple(self._attributes(value, name, depth - 1))
-        what = f"an object of type {kind.__module__}.{kind.__qualname__}"
-        raise NotATree(f"{name} is {what}" if self._seen[id(value)] == 0 else f"{name} holds {what}")
+        raise NotATree(f"{name} is an object of type {kind.__module__}.{kind.__qualname__}")
 
     def _items(self, value: Any, name: str, depth: int) -> Iterator[tuple[Any, Any]]:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)

@@ -1,7 +1,7 @@
 """A share of the fuzzer's sequences in every run of the tests, and that it can fail."""
 
-import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def _pad_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_library_is_found_out(breaks, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fuzz, "stats", Stats())
     breaks(monkeypatch)
-    # hypothesis may have wrapped it in an error of its own
-    with pytest.raises(Exception) as found:  # noqa: PT011
+    before = Mismatch.count
+    with suppress(Exception):  # hypothesis has errors of its own for what fails now and then
         fuzz.run(ENOUGH_TO_FIND, 1, torch.device("cpu"), kind=kind, shrink=False)
-    assert Mismatch.__name__ in "".join(traceback.format_exception(found.value))
+    assert Mismatch.count > before

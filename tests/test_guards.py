@@ -534,3 +534,22 @@ def test_guards_are_collected_with_what_leads_back_to_them(backend: Backend) -> 
     gc.collect()
     assert gone() is None
     assert cache() is None
+
+
+def test_what_a_class_says_of_itself_is_no_value_of_the_forward(backend: Backend) -> None:
+    """Annotations lead to the docs of `typing`, which are made when somebody asks for them."""
+
+    class Reads(nn.Module):
+        kinds: list[int]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, "co" + "nv")(x)  # it might read anything
+
+    model = cuda_graphed(Reads().to(backend.device))
+    for _ in range(3):
+        model(backend.randn(2, 2, 4))
+    assert model.forward.cache_info().hits == 2
