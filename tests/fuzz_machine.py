@@ -301,6 +301,7 @@ class Fuzz(RuleBasedStateMachine):
         if is_ours(actual.error):
             _restore(pair.twin, tensors, before, pair.kind.attributes)
             _restore(pair.subject, pair.state(twin=False), before, pair.kind.attributes)
+            pair.forget_objects()
             if not pair.kind.pure:
                 self.held.clear()  # which the twin may have written to
             return
@@ -380,12 +381,14 @@ class Fuzz(RuleBasedStateMachine):
         tensors = pair.state(twin=True)
         expected = self._attempt(pair, plan, None, twin=True)
         _restore(pair.twin, tensors, before, pair.kind.attributes)
+        pair.forget_objects()
         call = pair.call
         pair.call = call.forward.warmup if pair.of_modules() else call.warmup
         try:
             actual = self._attempt(pair, plan, None, twin=False)
         finally:
             pair.call = call
+            pair.forget_objects()
         # It may do nothing, with a warning, where eager would refuse.
         refused = actual.error is not None and not is_ours(actual.error)
         if refused and type(actual.error) is not type(expected.error):

@@ -251,6 +251,40 @@ class Writes(nn.Module):
         return x + cache[slots], cache[:2]
 
 
+class Slots:
+    """Keeps rows for a forward, which is given it each time."""
+
+    def __init__(self, rows: Tensor, scale: float = 1.0) -> None:
+        self.layers = [{"rows": rows}]
+        self.scale = scale
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slots) and self.scale == other.scale
+
+    __hash__ = object.__hash__
+
+
+class WritesToObject(nn.Module):
+    def forward(self, x: Tensor, cache: Slots, slots: Tensor) -> tuple[Tensor, Slots]:
+        rows = cache.layers[0]["rows"]
+        rows[slots] = (rows[slots] * 0.5 + x).to(rows.dtype)
+        return x + rows[slots] * cache.scale, cache
+
+
+class ReplacesInObject(nn.Module):
+    def forward(self, x: Tensor, cache: Slots, slots: Tensor) -> Tensor:
+        rows = cache.layers[0]["rows"]
+        cache.layers[0]["rows"] = rows * 0.5
+        return x + rows[slots] * cache.scale
+
+
+class ReadsObject(nn.Module):
+    """Rows without the batch, which any batch reads."""
+
+    def forward(self, x: Tensor, table: Slots) -> Tensor:
+        return x @ table.layers[0]["rows"].t() * table.scale
+
+
 class InPlace(nn.Module):
     """Writes to the very argument that carries the batch."""
 
@@ -491,6 +525,22 @@ def _writes(m: Inputs) -> Arguments:
     return (m.state("cache"), m.kept[m.number("cache", "cache", "other")], m.slots()), {}
 
 
+def _slots_object(m: Inputs) -> Arguments:
+    """One object for each of two tensors, now and then a new one, or one of other values."""
+    rows = m.kept[m.number("cache", "cache", "cache", "other")]
+    fresh = m.number("", "", "", "", "object", "rows", "scale")
+    passed = getattr(rows, "passed", None)
+    if passed is None or fresh in ("object", "scale"):
+        passed = rows.passed = Slots(rows, 0.5 if fresh == "scale" else 1.0)  # type: ignore[attr-defined]
+    elif fresh == "rows":
+        passed.layers[0]["rows"] = rows.clone()
+    return (m.state("cache"), passed, m.slots()), {}
+
+
+def _read_object(m: Inputs) -> Arguments:
+    return (m.floats(m.batch, WIDTH), Slots(m.floats(3, WIDTH), m.number(1.0, 1.0, 2.0))), {}
+
+
 def _in_place(m: Inputs) -> Arguments:
     layout, m.layout = m.layout, "plain"
     x, m.layout = m.floats(m.batch, WIDTH), layout
@@ -556,6 +606,18 @@ KINDS = {
         spare=("cache", "other"),
         kept=_CACHES,
     ),
+    "writes to an object": Kind(
+        WritesToObject,
+        _slots_object,
+        pads=(None, {"slots": -1}),
+        pure=False,
+        spare=("cache", "other"),
+        kept=_CACHES,
+    ),
+    "replaces in an object": Kind(
+        ReplacesInObject, _slots_object, pure=False, spare=("cache", "other"), kept=_CACHES
+    ),
+    "reads an object": Kind(ReadsObject, _read_object),
     # Not fed: what eager returned as a view of an argument is a copy from a graph, and stays as it was.
     "in place": Kind(InPlace, _in_place, binds=((), ("x",)), smooth=False, pure=False),
     "batch norm": Kind(Norm, _near_zero, typed=True, pads=(None,), pure=False),

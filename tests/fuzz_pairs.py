@@ -167,6 +167,11 @@ class Pair:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers()), **kept}
         return named | {name: getattr(module, name) for name in self.kind.attributes}
 
+    def forget_objects(self) -> None:
+        """Has objects made anew over the kept tensors: one of the sides may have changed its own."""
+        for tensor in (*self.kept.values(), *self.twin_kept.values()):
+            vars(tensor).pop("passed", None)
+
     def compared(self, *, twin: bool) -> dict[str, Any]:
         state = self.state(twin=twin)
         return {k: v[:-1] if k in self.kind.spare and v.dim() else v for k, v in state.items()}
