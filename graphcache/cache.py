@@ -355,6 +355,10 @@ class GraphCache:
         if any(role.role is BOUND and role.dim is not None for role in call.roles):
             return "an argument that is bound by address carries the batch"
         if observer.written and self.options.pad is None:
+            # What a caller passes for this batch alone, such as a cache, need not fit another.
+            passed = {_C.storage_key(tensor) for kept in call.kept for tensor in kept.tensors}
+            if observer.written <= passed:
+                return "it writes to an object that it is passed, and pad does not say where else"
             self._warn(
                 "pad",
                 "its forward writes to state outside itself (a cache, a buffer), so it is captured at "

@@ -1,8 +1,10 @@
 """The examples, as a user runs them: from another folder, as programs."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,28 @@ def test_char_decode(tmp_path: Path, device: str) -> None:
     assert figures["pool_bytes_weak"] <= figures["pool_bytes_strong"]
     assert figures["at_rest_bytes_weak"] < figures["at_rest_bytes_strong"]
     assert ("tokens per second" in printed) == (device == "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES if find_spec("transformers") else [])
+def test_generate(tmp_path: Path, device: str) -> None:
+    figures, printed = run("generate.py", tmp_path, "--device", device, "--tokens", "16")
+    assert figures["identical"] == figures["tokens"] > 200
+    assert figures["captures"] == 1  # for all prompts, greedy or not
+    assert figures["replays"] > 150
+    assert ("tokens per second" in printed) == (device == "cuda")
+
+
+def test_generate_says_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "generate.py"), "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "pip install transformers" in done.stderr
 
 
 def test_char_decode_notices_padded_rows_that_write_where_they_must_not(tmp_path: Path) -> None:

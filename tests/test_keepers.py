@@ -17,7 +17,6 @@ from graphcache import GraphCacheWarning, cuda_graphed
 from tests.conftest import Backend
 
 LENGTH = 16
-pytestmark = pytest.mark.filterwarnings("ignore:.*its forward writes to state")
 
 
 class Layer:
