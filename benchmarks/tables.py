@@ -123,8 +123,33 @@ def cycles(figures: dict[str, Any]) -> str:
     )
 
 
+def families(figures: dict[str, Any]) -> str:
+    """How transformers' decoders fare under `generate`."""
+    rows = [("family", "tokens identical", "replayed", "captures", "faster", "or why not")]
+    for name, found in figures["families"].items():
+        identical = found["identical"].values()
+        why = max(found.get("eager", {}).items(), key=lambda item: item[1], default=("", 0))[0]
+        rows.append(
+            (
+                name,
+                f"{sum(identical)} of {len(identical)} ways",
+                f"{found.get('replayed', 0)} of {found.get('calls', 0)} calls",
+                f"{found.get('captures', 0)}, {found.get('captures_again', 0)} more",
+                f"{found['speedup']:.1f} times" if "speedup" in found else "not measured",
+                found.get("error", "") if found.get("replayed") else found.get("error", why),
+            )
+        )
+    return (
+        "transformers' `generate` with a static cache, from small configurations with random weights, in four "
+        "ways: greedily, after a prompt of another length, by sampling with a seed, and padded on the left; all "
+        "of that twice, each time with another cache. Every first call of a decode, which fills its cache, is "
+        f"eager. transformers {figures['transformers']}.\n\n" + table(rows)
+    )
+
+
 SECTIONS = {
     "tests": tests,
+    "families": families,
     "fuzz": fuzz,
     "cycles": cycles,
     "weak_refs": weak_refs,

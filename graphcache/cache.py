@@ -73,6 +73,7 @@ class GraphCache:
         self._unsettled = 0
         self._filling: dict[Any, str] = {}  # shapes of objects that a call changed, and what of them
         self._changed: Counter[type] = Counter()
+        self._habits: dict[type, str] = {}
         self._last_changed: Callable[[], Any] = lambda: None
         self._warned: set[str] = set()
         self._counts = Counts()
@@ -155,8 +156,9 @@ class GraphCache:
         if entry is None:
             if grad and _wants_grad(instance):
                 raise Unservable(_NEEDS_GRAD)
-            if any(self._changed[type(passed.value)] >= MAX_CHANGES for passed in call.kept):
-                raise Unservable("it changes an object that it is passed in one call after another")
+            for passed in call.kept:
+                if (why := self._habits.get(type(passed.value))) is not None:
+                    raise Unservable(why)
             hooked = submodule_with_hooks(instance)
             if hooked is not None:
                 raise Unservable(f"hooks inside the forward, on {hooked}")
@@ -335,7 +337,8 @@ class GraphCache:
             self._changed[kind] += self._last_changed() is passed.value
             self._last_changed = weakref.ref(passed.value)
             if self._changed[kind] == MAX_CHANGES:
-                raise CaptureError(f"{why}, in one call after another")
+                self._habits[kind] = f"{why}, in one call after another"
+                raise CaptureError(self._habits[kind])
             raise Unservable(why)
 
     def _bind_written(self, call: Call, observer: Observer) -> Call:
@@ -527,6 +530,7 @@ class GraphCache:
         self._warned.clear()
         self._filling.clear()
         self._changed.clear()
+        self._habits.clear()
         self._recaptures = self._unsettled = 0
         self.native.calls = 0
         self._counts = Counts()
