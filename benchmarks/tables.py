@@ -140,10 +140,11 @@ def families(figures: dict[str, Any]) -> str:
             )
         )
     return (
-        "transformers' `generate` with a static cache, from small configurations with random weights, in four "
-        "ways: greedily, after a prompt of another length, by sampling with a seed, and padded on the left; all "
-        "of that twice, each time with another cache. Every first call of a decode, which fills its cache, is "
-        f"eager. transformers {figures['transformers']}.\n\n" + table(rows)
+        "transformers' `generate` with a static cache, from small configurations with random weights, "
+        "in four ways: greedily, after a prompt of another length, by sampling with a seed, and padded "
+        "on the left; all of that twice, each time with another cache. The first call of each decode "
+        "fills its cache and is eager. "
+        f"transformers {figures['transformers']}.\n\n" + table(rows)
     )
 
 
