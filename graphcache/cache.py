@@ -3,15 +3,13 @@
 import logging
 import sys
 import warnings
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
@@ -20,13 +18,14 @@ from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
 from graphcache.entry import Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import submodule_with_hooks
+from graphcache.keepers import Habits
 from graphcache.learn import Observation, observe
-from graphcache.modes import modes_of, refuse_where_watched
+from graphcache.modes import modes_of, refuse_where_watched, wants_grad
 from graphcache.observe import Observer
 from graphcache.options import Options
 from graphcache.pool import GraphPool, default_pool
 from graphcache.runtime import inlining, is_stream_capturing
-from graphcache.signature import BATCHED, BOUND, Call, Signature, Unservable
+from graphcache.signature import BOUND, Call, Signature, Unservable
 from graphcache.stats import CacheInfo, Counts
 from graphcache.tree import NotATree, flatten
 from graphcache.verify import Sample, first_rows, same
@@ -39,8 +38,7 @@ MAX_RECAPTURES = 8
 WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_ALIKE = 3
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
-MAX_CHANGES = 3  # calls that change the object that the one before changed
-MAX_FILLING = 256
+MAX_EMPTY_HOMES = 4
 
 _NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
 
@@ -71,10 +69,6 @@ class GraphCache:
         self._recaptures = 0
         self._replaced = ""
         self._unsettled = 0
-        self._filling: dict[Any, str] = {}  # shapes of objects that a call changed, and what of them
-        self._changed: Counter[type] = Counter()
-        self._habits: dict[type, str] = {}
-        self._last_changed: Callable[[], Any] = lambda: None
         self._warned: set[str] = set()
         self._counts = Counts()
         self._pool: GraphPool | None = options.pool
@@ -94,6 +88,8 @@ class GraphCache:
             refuse_where_watched(instance)
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
             pool = self._pool_for(call)
+            if (why := self._signature.habits.known(call.kept)) is not None:
+                raise Unservable(why)
             with pool.lock:
                 call = call.at_home(pool.homes)
                 entry = self._serving(call, instance)
@@ -104,7 +100,7 @@ class GraphCache:
                 if bucket.lane.native.is_held_elsewhere():
                     raise Unservable("another thread holds an output of its lane")
                 if call.batch != bucket.size and bucket.native.trusted <= 0:
-                    if _is_ambiguous(call, entry):
+                    if entry.is_ambiguous(call):
                         return self._first(function, instance, call, exactly=True)
                     return self._compared(function, call, entry, bucket)
                 return self._replay(call, bucket)
@@ -142,10 +138,7 @@ class GraphCache:
         grad = torch.is_grad_enabled()
         if grad and any(tensor.requires_grad for tensor in call.leaves):
             raise Unservable(_NEEDS_GRAD)
-        for passed in call.kept:
-            if passed.shape in self._filling:
-                raise Unservable(self._filling[passed.shape])
-        entry = self._entries.get(call.key)
+        entry = self._entries.get(call.key) or self._entries.get(call.bare_key)
         if entry is not None:
             if entry.eager is not None:
                 raise Unservable(entry.eager)
@@ -153,12 +146,11 @@ class GraphCache:
                 self._note_recapture(entry, grad=grad)
                 self._drop(self._entries.pop(call.key))
                 entry = None
+            elif call.kept:  # another object, or another stream: the last one used is the last
+                self._entries[call.key] = self._entries.pop(call.key)
         if entry is None:
-            if grad and _wants_grad(instance):
+            if grad and wants_grad(instance):
                 raise Unservable(_NEEDS_GRAD)
-            for passed in call.kept:
-                if (why := self._habits.get(type(passed.value))) is not None:
-                    raise Unservable(why)
             hooked = submodule_with_hooks(instance)
             if hooked is not None:
                 raise Unservable(f"hooks inside the forward, on {hooked}")
@@ -263,7 +255,9 @@ class GraphCache:
         """Decides from an observed eager call how its signature is served, and captures it."""
         observer = seen.observer
         try:
-            self._leave_filled(call)
+            self._signature.habits.note(call.kept)
+            if (why := self._signature.habits.known(call.kept)) is not None:
+                raise Unservable(why)
             layout = seen.layout()
             seen.check()
             if any(tensor.grad_fn is not None for tensor in seen.tensors):
@@ -294,6 +288,7 @@ class GraphCache:
             )
             entry.sample = entry.sample or Sample(call)
             entry.batches.add(call.batch)
+            entry.homes = call.homes
             self._capture(job, entry, layout, seen.tensors, exactly=exactly)
             if not guards.hold(grad=False):  # a capture runs the forward's Python
                 self._leave_unsettled([guards.broken(grad=False)])
@@ -304,6 +299,7 @@ class GraphCache:
             return
         self._entries[call.key] = entry
         self._publish(call, instance, entry)
+        self._drop_empty_homes()
         made = seen.made(call)
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(made)
@@ -316,30 +312,11 @@ class GraphCache:
         names = ", ".join(changed[:3])
         raise CaptureError(f"it changes attributes, which no graph replays: {names}")
 
-    def _leave_filled(self, call: Call) -> None:
-        """Leaves a call that changes an object it was passed, other than by values in its tensors.
-
-        To fill a new one, as the first step of a decode does, is no habit: such calls run eagerly, and
-        later ones have graphs. To change it in one call after another is, such as to count.
-        """
-        for passed in call.kept:
-            changed = passed.changed()
-            if changed is None:
-                continue
-            what, again = changed
-            why = f"it changes {what}, which no graph replays"
-            if again:
-                raise CaptureError(why)
-            if len(self._filling) >= MAX_FILLING:
-                self._filling.clear()
-            self._filling[passed.shape] = why
-            kind = type(passed.value)
-            self._changed[kind] += self._last_changed() is passed.value
-            self._last_changed = weakref.ref(passed.value)
-            if self._changed[kind] == MAX_CHANGES:
-                self._habits[kind] = f"{why}, in one call after another"
-                raise CaptureError(self._habits[kind])
-            raise Unservable(why)
+    def _drop_empty_homes(self) -> None:
+        """Drops graphs over memory of objects that are gone, but for the last few: it may be large."""
+        empty = [key for key, entry in self._entries.items() if any(h.is_empty() for h in entry.homes)]
+        for key in empty[: max(0, len(empty) - MAX_EMPTY_HOMES)]:
+            self._drop(self._entries.pop(key))
 
     def _bind_written(self, call: Call, observer: Observer) -> Call:
         """Returns the call read again, with the arguments that the forward wrote to bound."""
@@ -474,8 +451,8 @@ class GraphCache:
         if not self.options.fallback:
             raise CaptureError(f"graphcache: {self.name} can't be captured: {why}") from error
         if call.key in self._entries:
-            self._drop(self._entries[call.key])
-        self._entries[call.key] = Entry(eager=why)
+            self._drop(self._entries.pop(call.key))
+        self._entries[call.bare_key] = Entry(eager=why)
         self._warn(
             why,
             f"it can't be captured, so it runs eagerly: {why}. Move that out of the forward, decorate "
@@ -491,28 +468,16 @@ class GraphCache:
 
     def info(self) -> CacheInfo:
         """Returns the counts; see `CacheInfo`."""
+        counts = self._counts.copy()
         graphed = [entry for entry in self._entries.values() if entry.buckets]
-        pool, counts = self._pool, self._counts.copy()
-        buckets = [bucket for entry in graphed for bucket in entry.buckets.values()]
-        for bucket in buckets:
-            counts.add(bucket.native, copied=self.options.stale == "copy")
-        return CacheInfo(
-            backend=pool.runtime.name if pool is not None and graphed else "none",
-            launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
-            calls=self.native.calls,
-            replays=dict(sorted(counts.replays.items())),
-            padded_rows=counts.padded_rows,
-            eager=dict(counts.eager),
-            sizes=tuple(sorted({size for entry in graphed for size in entry.buckets})),
-            signatures=len(graphed),
-            captures=counts.captures,
-            capture_seconds=counts.capture_seconds,
-            expired=counts.expired,
-            copied=counts.copied,
-            pool_bytes=pool.memory().reserved if pool is not None else 0,
-            notes=tuple(
-                f"exact sizes only: {entry.exact}" for entry in graphed if entry.exact is not None
-            ),
+        for entry in graphed:
+            for bucket in entry.buckets.values():
+                counts.add(bucket.native, copied=self.options.stale == "copy")
+        return counts.info(
+            self.native.calls,
+            [entry.buckets for entry in graphed],
+            [entry.exact for entry in graphed if entry.exact is not None],
+            self._pool,
         )
 
     def clear(self) -> None:
@@ -528,19 +493,7 @@ class GraphCache:
             self._pool.trim()
         self._written.clear()
         self._warned.clear()
-        self._filling.clear()
-        self._changed.clear()
-        self._habits.clear()
+        self._signature.habits = Habits()
         self._recaptures = self._unsettled = 0
         self.native.calls = 0
         self._counts = Counts()
-
-
-def _is_ambiguous(call: Call, entry: Entry) -> bool:
-    """Tells whether an argument may be as long as the batch by chance: no other batch was seen yet."""
-    entry.batches.add(call.batch)
-    return len(entry.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1
-
-
-def _wants_grad(instance: Any) -> bool:
-    return isinstance(instance, nn.Module) and any(p.requires_grad for p in instance.parameters())

@@ -6,6 +6,8 @@ from graphcache import _C
 from graphcache.buckets import padded_size
 from graphcache.capture import Bucket
 from graphcache.guards import Guards
+from graphcache.keepers import Home
+from graphcache.signature import BATCHED, Call
 from graphcache.verify import Sample
 
 
@@ -24,6 +26,7 @@ class Entry:
         alike: padded calls in a row whose rows were all alike, so that nothing could be learned.
         trust: how many padded calls follow the next comparison without one.
         written: what its graphs write outside, and what they read of it beforehand.
+        homes: of the objects that its calls pass; see `keepers`.
         buckets: its graphs by size, ascending.
         native: the same, for the calls that native code serves.
     """
@@ -39,6 +42,7 @@ class Entry:
     alike: int = 0
     trust: int = 64
     written: _C.Written = field(default_factory=lambda: _C.Written([], [], []))
+    homes: tuple[Home, ...] = ()
     native: _C.Entry | None = None
 
     def add(self, buckets: list[Bucket]) -> None:
@@ -52,3 +56,8 @@ class Entry:
             return self.buckets.get(batch)
         size = padded_size(tuple(self.buckets), batch)
         return None if size is None else self.buckets[size]
+
+    def is_ambiguous(self, call: Call) -> bool:
+        """Tells whether an argument may be as long as the batch by chance: no other was seen."""
+        self.batches.add(call.batch)
+        return len(self.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1

@@ -9,8 +9,8 @@ The caches of transformers are such objects: `generate` makes a new one each tim
 """
 
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, MemberDescriptorType
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import _C
+from graphcache.errors import CaptureError
 from graphcache.guards import Guards
 from graphcache.reads import HEAP_TYPE, attributes_of, slots_of
 from graphcache.tree import EXACT_TENSORS, Constant, NotATree, constant
@@ -26,7 +27,11 @@ from graphcache.tree import EXACT_TENSORS, Constant, NotATree, constant
 DEPTH = 8  # containers and objects inside one that are looked at
 MAX_IDLE = 8  # objects in a row that were let in and not passed again: then it is no state
 
+MAX_CHANGES = 3  # calls that change the object that the one before changed
+MAX_FILLING = 256
+
 _POINTER = 8  # bytes
+BeforeMove = Callable[[list[Tensor]], None]
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 
 
@@ -88,17 +93,21 @@ class Home:
         self._memory: list[_C.Memory] | None = None
         self._idle = 0
 
-    def let_in(self, passed: Passed, device: torch.device) -> bool:
+    def is_empty(self) -> bool:
+        """Tells whether its object is gone."""
+        return self.native.object is None
+
+    def let_in(self, passed: Passed, device: torch.device, before: BeforeMove) -> bool:
         """Makes the memory that graphs know that of the object; tells whether it could be."""
         if self.native.holds(passed.value):
             if self._guards is not None and self._guards.hold(grad=True):
                 return True
-        elif self._memory is not None and self.native.object is not None:
+        elif self._memory is not None and not self.is_empty():
             return False  # both are in use
         if any(_C.is_weak(tensor) for tensor in passed.tensors):
             raise NotATree(f"{passed.name} holds an output of a graph; put a .clone() into it")
         self._guards = None  # it held the tensors of the last object
-        if self._memory is not None and not self._move(passed, device):
+        if self._memory is not None and not self._move(passed, device, before):
             self.native.release()
             return False
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
@@ -108,7 +117,7 @@ class Home:
         self.native.bind(passed.value, self._guards.native)
         return True
 
-    def _move(self, passed: Passed, device: torch.device) -> bool:
+    def _move(self, passed: Passed, device: torch.device, before: BeforeMove) -> bool:
         pairs = list(zip(self._memory or (), _storages(passed.tensors, device), strict=True))
         foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_lent_to(tensor)]
         if any(memory.is_lent() for memory, _ in foreign):
@@ -119,6 +128,7 @@ class Home:
                 f"{passed.name} is another object at each call, each used once; pass its tensors as "
                 "arguments of their own"
             )
+        before([tensor for _, tensor in foreign])
         for memory, tensor in foreign:
             memory.move_in(tensor)
         return True
@@ -135,14 +145,19 @@ class Home:
 
 def _forget(home: "weakref.ref[Home]", _: Any) -> None:
     found = home()
-    if found is not None and found.native.object is None:
+    if found is not None and found.is_empty():
         found.forget()
 
 
 class Homes:
-    """The homes of one pool, by shape; they live as long as graphs use them."""
+    """The homes of one pool, by shape; they live as long as graphs use them.
 
-    def __init__(self) -> None:
+    Args:
+        before: called before the contents of tensors are moved, with these.
+    """
+
+    def __init__(self, before: BeforeMove) -> None:
+        self._before = before
         self._by_shape: dict[Any, weakref.WeakSet[Home]] = {}
 
     def of(self, passed: Passed, device: torch.device) -> Home:
@@ -153,13 +168,60 @@ class Homes:
         """
         homes = list(self._by_shape.get(passed.shape, ()))
         for home in sorted(homes, key=lambda home: not home.native.holds(passed.value)):
-            if home.let_in(passed, device):
+            if home.let_in(passed, device, self._before):
                 return home
         home = Home()
-        home.let_in(passed, device)
+        home.let_in(passed, device, self._before)
         self._by_shape = {shape: homes for shape, homes in self._by_shape.items() if homes}
         self._by_shape.setdefault(passed.shape, weakref.WeakSet()).add(home)
         return home
+
+
+class Habits:
+    """What a forward does to the objects that it is passed, other than by values in their tensors.
+
+    To fill a new one, as the first step of a decode does, is no habit: such calls run eagerly, and later
+    ones have graphs. To change it in one call after another is, such as to count.
+    """
+
+    def __init__(self) -> None:
+        self._filling: dict[Any, str] = {}  # shapes that a call changed, and what of them
+        self._refused: dict[type, str] = {}
+        self._changes: Counter[type] = Counter()
+        self._last: Callable[[], Any] = lambda: None
+
+    def check(self, kind: type) -> None:
+        """Raises `NotATree` for a type of objects that the forward changes again and again."""
+        if kind in self._refused:
+            raise NotATree(self._refused[kind])
+
+    def known(self, kept: list[Passed]) -> str | None:
+        """Says why a call runs eagerly that passes these, as far as that is known; or returns None."""
+        return next((self._filling[p.shape] for p in kept if p.shape in self._filling), None)
+
+    def note(self, kept: list[Passed]) -> None:
+        """Notes what a call has changed.
+
+        Raises:
+            CaptureError: where that has become a habit.
+        """
+        for passed in kept:
+            changed = passed.changed()
+            if changed is None:
+                continue
+            what, again = changed
+            why = f"it changes {what}, which no graph replays"
+            if again:
+                raise CaptureError(why)
+            if len(self._filling) >= MAX_FILLING:
+                self._filling.clear()
+            self._filling[passed.shape] = why
+            kind = type(passed.value)
+            self._changes[kind] += self._last() is passed.value
+            self._last = weakref.ref(passed.value)
+            if self._changes[kind] == MAX_CHANGES:
+                self._refused[kind] = f"{why}, in one call after another"
+                raise CaptureError(self._refused[kind])
 
 
 def _storages(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor]:

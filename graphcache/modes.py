@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -34,3 +35,8 @@ def refuse_where_watched(instance: Any) -> None:
 def modes_of(instance: Any) -> tuple[Any, ...]:
     """Returns the modes that decide what a forward does; each combination has its own graphs."""
     return (getattr(instance, "training", None), _C.modes(DeviceContext))
+
+
+def wants_grad(instance: Any) -> bool:
+    """Tells whether gradients of a module's parameters are wanted, where grad mode is on."""
+    return isinstance(instance, nn.Module) and any(p.requires_grad for p in instance.parameters())

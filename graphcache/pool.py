@@ -140,7 +140,7 @@ class GraphPool:
         self.weak = weak
         self.runtime = runtime_for(self.device)
         self.lanes: list[Lane] = []
-        self.homes = Homes()
+        self.homes = Homes(partial(_before_move, weakref.ref(self)))
         _pools.add(self)
         self.lock = _C.PoolLock()  # one graph of a pool is dispatched at a time
 
@@ -174,6 +174,15 @@ class GraphPool:
         mib = self.memory().reserved / 2**20
         kind = "weak" if self.weak else "strong"
         return f"<GraphPool on {self.device}: {len(self.lanes)} lanes, {mib:.1f} MiB, {kind} outputs>"
+
+
+def _before_move(pool: "weakref.ref[GraphPool]", tensors: list[Tensor]) -> None:
+    # Graphs may still read the memory that is written to, on a stream that the caller has left.
+    found = pool()
+    if found is not None:
+        for lane in found.lanes:
+            lane.follow_stream()
+        found.runtime.use_here(tensors)
 
 
 def default_pool(device: torch.device | str | None = None) -> GraphPool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.keepers import Home, Homes, Passed
+from graphcache.keepers import Habits, Home, Homes, Passed
 from graphcache.tree import Kept, Node, NotATree, flatten, native, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
@@ -76,6 +76,11 @@ class Call(NamedTuple):
             raise Unservable(str(error)) from None
         return self._replace(homes=found, key=(*self.key, *found))
 
+    @property
+    def bare_key(self) -> tuple[Any, ...]:
+        """The key without homes: of calls that differ by objects of one shape at most."""
+        return self.key[: len(self.key) - len(self.homes)]
+
     def place(self, value: Any, _: str) -> Kept | None:
         """Returns the place of an object among `kept`, None for another one; for `tree.flatten`."""
         for index, passed in enumerate(self.kept):
@@ -105,11 +110,15 @@ class Signature:
         function: the forward, bound where it is a method.
         batch_dim: the dimension of the arguments that carries the batch; negative counts from the end.
         bind: names of parameters that are bound by address.
+
+    Attributes:
+        habits: what the forward does to objects that it is passed.
     """
 
     def __init__(self, function: Callable[..., Any], batch_dim: int, bind: Iterable[str]) -> None:
         self.batch_dim = batch_dim
         self.bind = frozenset(bind)
+        self.habits = Habits()
         parameters = inspect.signature(function).parameters.values()
         self.defaults = {
             p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
@@ -192,6 +201,7 @@ class Signature:
         kept: list[Passed] = []
 
         def other(value: Any, name: str) -> Kept | None:
+            self.habits.check(type(value))
             passed = Passed.read(value, name)
             if passed is None:
                 return None

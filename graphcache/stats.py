@@ -1,7 +1,9 @@
 """What `cache_info()` tells."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from graphcache import _C
 
@@ -98,3 +100,36 @@ class Counts:
             self.copied += bucket.given_up
         else:
             self.expired += bucket.given_up
+
+    def info(
+        self,
+        calls: int,
+        signatures: Sequence[Mapping[int, Any]],
+        exact: Iterable[str],
+        pool: Any,
+    ) -> CacheInfo:
+        """Returns what `cache_info()` tells.
+
+        Args:
+            calls: all of them.
+            signatures: the graphs of each, by size.
+            exact: why some are captured at exact sizes only.
+            pool: what they share, or None.
+        """
+        buckets = [bucket for graphs in signatures for bucket in graphs.values()]
+        return CacheInfo(
+            backend=pool.runtime.name if pool is not None and buckets else "none",
+            launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
+            calls=calls,
+            replays=dict(sorted(self.replays.items())),
+            padded_rows=self.padded_rows,
+            eager=dict(self.eager),
+            sizes=tuple(sorted({bucket.size for bucket in buckets})),
+            signatures=len(signatures),
+            captures=self.captures,
+            capture_seconds=self.capture_seconds,
+            expired=self.expired,
+            copied=self.copied,
+            pool_bytes=pool.memory().reserved if pool is not None else 0,
+            notes=tuple(f"exact sizes only: {why}" for why in exact),
+        )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache import CaptureError, GraphCacheWarning, cuda_graphed, default_pool
 from tests.conftest import Backend
 
 LENGTH = 16
@@ -66,6 +66,10 @@ class Pair:
             torch.testing.assert_close(theirs["y"], mine["y"])
             assert theirs["cache"] is caches[1]
             same(*caches)
+
+    def homes(self) -> list[Any]:
+        gc.collect()
+        return list(default_pool(self.backend.device).homes._by_shape.values())
 
     @property
     def info(self) -> Any:
@@ -452,3 +456,28 @@ def test_warmup_does_not_touch_the_object(pair: Pair) -> None:
     with pytest.warns(GraphCacheWarning, match="it may change cache"):
         pair.graphed.forward.warmup(pair.backend.randn(2, 8), caches[1])
     pair.step(caches, steps=3)
+
+
+def test_memory_of_objects_that_are_gone_is_not_kept_for_ever(pair: Pair) -> None:
+    """A decode of each length has a cache of its own shape: only the last few keep theirs."""
+    sizes = [2, 3, 4, 5, 6, 7, 8]
+    for batch in sizes:
+        pair.step(pair.new(batch), steps=3)
+    assert pair.info.sizes == (*sizes[-5:],)
+    pair.step(pair.new(8), steps=3)  # its graphs are still there
+    assert pair.info.captures == len(sizes)
+
+
+def test_memory_is_not_kept_for_what_can_not_be_captured(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise CaptureError("it can't be")
+
+    monkeypatch.setattr("graphcache.cache.capture_or_warm_up", fails)
+    caches = pair.new()
+    with pytest.warns(GraphCacheWarning, match="it can't be"):
+        pair.step(caches, steps=3)
+    pair.step(pair.new(), steps=3)
+    assert pair.info.eager["it can't be"] == 5  # that is not tried again for another object
+    assert not any(True for homes in pair.homes() for _ in homes)

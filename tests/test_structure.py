@@ -32,7 +32,7 @@ LEAVES = {
     "fingerprint": {"_C"},
     "guards": {"_C", "ops", "reads"},
     "observe": {"_C", "errors", "fingerprint", "ops", "state"},
-    "keepers": {"_C", "guards", "reads", "tree"},
+    "keepers": {"_C", "errors", "guards", "reads", "tree"},
     "ops": {"errors"},
     "reads": {"ops"},
     "signature": {"_C", "keepers", "tree"},

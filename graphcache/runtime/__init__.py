@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from graphcache import _C
 
@@ -65,6 +66,9 @@ class Runtime(Protocol):
 
     def new_arena(self, device: torch.device) -> Arena:
         """Opens an allocator pool on `device`."""
+
+    def use_here(self, tensors: list[Tensor]) -> None:
+        """Notes a use of tensors on the current stream: their memory is free again only after it."""
 
     def ladder(self, device: torch.device) -> AbstractContextManager[None]:
         """Surrounds the captures of all sizes: does once what need not be done for each."""

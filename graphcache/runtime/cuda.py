@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
@@ -95,6 +96,11 @@ class CudaRuntime:
     """See `graphcache.runtime.Runtime`."""
 
     name = "cuda"
+
+    def use_here(self, tensors: list[Tensor]) -> None:
+        """Keeps their memory from being used again before the current stream is done with it."""
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def new_arena(self, device: torch.device) -> CudaArena:
         """Opens a private pool."""

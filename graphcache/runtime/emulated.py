@@ -64,6 +64,9 @@ class EmulatedRuntime:
 
     name = "emulated"
 
+    def use_here(self, tensors: list[Tensor]) -> None:
+        """See `CudaRuntime.use_here`; the CPU has no streams."""
+
     def new_arena(self, device: torch.device) -> EmulatedArena:
         """Opens an arena."""
         return EmulatedArena()
