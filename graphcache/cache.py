@@ -19,13 +19,13 @@ from graphcache.entry import Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import submodule_with_hooks
 from graphcache.keepers import Habits
-from graphcache.learn import Observation, observe
+from graphcache.learn import PAD_IS_MISSING, Observation, observe
 from graphcache.modes import modes_of, refuse_where_watched, wants_grad
 from graphcache.observe import Observer
 from graphcache.options import Options
 from graphcache.pool import GraphPool, default_pool
 from graphcache.runtime import inlining, is_stream_capturing
-from graphcache.signature import BOUND, Call, Signature, Unservable
+from graphcache.signature import Call, Signature, Unservable
 from graphcache.stats import CacheInfo, Counts
 from graphcache.tree import NotATree, flatten
 from graphcache.verify import Sample, first_rows, same
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # A forward that needs more than this is not one that graphs can speed up: each costs a capture.
 MAX_SIGNATURES = 32
+MAX_WASTED = 8  # signatures in a row that were dropped before they were worth their captures
 MAX_RECAPTURES = 8
 WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_ALIKE = 3
@@ -66,7 +67,7 @@ class GraphCache:
         )
         self._entries: dict[Any, Entry] = {}
         self._written: dict[Any, frozenset[int]] = {}
-        self._recaptures = 0
+        self._recaptures = self._wasted = 0
         self._replaced = ""
         self._unsettled = 0
         self._warned: set[str] = set()
@@ -140,14 +141,14 @@ class GraphCache:
             raise Unservable(_NEEDS_GRAD)
         entry = self._entries.get(call.key) or self._entries.get(call.bare_key)
         if entry is not None:
+            entry.last = self.native.calls
             if entry.eager is not None:
                 raise Unservable(entry.eager)
             if not entry.guards.hold(grad=grad):
                 self._note_recapture(entry, grad=grad)
                 self._drop(self._entries.pop(call.key))
                 entry = None
-            elif call.kept:  # another object, or another stream: the last one used is the last
-                self._entries[call.key] = self._entries.pop(call.key)
+
         if entry is None:
             if grad and wants_grad(instance):
                 raise Unservable(_NEEDS_GRAD)
@@ -163,20 +164,28 @@ class GraphCache:
                 )
                 raise Unservable("what it captured is replaced again and again")
             if len(self._entries) >= MAX_SIGNATURES:
-                self._warn(
-                    "signatures",
-                    f"it was called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants); "
-                    "new ones run eagerly. Pad the other dimensions, pass numbers as tensors, and keep "
-                    "large arguments and those that are written to at one address",
-                )
-                raise Unservable(f"more than {MAX_SIGNATURES} signatures")
+                self._make_room()
         elif entry.complete and entry.exact is None and entry.bucket(call.batch) is None:
             raise Unservable("a batch above the largest size")
         return entry
 
+    def _make_room(self) -> None:
+        """Drops the signature that was not called for longest, unless that is all that ever happens."""
+        key, entry = min(self._entries.items(), key=lambda item: item[1].used())
+        self._wasted = 0 if entry.served() >= WORTH_A_CAPTURE else self._wasted + 1
+        if self._wasted > MAX_WASTED:
+            self._warn(
+                "signatures",
+                f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), a few "
+                "times each; new ones run eagerly. Pad the other dimensions, pass numbers as tensors, "
+                "and keep large arguments and those that are written to at one address",
+            )
+            raise Unservable(f"more than {MAX_SIGNATURES} signatures")
+        self._drop(self._entries.pop(key))
+        self._counts.dropped += 1
+
     def _note_recapture(self, entry: Entry, *, grad: bool) -> None:
-        served = sum(bucket.native.replays for bucket in entry.buckets.values())
-        if served >= WORTH_A_CAPTURE:
+        if entry.served() >= WORTH_A_CAPTURE:
             self._recaptures = 0
         self._recaptures += 1
         self._replaced = entry.guards.broken(grad=grad)
@@ -273,7 +282,7 @@ class GraphCache:
             entry.guards = guards
             entry.pure = not observer.written
             entry.written = seen.written(call)
-            entry.exact = entry.exact or self._why_exact(call, observer)
+            entry.exact = entry.exact or self._why_exact(call, seen)
             job = Job(
                 self.name,
                 function,
@@ -288,7 +297,7 @@ class GraphCache:
             )
             entry.sample = entry.sample or Sample(call)
             entry.batches.add(call.batch)
-            entry.homes = call.homes
+            entry.homes, entry.last = call.homes, self.native.calls
             self._capture(job, entry, layout, seen.tensors, exactly=exactly)
             if not guards.hold(grad=False):  # a capture runs the forward's Python
                 self._leave_unsettled([guards.broken(grad=False)])
@@ -315,6 +324,7 @@ class GraphCache:
     def _drop_empty_homes(self) -> None:
         """Drops graphs over memory of objects that are gone, but for the last few: it may be large."""
         empty = [key for key, entry in self._entries.items() if any(h.is_empty() for h in entry.homes)]
+        empty.sort(key=lambda key: self._entries[key].used())
         for key in empty[: max(0, len(empty) - MAX_EMPTY_HOMES)]:
             self._drop(self._entries.pop(key))
 
@@ -328,25 +338,16 @@ class GraphCache:
         again = self._signature.read(call.args, call.kwargs, call.key[1], self._written)
         return again.at_home(self._pool_for(call).homes)
 
-    def _why_exact(self, call: Call, observer: Observer) -> str | None:
-        """Says why rows may not be added to this forward, or returns None."""
-        if observer.draws:
-            return "it draws random numbers, and padded rows would draw some too"
-        if any(role.role is BOUND and role.dim is not None for role in call.roles):
-            return "an argument that is bound by address carries the batch"
-        if observer.written and self.options.pad is None:
-            # What a caller passes for this batch alone, such as a cache, need not fit another.
-            passed = {_C.storage_key(tensor) for kept in call.kept for tensor in kept.tensors}
-            if observer.written <= passed:
-                return "it writes to an object that it is passed, and pad does not say where else"
+    def _why_exact(self, call: Call, seen: Observation) -> str | None:
+        why = seen.why_exact(call, self.options.pad)
+        if why is PAD_IS_MISSING:
             self._warn(
                 "pad",
                 "its forward writes to state outside itself (a cache, a buffer), so it is captured at "
                 "exactly the batch sizes that it is called with. To have it padded, say what a padded "
                 "row must hold so that it writes nowhere that counts: pad={'argument': value}",
             )
-            return "it writes to outside state, and pad does not say what a padded row must hold"
-        return None
+        return why
 
     def _capture(
         self, job: Job, entry: Entry, layout: Any, tensors: list[Tensor], *, exactly: bool
@@ -494,6 +495,6 @@ class GraphCache:
         self._written.clear()
         self._warned.clear()
         self._signature.habits = Habits()
-        self._recaptures = self._unsettled = 0
+        self._recaptures = self._unsettled = self._wasted = 0
         self.native.calls = 0
         self._counts = Counts()

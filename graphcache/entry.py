@@ -29,6 +29,7 @@ class Entry:
         homes: of the objects that its calls pass; see `keepers`.
         buckets: its graphs by size, ascending.
         native: the same, for the calls that native code serves.
+        last: the number of the last call of its kind that Python saw.
     """
 
     eager: str | None = None
@@ -44,6 +45,7 @@ class Entry:
     written: _C.Written = field(default_factory=lambda: _C.Written([], [], []))
     homes: tuple[Home, ...] = ()
     native: _C.Entry | None = None
+    last: int = 0
 
     def add(self, buckets: list[Bucket]) -> None:
         """Adds graphs, keeping the sizes ascending."""
@@ -61,3 +63,11 @@ class Entry:
         """Tells whether an argument may be as long as the batch by chance: no other was seen."""
         self.batches.add(call.batch)
         return len(self.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1
+
+    def used(self) -> int:
+        """Returns the number of its last call."""
+        return max(self.last, self.native.last if self.native is not None else 0)
+
+    def served(self) -> int:
+        """Returns how many calls its graphs served."""
+        return sum(bucket.native.replays for bucket in self.buckets.values())

@@ -12,8 +12,11 @@ from graphcache.guards import Guards
 from graphcache.observe import Observer
 from graphcache.reads import Reads
 from graphcache.runtime import inlining
-from graphcache.signature import Call, Unservable
+from graphcache.signature import BOUND, Call, Unservable
+from graphcache.staging import Pad
 from graphcache.tree import flatten
+
+PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
 
 
 def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore: bool) -> "Observation":
@@ -97,6 +100,20 @@ class Observation:
                 "watched; make it an argument, a buffer or an attribute"
             )
         return guards
+
+    def why_exact(self, call: Call, pad: Pad) -> str | None:
+        """Says why rows may not be added to this forward, or returns None."""
+        if self.observer.draws:
+            return "it draws random numbers, and padded rows would draw some too"
+        if any(role.role is BOUND and role.dim is not None for role in call.roles):
+            return "an argument that is bound by address carries the batch"
+        if not self.observer.written or pad is not None:
+            return None
+        # What a caller passes for this batch alone, such as a cache, need not fit another.
+        passed = {_C.storage_key(tensor) for kept in call.kept for tensor in kept.tensors}
+        if self.observer.written <= passed:
+            return "it writes to an object that it is passed, and pad does not say where else"
+        return PAD_IS_MISSING
 
     def written(self, call: Call) -> _C.Written:
         """Returns what the forward wrote outside, and which arguments that are."""

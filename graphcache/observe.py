@@ -31,18 +31,23 @@ from graphcache.ops import (
 from graphcache.state import SavedState, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
-MANY = 10_000
 
 
-def _holder(tensor: Tensor) -> str | None:
-    """Returns the type of what holds `tensor` besides a frame, which may just die late."""
-    here = sys._getframe(0)
+def _holder(tensor: Tensor, seen_in: list[Any], references: int) -> str | None:
+    """Returns the type of what holds `tensor` besides `seen_in`, the caller, and frames that die late.
+
+    Args:
+        tensor: what may be held.
+        seen_in: a list that holds it.
+        references: how many more there are to it than those two have.
+    """
+    known = id(seen_in), id(sys._getframe(0)), id(sys._getframe(1))
     for holder in gc.get_referrers(tensor):
         kind = type(holder).__name__
-        gives_objects = isinstance(holder, list) and len(holder) > MANY  # as gc.get_objects() does
-        if holder is not here and kind not in ("frame", "list_iterator") and not gives_objects:
+        if id(holder) not in known and kind not in ("frame", "list_iterator"):
             return kind
-    return None
+    # What was frozen is not told of: then any other reference counts.
+    return "container (frozen by gc.freeze)" if references > 0 and gc.get_freeze_count() else None
 
 
 class _Report(HostReads):
@@ -222,13 +227,17 @@ class Observer(TorchDispatchMode):
             return None
         gc.collect()  # a cycle of objects dies late
         keys = alive()
-        for tensor in gc.get_objects() if keys else ():
+        objects = gc.get_objects() if keys else []
+        for tensor in [object()]:
+            usual = sys.getrefcount(tensor)
+        for tensor in objects:
+            references = sys.getrefcount(tensor) - usual
             if (
                 issubclass(type(tensor), Tensor)  # not isinstance: some objects warn when they are asked
                 and tensor.layout is torch.strided
                 and not overrides_dispatch(tensor)
                 and _C.storage_key(tensor) in keys
-                and (holder := _holder(tensor)) is not None
+                and (holder := _holder(tensor, objects, references)) is not None
             ):
                 return f"a tensor that it made ({describe(tensor)}) and that a {holder} keeps"
         return None

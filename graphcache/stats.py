@@ -22,6 +22,7 @@ class CacheInfo:
         eager: calls that ran eagerly, by reason.
         sizes: captured sizes, ascending, of all signatures.
         signatures: how many kinds of call have graphs.
+        dropped: kinds of call whose graphs went for others, as they were not called for longest.
         captures: graphs captured, those dropped since included.
         capture_seconds: time that took.
         expired: held outputs that a later call made unreadable (stale="error").
@@ -38,6 +39,7 @@ class CacheInfo:
     eager: dict[str, int]
     sizes: tuple[int, ...]
     signatures: int
+    dropped: int
     captures: int
     capture_seconds: float
     expired: int
@@ -62,6 +64,7 @@ class CacheInfo:
             ("replays by size", ", ".join(f"{k}: {v}" for k, v in self.replays.items()) or "none"),
             ("padded rows", str(self.padded_rows)),
             *((f"eager: {reason}", str(count)) for reason, count in self.eager.items()),
+            ("signatures", f"{self.signatures} with graphs, {self.dropped} dropped for others"),
             ("captures", f"{self.captures} in {self.capture_seconds:.2f} s"),
             ("held outputs", f"{self.expired} expired, {self.copied} copied"),
             ("pool", f"{_readable(self.pool_bytes)} ({self.backend}, {self.launch})"),
@@ -82,6 +85,7 @@ class Counts:
     replays: Counter[int] = field(default_factory=Counter)
     padded_rows: int = 0
     eager: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
     captures: int = 0
     capture_seconds: float = 0.0
     expired: int = 0
@@ -126,6 +130,7 @@ class Counts:
             eager=dict(self.eager),
             sizes=tuple(sorted({bucket.size for bucket in buckets})),
             signatures=len(signatures),
+            dropped=self.dropped,
             captures=self.captures,
             capture_seconds=self.capture_seconds,
             expired=self.expired,

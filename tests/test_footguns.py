@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1920,7 +1920,8 @@ def warned_once(
     assert info(model).hits == 0
 
 
-def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend, frozen: bool) -> None:
     """A replay appends nothing, and what the capture appended is memory of the graph."""
     kept: deque[Tensor] = deque()
 
@@ -1929,13 +1930,36 @@ def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend) -> None
         return kept[-1] + 1
 
     model = cuda_graphed(forward, sizes=(2, 4))
-    with pytest.warns(GraphCacheWarning, match=r"made \(float32\[2, 8\]\) and that a deque keeps"):
+    by = "container" if frozen else "deque"
+    with (
+        frozen_objects() if frozen else nullcontext(),
+        pytest.warns(GraphCacheWarning, match=rf"made \(float32\[2, 8\]\) and that a {by}.* keeps"),
+    ):
         for number, batch in enumerate((2, 2, 2, 2), 1):
             x = backend.randn(batch, 8)
             equal(model(x), x * 2 + 1)
             assert len(kept) == number
             equal(kept[-1], x * 2)
     assert info(model).hits == 0
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """As servers do after their start: what there is by then is told of no more."""
+    before = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if before == 0:
+            gc.unfreeze()
+
+
+def test_objects_were_frozen(backend: Backend, x: Tensor) -> None:
+    """Intermediates of a forward that keeps nothing are gone then too."""
+    model = cuda_graphed(Net(backend.device), sizes=(2, 4))
+    with frozen_objects():
+        replays(model, x)
 
 
 def test_item(backend: Backend) -> None:

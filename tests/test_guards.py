@@ -236,12 +236,34 @@ def test_what_changes_on_every_call_stops_being_captured(backend: Backend, mlp: 
 
 
 def test_too_many_signatures_run_eagerly(backend: Backend) -> None:
+    """To drop one after another, none of which was worth its capture, would be all that happens."""
     model = cuda_graphed(lambda x: x * 2, sizes=(2,))
     with pytest.warns(GraphCacheWarning, match="more than 32 ways"):
-        for width in range(1, 40):
+        for width in range(1, 50):
             x = backend.randn(2, width)
             assert torch.equal(model(x), x * 2)
-    assert model.cache_info().signatures == 32
+    told = model.cache_info()
+    assert (told.signatures, told.captures, told.dropped) == (32, 40, 8)
+
+
+def test_the_signature_that_was_not_called_for_longest_goes_first(backend: Backend) -> None:
+    model = cuda_graphed(lambda x: x * 2, sizes=(2,))
+
+    def calls(width: int, times: int) -> None:
+        for _ in range(times):
+            x = backend.randn(2, width)
+            assert torch.equal(model(x), x * 2)
+
+    for width in range(1, 33):
+        calls(width, 20)
+    calls(1, 1)  # natively: Python does not see it
+    for width in range(33, 63):
+        calls(width, 20)
+    told = model.cache_info()
+    assert (told.signatures, told.captures, told.dropped) == (32, 62, 30)
+    calls(1, 3)
+    assert model.cache_info().captures == 62
+    assert "30 dropped" in str(told)
 
 
 def test_a_graph_output_kept_in_an_attribute_is_not_captured(backend: Backend) -> None:

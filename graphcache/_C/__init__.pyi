@@ -362,8 +362,13 @@ class Entry:
         lock: of their pool.
         guard: what they depend on; referred to weakly.
         written: what they write besides their own memory.
+
+    Attributes:
+        last: the number of the last call that they served natively.
     """
 
+    @property
+    def last(self) -> int: ...
     def __init__(self, lock: PoolLock, guard: Guard, written: Written) -> None: ...
     def set(self, buckets: Sequence[Bucket], exact: bool) -> None:
         """Replaces the graphs, by ascending size; `exact`: they serve no smaller batches."""

@@ -195,6 +195,7 @@ void bind_dispatcher(py::module_& m) {
           py::arg("lock"),
           py::arg("guard"),
           py::arg("written"))
+      .def_readonly("last", &Entry::last)
       .def(
           "set",
           [](Entry& entry, const std::vector<std::shared_ptr<Bucket>>& buckets, bool exact) {

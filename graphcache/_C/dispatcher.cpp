@@ -131,7 +131,7 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
       entry.written->overlaps(leaves.tensors)) {
     return miss();
   }
-  ++calls;
+  entry.last = ++calls;
   return bucket->run(leaves, batch, calls, stream);
 }
 

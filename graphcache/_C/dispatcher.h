@@ -20,6 +20,7 @@ struct Entry {
   std::weak_ptr<Guard> guard;
   std::shared_ptr<const Written> written;
   bool exact = false; // batches of exactly these sizes only
+  int64_t last = 0; // the number of the last call that it served
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
 
   Bucket* find(int64_t batch) const;
