@@ -1943,6 +1943,28 @@ def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend, frozen:
     assert info(model).hits == 0
 
 
+def test_the_capture_itself_changes_a_flag(backend: Backend, x: Tensor) -> None:
+    """It runs the forward's Python once more; the graph has what that made of the flag."""
+    runs: deque[None] = deque()
+
+    class Warms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(None)
+            if len(runs) == 2:
+                self.scale = 3.0
+            return x * self.scale
+
+    model = cuda_graphed(Warms(), sizes=(2,))
+    equal(model(x), x)
+    for _ in range(3):
+        model.scale = 1.0
+        equal(model(x), x)
+
+
 @contextmanager
 def frozen_objects() -> Iterator[None]:
     """As servers do after their start: what there is by then is told of no more."""
