@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 from graphcache import _C, config
 from graphcache.buckets import default_sizes
 from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
-from graphcache.entry import Entry
+from graphcache.entry import MANY_WAYS, MAX_SIGNATURES, WORTH_A_CAPTURE, Entries, Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import submodule_with_hooks
 from graphcache.keepers import Habits
@@ -32,11 +32,7 @@ from graphcache.verify import Sample, first_rows, same
 
 logger = logging.getLogger(__name__)
 
-# A forward that needs more than this is not one that graphs can speed up: each costs a capture.
-MAX_SIGNATURES = 32
-MAX_WASTED = 8  # signatures in a row that were dropped before they were worth their captures
 MAX_RECAPTURES = 8
-WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_ALIKE = 3
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 MAX_EMPTY_HOMES = 4
@@ -65,9 +61,9 @@ class GraphCache:
             is_stream_capturing,
             hasattr(instance, "training"),
         )
-        self._entries: dict[Any, Entry] = {}
+        self._entries = Entries()
         self._written: dict[Any, frozenset[int]] = {}
-        self._recaptures = self._wasted = 0
+        self._recaptures = 0
         self._replaced = ""
         self._unsettled = 0
         self._warned: set[str] = set()
@@ -163,26 +159,21 @@ class GraphCache:
                     "an argument",
                 )
                 raise Unservable("what it captured is replaced again and again")
+            # An object that a call changes is another kind of call each time.
+            if not self._entries.is_due(call.bare_key) and not call.kept:
+                if self._entries.once > MAX_SIGNATURES:
+                    self._warn("signatures", MANY_WAYS)
+                raise Unservable("the first call of another signature")
             if len(self._entries) >= MAX_SIGNATURES:
-                self._make_room()
+                surplus = self._entries.surplus()
+                if surplus is None:
+                    self._warn("signatures", MANY_WAYS)
+                    raise Unservable(f"more than {MAX_SIGNATURES} signatures")
+                self._drop(self._entries.pop(surplus))
+                self._counts.dropped += 1
         elif entry.complete and entry.exact is None and entry.bucket(call.batch) is None:
             raise Unservable("a batch above the largest size")
         return entry
-
-    def _make_room(self) -> None:
-        """Drops the signature that was not called for longest, unless that is all that ever happens."""
-        key, entry = min(self._entries.items(), key=lambda item: item[1].used())
-        self._wasted = 0 if entry.served() >= WORTH_A_CAPTURE else self._wasted + 1
-        if self._wasted > MAX_WASTED:
-            self._warn(
-                "signatures",
-                f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), a few "
-                "times each; new ones run eagerly. Pad the other dimensions, pass numbers as tensors, "
-                "and keep large arguments and those that are written to at one address",
-            )
-            raise Unservable(f"more than {MAX_SIGNATURES} signatures")
-        self._drop(self._entries.pop(key))
-        self._counts.dropped += 1
 
     def _note_recapture(self, entry: Entry, *, grad: bool) -> None:
         if entry.served() >= WORTH_A_CAPTURE:
@@ -244,6 +235,7 @@ class GraphCache:
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
             if call.kept:
                 raise Unservable(f"it may change {call.kept[0].name}; call the forward itself instead")
+            self._entries.is_due(call.bare_key)  # it is asked for
             with self._pool_for(call).lock:
                 entry = self._serving(call, instance)
                 if entry is not None and entry.bucket(call.batch) is not None:
@@ -490,11 +482,12 @@ class GraphCache:
         with self._pool.lock if self._pool is not None else nullcontext():
             while self._entries:
                 self._drop(self._entries.popitem()[1])
+            self._entries = Entries()
         if self._pool is not None:
             self._pool.trim()
         self._written.clear()
         self._warned.clear()
         self._signature.habits = Habits()
-        self._recaptures = self._unsettled = self._wasted = 0
+        self._recaptures = self._unsettled = 0
         self.native.calls = 0
         self._counts = Counts()

@@ -1,6 +1,7 @@
 """What is known of one signature: how it is served, by which graphs, and what those depend on."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from graphcache import _C
 from graphcache.buckets import padded_size
@@ -9,6 +10,17 @@ from graphcache.guards import Guards
 from graphcache.keepers import Home
 from graphcache.signature import BATCHED, Call
 from graphcache.verify import Sample
+
+# A forward that needs more than this is not one that graphs can speed up: each costs a capture.
+MAX_SIGNATURES = 32
+MAX_WASTED = 8  # signatures in a row that were dropped before they were worth their captures
+WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
+MAX_SIGHTED = 256
+MANY_WAYS = (
+    f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such "
+    "calls run eagerly. Pad the other dimensions, pass numbers as tensors, and keep large arguments and those "
+    "that are written to at one address"
+)
 
 
 @dataclass
@@ -71,3 +83,33 @@ class Entry:
     def served(self) -> int:
         """Returns how many calls its graphs served."""
         return sum(bucket.native.replays for bucket in self.buckets.values())
+
+
+class Entries(dict[Any, Entry]):
+    """The signatures of one forward: a bounded number, of which the last used stay.
+
+    Attributes:
+        once: how many kinds of calls came once only. One that never comes again is not worth a capture.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sighted: dict[Any, int] = {}
+        self._wasted = 0
+        self.once = 0
+
+    def is_due(self, key: Any) -> bool:
+        """Notes a call; tells whether to capture for it: the very first, or one whose kind was seen."""
+        due = not self._sighted or key in self._sighted
+        times = self._sighted.pop(key, 0) + 1
+        self._sighted[key] = times
+        self.once += {1: 1, 2: -1}.get(times, 0)
+        if len(self._sighted) > MAX_SIGHTED:
+            del self._sighted[next(iter(self._sighted))]
+        return due
+
+    def surplus(self) -> Any:
+        """Returns the key that was not called for longest; None if dropping is all that ever happens."""
+        key, entry = min(self.items(), key=lambda item: item[1].used())
+        self._wasted = 0 if entry.served() >= WORTH_A_CAPTURE else self._wasted + 1
+        return key if self._wasted <= MAX_WASTED else None

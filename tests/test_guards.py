@@ -240,10 +240,33 @@ def test_too_many_signatures_run_eagerly(backend: Backend) -> None:
     model = cuda_graphed(lambda x: x * 2, sizes=(2,))
     with pytest.warns(GraphCacheWarning, match="more than 32 ways"):
         for width in range(1, 50):
-            x = backend.randn(2, width)
-            assert torch.equal(model(x), x * 2)
+            for _ in range(2):
+                x = backend.randn(2, width)
+                assert torch.equal(model(x), x * 2)
     told = model.cache_info()
     assert (told.signatures, told.captures, told.dropped) == (32, 40, 8)
+
+
+def test_a_call_that_never_comes_again_is_not_captured(backend: Backend) -> None:
+    """But the very first is; a number that is another one at each call is told of."""
+    model = cuda_graphed(lambda x, n: x * n, sizes=(2,))
+    x = backend.randn(2, 3)
+    with pytest.warns(GraphCacheWarning, match="more than 32 ways.*numbers as tensors"):
+        for n in range(40):
+            assert torch.equal(model(x, n), x * n)
+    told = model.cache_info()
+    assert (told.captures, told.eager["the first call of another signature"]) == (1, 39)
+    assert torch.equal(model(x, 39), x * 39)
+    assert model.cache_info().captures == 2
+
+
+def test_warmup_asks_for_a_capture_of_any_signature(backend: Backend) -> None:
+    model = cuda_graphed(lambda x, n: x * n, sizes=(2,))
+    x = backend.randn(2, 3)
+    for n in range(4):
+        model.warmup(x, n)
+        assert torch.equal(model(x, n), x * n)
+    assert (model.cache_info().captures, model.cache_info().hits) == (4, 4)
 
 
 def test_the_signature_that_was_not_called_for_longest_goes_first(backend: Backend) -> None:

@@ -204,7 +204,7 @@ def test_modes_are_told_apart(backend: Backend, mlp: MLP) -> None:
         mlp(x)
         mlp.eval()
     assert mlp.forward.cache_info().signatures == 4
-    assert mlp.forward.cache_info().hits == 11
+    assert mlp.forward.cache_info().hits == 8
 
 
 def test_switches_hold_for_native_calls_too(backend: Backend, mlp: MLP) -> None:
@@ -395,7 +395,7 @@ def test_memory_formats_are_told_apart(backend: Backend) -> None:
             got = graphed(given)
             assert torch.equal(got, given * 2)
             assert got.stride() == (given * 2).stride()
-    assert graphed.cache_info().hits == 6
+    assert graphed.cache_info().hits == 4
 
 
 def test_inside_the_comparison_of_another_it_is_inlined(backend: Backend) -> None:
