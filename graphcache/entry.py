@@ -18,8 +18,8 @@ WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_SIGHTED = 256
 MANY_WAYS = (
     f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such "
-    "calls run eagerly. Pad the other dimensions, pass numbers as tensors, and keep large arguments and those "
-    "that are written to at one address"
+    "calls run eagerly. Pad the other dimensions, pass numbers as tensors, and keep large arguments "
+    "and those that are written to at one address"
 )
 
 
