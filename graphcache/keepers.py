@@ -92,6 +92,7 @@ class Home:
         self._guards: Guards | None = None  # native code knows it weakly
         self._memory: list[_C.Memory] | None = None
         self._idle = 0
+        self._refused: Callable[[], Any] = lambda: None
 
     def is_empty(self) -> bool:
         """Tells whether its object is gone."""
@@ -122,8 +123,10 @@ class Home:
         foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_lent_to(tensor)]
         if any(memory.is_lent() for memory, _ in foreign):
             return False
-        self._idle = 0 if self.native.calls or not foreign else self._idle + 1
+        again = self._refused() is passed.value
+        self._idle = 0 if again or self.native.calls or not foreign else self._idle + 1
         if self._idle > MAX_IDLE:
+            self._refused = weakref.ref(passed.value)
             raise NotATree(
                 f"{passed.name} is another object at each call, each used once; pass its tensors as "
                 "arguments of their own"

@@ -299,6 +299,9 @@ def test_another_object_at_each_call(pair: Pair) -> None:
     for _ in range(14):
         pair.step(pair.new())
     assert any("another object at each call" in reason for reason in pair.info.eager)
+    before = pair.info.hits
+    pair.step(pair.new(), steps=4)  # one that is passed again is let in
+    assert pair.info.hits == before + 3
 
 
 def test_blocks_share_the_object(backend: Backend) -> None:
