@@ -256,9 +256,7 @@ class GraphCache:
         """Decides from an observed eager call how its signature is served, and captures it."""
         observer = seen.observer
         try:
-            self._signature.habits.note(call.kept)
-            if (why := self._signature.habits.known(call.kept)) is not None:
-                raise Unservable(why)
+            self._leave_changed(call)
             layout = seen.layout()
             seen.check()
             if any(tensor.grad_fn is not None for tensor in seen.tensors):
@@ -291,7 +289,8 @@ class GraphCache:
             entry.batches.add(call.batch)
             entry.homes, entry.last = call.homes, self.native.calls
             self._capture(job, entry, layout, seen.tensors, exactly=exactly)
-            if not guards.hold(grad=False):  # a capture runs the forward's Python
+            self._leave_changed(call)  # a capture runs the forward's Python
+            if not guards.hold(grad=False):
                 self._leave_unsettled([guards.broken(grad=False)])
         except Unservable:
             return  # with its written arguments bound, or unsettled, or hooked
@@ -304,6 +303,12 @@ class GraphCache:
         made = seen.made(call)
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(made)
+
+    def _leave_changed(self, call: Call) -> None:
+        """Leaves a call that changed an object it was passed."""
+        self._signature.habits.note(call.kept)
+        if (why := self._signature.habits.known(call.kept)) is not None:
+            raise Unservable(why)
 
     def _leave_unsettled(self, changed: list[str]) -> None:
         """Leaves a forward that changes Python values for its next call: perhaps it does so once."""

@@ -114,7 +114,7 @@ class Home:
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
         if self._guards.unwatched:
             raise NotATree(f"{passed.name} holds tensors in a way that can't be watched")
-        self._forget = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
+        self._watch = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
         self.native.bind(passed.value, self._guards.native)
         return True
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed, default_pool
-from tests.conftest import Backend
+from tests.conftest import Backend, Counter
 
 LENGTH = 16
 
@@ -218,6 +218,27 @@ def test_the_forward_replaces_tensors_of_the_object(
     with pytest.warns(GraphCacheWarning, match="it changes the tensors of cache"):
         pair.step(caches, steps=6)
     assert pair.info.hits == 0
+
+
+class Warming(Decoder):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.runs = Counter()
+
+    def forward(self, x: Tensor, cache: Cache) -> dict[str, Any]:
+        if self.runs.add() == 2:
+            cache.scale = 3.0
+        return super().forward(x, cache)
+
+
+def test_the_capture_itself_changes_the_object(backend: Backend) -> None:
+    """The graph has what the forward's Python made of it when it ran once more."""
+    twin, graphed = Decoder(backend.device), cuda_graphed(Warming(backend.device))
+    x = backend.randn(2, 8)
+    caches = Cache(x), Cache(x)
+    for _ in range(4):
+        caches[1].scale = 1.0
+        torch.testing.assert_close(graphed(x, caches[1])["y"], twin(x, caches[0])["y"])
 
 
 class Counting(Decoder):

@@ -258,8 +258,6 @@ class Keeper:
         """Lets it stand for nothing."""
     def holds(self, object: Any) -> bool:
         """Tells whether it stands for `object`."""
-    def serves(self, object: Any) -> bool:
-        """Tells the same, and that the object keeps what it kept; counts a call then."""
 
 class Memory:
     """Memory that graphs were captured over, lent to one storage after another.

@@ -16,10 +16,6 @@ void bind_keeper(py::module_& m) {
           "holds",
           [](const Keeper& keeper, const py::object& object) { return keeper.is(object.ptr()); },
           py::arg("object"))
-      .def(
-          "serves",
-          [](Keeper& keeper, const py::object& object) { return keeper.serves(object.ptr()); },
-          py::arg("object"))
       .def_property_readonly("object", &Keeper::object)
       .def_readonly("calls", &Keeper::calls);
   py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory")
