@@ -77,12 +77,16 @@ class Reads:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Watches what runs inside the block, in this thread."""
-        before = sys.getprofile()
+        before, collects = sys.getprofile(), gc.isenabled()
+        # Finalizers and gc.callbacks that run just now would be taken for code of the forward.
+        gc.disable()
         sys.setprofile(self._called)
         try:
             yield
         finally:
             sys.setprofile(before)
+            if collects:
+                gc.enable()
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "c_call":

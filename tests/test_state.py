@@ -1,5 +1,6 @@
 """Contract 1, 5 and 6: how often the forward runs, and what it writes, is what eager would do."""
 
+import gc
 from collections import deque
 from typing import Any
 
@@ -276,6 +277,38 @@ def test_attributes_that_every_call_changes_are_noticed(backend: Backend) -> Non
         assert model(x)[0].item() == 3
     assert model(x)[0].item() == 4
     assert model.forward.cache_info().hits == 0
+
+
+collections = 0
+
+
+def test_what_the_garbage_collector_runs_is_none_of_the_forward(backend: Backend) -> None:
+    """As pytest plug-ins and profilers count collections, which happen at any time."""
+
+    def count(phase: str, _: object) -> None:
+        global collections
+        collections += 1
+
+    class Littering(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(10):
+                cycle: list[Any] = []
+                cycle.append(cycle)
+            return super().forward(x)
+
+    model = cuda_graphed(Littering().to(backend.device), sizes=(4,))
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(count)
+    try:
+        gc.set_threshold(1)
+        for _ in range(3):
+            model(backend.randn(4, 8))
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(count)
+    assert collections > 0
+    assert model.forward.cache_info().hits == 2
 
 
 def test_attributes_that_the_first_call_fills_are_fine(backend: Backend) -> None:
