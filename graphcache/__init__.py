@@ -1,6 +1,7 @@
 """CUDA graphs for any `nn.Module`: one decorator, one memory pool, never silently wrong."""
 
 from graphcache._C import expire, is_expired, weak_ref
+from graphcache.buckets import Suggestion
 from graphcache.config import disabled, emulate
 from graphcache.decorators import cuda_graphed
 from graphcache.errors import (
@@ -23,6 +24,7 @@ __all__ = [
     "GraphPool",
     "NativeModuleError",
     "OptionError",
+    "Suggestion",
     "cuda_graphed",
     "default_pool",
     "disabled",

@@ -13,30 +13,31 @@ from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
-from graphcache.buckets import default_sizes
+from graphcache.buckets import Suggestion, default_sizes
 from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
-from graphcache.entry import MANY_WAYS, MAX_SIGNATURES, WORTH_A_CAPTURE, Entries, Entry
+from graphcache.entry import CHANGE_IN_PLACE, MANY_WAYS, MAX_SIGNATURES, Entries, Entry
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import submodule_with_hooks
 from graphcache.keepers import Habits
-from graphcache.learn import PAD_IS_MISSING, Observation, observe
+from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, observe
 from graphcache.modes import modes_of, refuse_where_watched, wants_grad
 from graphcache.observe import Observer
 from graphcache.options import Options
 from graphcache.pool import GraphPool, default_pool
 from graphcache.runtime import inlining, is_stream_capturing
 from graphcache.signature import Call, Signature, Unservable
-from graphcache.stats import CacheInfo, Counts
+from graphcache.stats import CacheInfo, Counts, suggestion
+from graphcache.timing import SETTLED
 from graphcache.tree import NotATree, flatten
-from graphcache.verify import Sample, first_rows, same
+from graphcache.verify import Sample
 
 logger = logging.getLogger(__name__)
 
 MAX_RECAPTURES = 8
-MAX_ALIKE = 3
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 MAX_EMPTY_HOMES = 4
 
+TOO_SLOW = "its graph saves less than min_gain"
 _NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
 
 
@@ -85,6 +86,7 @@ class GraphCache:
             refuse_where_watched(instance)
             call = self._signature.read(args, kwargs, modes_of(instance), self._written)
             pool = self._pool_for(call)
+            self.native.count(call.batch)
             if (why := self._signature.habits.known(call.kept)) is not None:
                 raise Unservable(why)
             with pool.lock:
@@ -92,6 +94,8 @@ class GraphCache:
                 entry = self._serving(call, instance)
                 if entry is None or (bucket := entry.bucket(call.batch)) is None:
                     return self._first(function, instance, call)
+                if bucket.native.retired:
+                    raise Unservable(TOO_SLOW)
                 if entry.written.overlaps(call.leaves):
                     raise Unservable("an argument lies in memory that the forward writes")
                 if bucket.lane.native.is_held_elsewhere():
@@ -100,7 +104,9 @@ class GraphCache:
                     if entry.is_ambiguous(call):
                         return self._first(function, instance, call, exactly=True)
                     return self._compared(function, call, entry, bucket)
-                return self._replay(call, bucket)
+                if bucket.native.replays >= bucket.native.time_at:
+                    return self._timed(function, call, entry, bucket)
+                return bucket.replay(call, self.native.calls)
         except Unservable as reason:
             self._counts.eager[str(reason)] += 1
             return function(*args, **kwargs)
@@ -152,11 +158,9 @@ class GraphCache:
             if hooked is not None:
                 raise Unservable(f"hooks inside the forward, on {hooked}")
             if self._recaptures > MAX_RECAPTURES:
+                many = f"after {self._recaptures} captures in a row"
                 self._warn(
-                    "recaptures",
-                    f"{self._replaced} was replaced or changed after {self._recaptures} captures in a "
-                    "row; it runs eagerly now. Change tensors in place (copy_), or pass what changes as "
-                    "an argument",
+                    "recaptures", f"{self._replaced} was replaced or changed {many}; {CHANGE_IN_PLACE}"
                 )
                 raise Unservable("what it captured is replaced again and again")
             # An object that a call changes is another kind of call each time.
@@ -176,16 +180,11 @@ class GraphCache:
         return entry
 
     def _note_recapture(self, entry: Entry, *, grad: bool) -> None:
-        if entry.served() >= WORTH_A_CAPTURE:
+        if entry.paid():
             self._recaptures = 0
         self._recaptures += 1
         self._replaced = entry.guards.broken(grad=grad)
         logger.info("%s is captured anew: %s changed", self.name, self._replaced)
-
-    def _replay(self, call: Call, bucket: Bucket) -> Any:
-        stream = bucket.lane.follow_stream()
-        tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.leaves]
-        return bucket.native.run(tensors, call.batch, self.native.calls, stream)
 
     def _publish(self, call: Call, instance: Any, entry: Entry) -> None:
         """Lets native code serve calls like this one with the graphs that there are now."""
@@ -320,9 +319,7 @@ class GraphCache:
 
     def _drop_empty_homes(self) -> None:
         """Drops graphs over memory of objects that are gone, but for the last few: it may be large."""
-        empty = [key for key, entry in self._entries.items() if any(h.is_empty() for h in entry.homes)]
-        empty.sort(key=lambda key: self._entries[key].used())
-        for key in empty[: max(0, len(empty) - MAX_EMPTY_HOMES)]:
+        for key in self._entries.homeless()[:-MAX_EMPTY_HOMES]:
             self._drop(self._entries.pop(key))
 
     def _bind_written(self, call: Call, observer: Observer) -> Call:
@@ -338,12 +335,7 @@ class GraphCache:
     def _why_exact(self, call: Call, seen: Observation) -> str | None:
         why = seen.why_exact(call, self.options.pad)
         if why is PAD_IS_MISSING:
-            self._warn(
-                "pad",
-                "its forward writes to state outside itself (a cache, a buffer), so it is captured at "
-                "exactly the batch sizes that it is called with. To have it padded, say what a padded "
-                "row must hold so that it writes nowhere that counts: pad={'argument': value}",
-            )
+            self._warn("pad", GIVE_PAD)
         return why
 
     def _capture(
@@ -388,8 +380,14 @@ class GraphCache:
 
     def _compared(self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket) -> Any:
         """Returns the eager result, and compares padded replays with it."""
-        with inlining():
-            eager = function(*call.args, **call.kwargs)
+        try:
+            with inlining():
+                eager = function(*call.args, **call.kwargs)
+        except torch.OutOfMemoryError:  # which a replay needs none of
+            if not entry.pure or not bucket.native.padded_rows:
+                raise
+            bucket.native.trusted = entry.trust
+            return bucket.replay(call, self.native.calls)
         self._counts.eager["compared with a padded replay"] += 1
         tensors: list[Tensor] = []
         try:
@@ -398,8 +396,10 @@ class GraphCache:
         except NotATree as error:
             why = str(error)
         if why is None and entry.pure:
-            why = self._why_unlike(tensors, call, entry, bucket)
+            why = entry.why_unlike(tensors, call, bucket, self.options.pad, self.native.calls)
         if why is None:
+            if entry.exact is not None:
+                self._publish(call, None, entry)
             return eager
         self._warn(
             "rows",
@@ -410,36 +410,29 @@ class GraphCache:
         self._publish(call, None, entry)
         return eager
 
-    def _why_unlike(self, tensors: list[Tensor], call: Call, entry: Entry, bucket: Bucket) -> str | None:
-        """Says how padded replays differ from an eager result, or returns None where they do not."""
-        # All of this first: an argument may be an output that the replays below overwrite.
-        sample, entry.sample = entry.sample or Sample(call), Sample(call)
-        tells = sample.tells(call, self.options.pad)
-        outputs = bucket.result.outputs
-        expected = [t.clone() for t in first_rows(tensors, outputs, call.batch)]
-        padded = [call._replace(leaves=ls, batch=bucket.size) for ls in sample.full(call, bucket.size)]
-        for each in (call, *padded):
-            rows = first_rows(self._compare(each, bucket), outputs, call.batch)
-            if not same(expected, rows):
-                return "its rows depend on each other"
-        if tells:
-            bucket.native.trusted, entry.alike = entry.trust, 0
-            entry.trust *= 4
-            return None
-        entry.alike += 1
-        if entry.alike < MAX_ALIKE:
-            return None  # served by eager until rows come that differ
-        entry.exact = "all of its rows were alike, so that padding could not be compared with eager"
-        self._publish(call, None, entry)
-        return None
-
-    def _compare(self, call: Call, bucket: Bucket) -> Any:
-        """Replays for a comparison: the result goes to nobody, and counts for nothing."""
-        native = bucket.native
-        before = native.replays, native.padded_rows, native.trusted
-        result = self._replay(call, bucket)
-        native.replays, native.padded_rows, native.trusted = before
-        return result
+    def _timed(self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket) -> Any:
+        """Serves a call of a graph that is timed: one runs eagerly, and the next by the graph."""
+        timing, native = bucket.timing, bucket.native
+        if entry.pure and timing.eager is None:
+            timing.eager = bucket.lane.stopwatch()
+            try:
+                with timing.eager, inlining():
+                    result = function(*call.args, **call.kwargs)
+            except torch.OutOfMemoryError:  # which a replay needs none of
+                return bucket.replay(call, self.native.calls)
+            self._counts.eager["timed beside its graph"] += 1
+            return result
+        if timing.replay is None:
+            timing.replay = bucket.lane.stopwatch()
+            native.time_at = native.replays + SETTLED
+            with timing.replay:
+                return bucket.replay(call, self.native.calls)
+        native.time_at = sys.maxsize if timing.is_done() else native.replays + SETTLED
+        gain = timing.times().gain
+        if gain is not None and self.options.min_gain is not None and gain < self.options.min_gain:
+            bucket.retire()
+            raise Unservable(TOO_SLOW)
+        return bucket.replay(call, self.native.calls)
 
     def _give_up(self, call: Call, error: Exception) -> None:
         """Runs this signature eagerly from here on, with one warning; or raises."""
@@ -467,7 +460,7 @@ class GraphCache:
     def info(self) -> CacheInfo:
         """Returns the counts; see `CacheInfo`."""
         counts = self._counts.copy()
-        graphed = [entry for entry in self._entries.values() if entry.buckets]
+        graphed = self._graphed()
         for entry in graphed:
             for bucket in entry.buckets.values():
                 counts.add(bucket.native, copied=self.options.stale == "copy")
@@ -476,7 +469,15 @@ class GraphCache:
             [entry.buckets for entry in graphed],
             [entry.exact for entry in graphed if entry.exact is not None],
             self._pool,
+            self.native.batches,
         )
+
+    def suggest_sizes(self, count: int) -> Suggestion:
+        """Returns the sizes that would have served the calls so far best."""
+        return suggestion(self.info(), [entry.exact for entry in self._graphed()], self.name, count)
+
+    def _graphed(self) -> list[Entry]:
+        return [entry for entry in self._entries.values() if entry.buckets]
 
     def clear(self) -> None:
         """Drops the graphs and the counts.
@@ -494,5 +495,5 @@ class GraphCache:
         self._warned.clear()
         self._signature.habits = Habits()
         self._recaptures = self._unsettled = 0
-        self.native.calls = 0
+        self.native.calls, self.native.batches = 0, {}
         self._counts = Counts()

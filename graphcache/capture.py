@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from graphcache.runtime import Graph, inlining
 from graphcache.signature import BOUND, Call
 from graphcache.staging import Pad, Stager, StaticInputs, native_stage
 from graphcache.state import uncached_autocast
+from graphcache.timing import AFTER, Timing
 from graphcache.tree import NotATree, flatten
 
 logger = logging.getLogger(__name__)
@@ -68,17 +69,43 @@ class Bucket:
     Attributes:
         native: what serves calls with it.
         launch: how that reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
+        timing: what its calls take.
         exact_only: captured for batches of exactly this size.
     """
 
     size: int
-    graph: Graph
+    graph: Graph | None
     lane: Lane
     static: list[Tensor]
     result: Result
     native: _C.Bucket
     launch: str
+    timing: Timing = field(default_factory=Timing)
     exact_only: bool = False
+
+    def replay(self, call: Call, number: int) -> Any:
+        """Serves call `number`, with the lock of the pool held."""
+        stream = self.lane.follow_stream()
+        tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.leaves]
+        return self.native.run(tensors, call.batch, number, stream)
+
+    def try_out(self, call: Call, number: int) -> Any:
+        """Replays for a comparison: the result goes to nobody, and counts for nothing."""
+        native = self.native
+        before = native.replays, native.padded_rows, native.trusted
+        result = self.replay(call, number)
+        native.replays, native.padded_rows, native.trusted = before
+        return result
+
+    def retire(self) -> None:
+        """Lets go of the graph; its counts and times stay."""
+        self.native.retire()
+        self.graph = None
+
+    def output_bytes(self) -> int:
+        """Returns the bytes of its outputs that lie in the pool, which strong references would pin."""
+        storages = [out.tensor.untyped_storage() for out in self.result.outputs if out.is_weak()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
@@ -104,7 +131,7 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
                 graph, weak = lane.capture(body, stage, kernel)
             except torch.OutOfMemoryError:
                 logger.warning("graphcache: %s: size %d does not fit into memory", job.name, size)
-                lane = job.pool.lane()
+                lane = job.pool.lane_after(lane)
                 continue
             buckets.append(_bucket(job, size, lane, graph, static, stage, body.result(weak)))
     return buckets
@@ -151,6 +178,7 @@ def _bucket(
         [output.native() for output in result.outputs],
         job.stale == "copy",
     )
+    native.time_at = AFTER
     launch = "torch" if stage is None else "copies" if graph.node is None else "node"
     return Bucket(size, graph, lane, static, result, native, launch)
 

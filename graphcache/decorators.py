@@ -15,6 +15,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from graphcache import _C
+from graphcache.buckets import Suggestion
 from graphcache.cache import GraphCache
 from graphcache.errors import GraphCacheError, OptionError
 from graphcache.options import Options
@@ -94,6 +95,21 @@ class _Inspectable:
         """
         function, instance = self._wrapped_call()
         self._cache().warm_up(function, instance, args, kwargs)
+
+    def suggest_sizes(self, count: int) -> Suggestion:
+        """Returns the sizes that would serve the calls so far at the least cost; see `Suggestion`.
+
+        The cost of a replay is its time on the device where two sizes or more were timed (each is, after
+        512 replays), linear in between; until then, and in emulation, its rows.
+
+        Args:
+            count: how many sizes; fewer where fewer different batches came.
+
+        Raises:
+            GraphCacheError: without calls to go by, or where sizes are not chosen (exact sizes only).
+            OptionError: unless `count` is a positive integer.
+        """
+        return self._cache().suggest_sizes(count)
 
     def __repr__(self) -> str:
         if isinstance(self, _BoundForward) and self._self_instance is None:
@@ -329,6 +345,7 @@ def cuda_graphed(
     pool: GraphPool | None = ...,
     fallback: bool = ...,
     progress: bool | None = ...,
+    min_gain: float | None = ...,
 ) -> M: ...
 @overload
 def cuda_graphed(
@@ -342,6 +359,7 @@ def cuda_graphed(
     pool: GraphPool | None = ...,
     fallback: bool = ...,
     progress: bool | None = ...,
+    min_gain: float | None = ...,
 ) -> F: ...
 @overload
 def cuda_graphed(
@@ -355,6 +373,7 @@ def cuda_graphed(
     pool: GraphPool | None = ...,
     fallback: bool = ...,
     progress: bool | None = ...,
+    min_gain: float | None = ...,
 ) -> Callable[[T], T]: ...
 def cuda_graphed(
     target: Any = None,
@@ -367,6 +386,7 @@ def cuda_graphed(
     pool: GraphPool | None = None,
     fallback: bool = True,
     progress: bool | None = None,
+    min_gain: float | None = None,
 ) -> Any:
     """Makes a forward replay CUDA graphs, one for each batch size in `sizes`.
 
@@ -392,10 +412,14 @@ def cuda_graphed(
         pool: the memory to use; the global one of the device by default.
         fallback: run a forward that can't be captured eagerly, with one warning; or raise.
         progress: show a progress bar while capturing; None: on a terminal, if it takes over a second.
+        min_gain: drop the graph of a size, and run it eagerly, where a replay saves less than this share
+            of eager's time (0.05: 5 %). Both are timed once, on the device, after 512 replays of the
+            size; only forwards that write to nothing outside are. None keeps all graphs.
 
     Returns:
         What was given: the class, the same module, or the function wrapped. The forward has
-        `cache_info()`, `cache_clear()`, `warmup(*example_args)` and `__wrapped__`.
+        `cache_info()`, `cache_clear()`, `warmup(*example_args)`, `suggest_sizes(count)` and
+        `__wrapped__`.
 
     Raises:
         OptionError: for an argument that makes no sense.
@@ -415,6 +439,7 @@ def cuda_graphed(
         pool=pool,
         fallback=fallback,
         progress=progress,
+        min_gain=min_gain,
     )
     if target is None:
         return lambda target: _decorate(target, options)

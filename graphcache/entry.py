@@ -3,19 +3,26 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from graphcache import _C
 from graphcache.buckets import padded_size
 from graphcache.capture import Bucket
 from graphcache.guards import Guards
 from graphcache.keepers import Home
 from graphcache.signature import BATCHED, Call
-from graphcache.verify import Sample
+from graphcache.staging import Pad
+from graphcache.verify import Sample, first_rows, same
 
 # A forward that needs more than this is not one that graphs can speed up: each costs a capture.
 MAX_SIGNATURES = 32
 MAX_WASTED = 8  # signatures in a row that were dropped before they were worth their captures
 WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_SIGHTED = 256
+MAX_ALIKE = 3
+CHANGE_IN_PLACE = (
+    "it runs eagerly now. Change tensors in place (copy_), or pass what changes as an argument"
+)
 MANY_WAYS = (
     f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such "
     "calls run eagerly. Pad the other dimensions, pass numbers as tensors, and keep large arguments "
@@ -76,13 +83,38 @@ class Entry:
         self.batches.add(call.batch)
         return len(self.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1
 
+    def why_unlike(
+        self, tensors: list[Tensor], call: Call, bucket: Bucket, pad: Pad, number: int
+    ) -> str | None:
+        """Says how padded replays differ from an eager result, or returns None where they do not."""
+        # All of this first: an argument may be an output that the replays below overwrite.
+        sample, self.sample = self.sample or Sample(call), Sample(call)
+        tells = sample.tells(call, pad)
+        outputs = bucket.result.outputs
+        expected = [t.clone() for t in first_rows(tensors, outputs, call.batch)]
+        padded = [call._replace(leaves=ls, batch=bucket.size) for ls in sample.full(call, bucket.size)]
+        for each in (call, *padded):
+            rows = first_rows(bucket.try_out(each, number), outputs, call.batch)
+            if not same(expected, rows):
+                return "its rows depend on each other"
+        if tells:
+            bucket.native.trusted, self.alike = self.trust, 0
+            self.trust *= 4
+            return None
+        self.alike += 1
+        if self.alike < MAX_ALIKE:
+            return None  # served by eager until rows come that differ
+        self.exact = "all of its rows were alike, so that padding could not be compared with eager"
+        return None
+
     def used(self) -> int:
         """Returns the number of its last call."""
         return max(self.last, self.native.last if self.native is not None else 0)
 
-    def served(self) -> int:
-        """Returns how many calls its graphs served."""
-        return sum(bucket.native.replays for bucket in self.buckets.values())
+    def paid(self) -> bool:
+        """Tells whether its graphs served so many calls that their capture was no waste."""
+        replays = sum(bucket.native.replays for bucket in self.buckets.values())
+        return replays >= WORTH_A_CAPTURE
 
 
 class Entries(dict[Any, Entry]):
@@ -108,8 +140,13 @@ class Entries(dict[Any, Entry]):
             del self._sighted[next(iter(self._sighted))]
         return due
 
+    def homeless(self) -> list[Any]:
+        """Returns the keys of those over memory of objects that are gone, in the order of last use."""
+        keys = [key for key, entry in self.items() if any(home.is_empty() for home in entry.homes)]
+        return sorted(keys, key=lambda key: self[key].used())
+
     def surplus(self) -> Any:
         """Returns the key that was not called for longest; None if dropping is all that ever happens."""
         key, entry = min(self.items(), key=lambda item: item[1].used())
-        self._wasted = 0 if entry.served() >= WORTH_A_CAPTURE else self._wasted + 1
+        self._wasted = 0 if entry.paid() else self._wasted + 1
         return key if self._wasted <= MAX_WASTED else None

@@ -17,6 +17,11 @@ from graphcache.staging import Pad
 from graphcache.tree import flatten
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
+GIVE_PAD = (
+    "its forward writes to state outside itself (a cache, a buffer), so it is captured at exactly the "
+    "batch sizes that it is called with. To have it padded, say what a padded row must hold so that it "
+    "writes nowhere that counts: pad={'argument': value}"
+)
 
 
 def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore: bool) -> "Observation":

@@ -22,6 +22,7 @@ class Options(NamedTuple):
     pool: GraphPool | None = None
     fallback: bool = True
     progress: bool | None = None
+    min_gain: float | None = None
 
     @classmethod
     def checked(
@@ -35,6 +36,7 @@ class Options(NamedTuple):
         pool: Any,
         fallback: bool,
         progress: bool | None,
+        min_gain: Any,
     ) -> "Options":
         """Returns the options, or raises `OptionError` for one that makes no sense."""
         return cls(
@@ -46,6 +48,7 @@ class Options(NamedTuple):
             pool=_instance_of("pool", pool, GraphPool),
             fallback=fallback,
             progress=progress,
+            min_gain=_share(min_gain),
         )
 
     def check_names(self, function: Callable[..., Any]) -> None:
@@ -77,6 +80,15 @@ def _integer(batch_dim: Any) -> int:
     if type(batch_dim) is not int:
         raise OptionError(f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension")
     return batch_dim
+
+
+def _share(min_gain: Any) -> float | None:
+    if min_gain is not None and not (isinstance(min_gain, (int, float)) and 0 <= min_gain < 1):
+        raise OptionError(
+            f"graphcache: min_gain={min_gain!r}; give the share of eager's time that a graph has to "
+            "save, such as 0.05, or None to keep all graphs"
+        )
+    return min_gain
 
 
 def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> Any:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from graphcache import _C
 from graphcache.errors import OptionError
 from graphcache.keepers import Homes
-from graphcache.runtime import Graph, PoolMemory, Runtime, runtime_for
+from graphcache.runtime import Graph, PoolMemory, Runtime, Stopwatch, runtime_for
 
 Stale = Literal["error", "copy"]
 
@@ -29,7 +29,7 @@ class Lane:
     def __init__(self, runtime: Runtime, device: torch.device, *, weak: bool) -> None:
         self.open = True
         self.arena = runtime.new_arena(device)
-        self._runtime = runtime
+        self._runtime, self._device = runtime, device
         self._weak = weak
         self.native = _C.Lane()
         self.follow_stream()
@@ -82,6 +82,10 @@ class Lane:
         """Orders what follows after the last replay; returns the current stream."""
         self.native.stream = self.arena.follow_stream()
         return self.native.stream
+
+    def stopwatch(self) -> Stopwatch:
+        """Returns a stopwatch for the current stream of its device."""
+        return self._runtime.stopwatch(self._device)
 
     def reserve_for(self, tensors: Iterable[Tensor]) -> None:
         """Counts the results of an eager first call as held, as a replay's will be in their place."""
@@ -151,6 +155,12 @@ class GraphPool:
                 return lane
         self.lanes.append(Lane(self.runtime, self.device, weak=self.weak))
         return self.lanes[-1]
+
+    def lane_after(self, lane: Lane) -> Lane:
+        """Returns a lane in place of one that ran out of memory, and gives that one's back if it can."""
+        lane.open = False
+        self.trim()
+        return self.lane()
 
     def trim(self) -> None:
         """Gives the memory of lanes that no graph and no output uses back to the allocator.

@@ -3,9 +3,44 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from graphcache import _C
+from graphcache.buckets import Suggestion, suggest
+from graphcache.errors import GraphCacheError, OptionError
+
+NO_GAIN = 0.02  # of eager's time; below it, a graph is not worth its memory
+
+
+class Times(NamedTuple):
+    """What one call of a size takes on the device.
+
+    Attributes:
+        eager: seconds from its first kernel to its last, as fast as Python launches them; None where
+            that was not measured (yet), as it is not for forwards that write to state outside.
+        replay: seconds of a replay.
+    """
+
+    eager: float | None
+    replay: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """The share of eager's time that a replay saves."""
+        if self.eager is None or self.replay is None or self.eager <= 0:
+            return None
+        return 1 - self.replay / self.eager
+
+
+def mean_times(times: Iterable[Times]) -> Times:
+    """Returns the means over several graphs of one size."""
+    return Times(*(_mean(column) for column in zip(*times, strict=True)))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -18,8 +53,10 @@ class CacheInfo:
             them, "copies" is emulation's, "torch" is by torch calls where neither is to be had.
         calls: all calls; each is either a replay or eager.
         replays: calls served by each size.
-        padded_rows: rows that were replayed and cut away again.
+        padded: rows of each size that were replayed and cut away again; `padded_rows` in all.
         eager: calls that ran eagerly, by reason.
+        batches: how many calls had so many rows, eager ones included.
+        times: what a call of each size takes, once 512 replays of it have shown that it matters.
         sizes: captured sizes, ascending, of all signatures.
         signatures: how many kinds of call have graphs.
         dropped: kinds of call whose graphs went for others, as they were not called for longest.
@@ -28,6 +65,7 @@ class CacheInfo:
         expired: held outputs that a later call made unreadable (stale="error").
         copied: held outputs that a later call moved away (stale="copy").
         pool_bytes: memory reserved by the pool, which other modules may share.
+        saved_bytes: outputs of other sizes than the largest, which strong references would pin as well.
         notes: what keeps this forward from being padded or captured, if anything.
     """
 
@@ -35,8 +73,10 @@ class CacheInfo:
     launch: str
     calls: int
     replays: dict[int, int]
-    padded_rows: int
+    padded: dict[int, int]
     eager: dict[str, int]
+    batches: dict[int, int]
+    times: dict[int, Times]
     sizes: tuple[int, ...]
     signatures: int
     dropped: int
@@ -45,7 +85,13 @@ class CacheInfo:
     expired: int
     copied: int
     pool_bytes: int
+    saved_bytes: int
     notes: tuple[str, ...]
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that were replayed and cut away again."""
+        return sum(self.padded.values())
 
     @property
     def hits(self) -> int:
@@ -58,20 +104,61 @@ class CacheInfo:
         return sum(self.eager.values())
 
     def __str__(self) -> str:
-        rows = [
+        facts = [
             ("calls", f"{self.calls}: {self.hits} replayed, {self.misses} eager"),
-            ("sizes", ", ".join(map(str, self.sizes)) or "none"),
-            ("replays by size", ", ".join(f"{k}: {v}" for k, v in self.replays.items()) or "none"),
-            ("padded rows", str(self.padded_rows)),
             *((f"eager: {reason}", str(count)) for reason, count in self.eager.items()),
+            ("padded rows", str(self.padded_rows)),
             ("signatures", f"{self.signatures} with graphs, {self.dropped} dropped for others"),
             ("captures", f"{self.captures} in {self.capture_seconds:.2f} s"),
             ("held outputs", f"{self.expired} expired, {self.copied} copied"),
-            ("pool", f"{_readable(self.pool_bytes)} ({self.backend}, {self.launch})"),
+            ("launch", f"{self.backend}, {self.launch}"),
+            ("pool", _readable(self.pool_bytes)),
+            ("saved by weak references", _readable(self.saved_bytes)),
             *(("note", note) for note in self.notes),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return "\n".join([*_aligned(facts, left=2), "", *self._by_size()])
+
+    def _by_size(self) -> list[str]:
+        rows: list[tuple[str, ...]] = [
+            ("size", "replays", "padded rows", "replay us", "eager us", "saved")
+        ]
+        for size in sorted({*self.sizes, *self.replays}):
+            times = self.times.get(size, Times(None, None))
+            rows.append(
+                (
+                    f"{size}" if size in self.sizes else f"{size} (gone)",
+                    str(self.replays.get(size, 0)),
+                    str(self.padded.get(size, 0)),
+                    *("" if t is None else f"{t * 1e6:.1f}" for t in (times.replay, times.eager)),
+                    "" if times.gain is None else f"{times.gain:.0%}",
+                )
+            )
+        shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or len(rows) == 1]
+        return _aligned(list(zip(*shown, strict=True)), left=0)
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Returns lines of columns, the first `left` of which begin at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _saved_bytes(buckets: Iterable[Any]) -> int:
+    """Returns the bytes of the outputs of each lane's graphs, but for the largest."""
+    by_lane: dict[int, list[int]] = {}
+    for bucket in buckets:
+        by_lane.setdefault(id(bucket.lane), []).append(bucket.output_bytes())
+    return sum(sum(each) - max(each) for each in by_lane.values())
+
+
+def _relative(times: Times) -> str:
+    return f"{1 - (times.gain or 0.0):.0%}"
 
 
 def _readable(nbytes: int) -> str:
@@ -83,7 +170,7 @@ class Counts:
     """The counters behind `CacheInfo` that outlive a graph."""
 
     replays: Counter[int] = field(default_factory=Counter)
-    padded_rows: int = 0
+    padded: Counter[int] = field(default_factory=Counter)
     eager: Counter[str] = field(default_factory=Counter)
     dropped: int = 0
     captures: int = 0
@@ -93,13 +180,18 @@ class Counts:
 
     def copy(self) -> "Counts":
         """Returns counters that can be added to without changing these."""
-        return replace(self, replays=self.replays.copy(), eager=self.eager.copy())
+        return replace(
+            self,
+            replays=self.replays.copy(),
+            padded=self.padded.copy(),
+            eager=self.eager.copy(),
+        )
 
     def add(self, bucket: _C.Bucket, *, copied: bool) -> None:
         """Adds what one graph counted; `copied` tells what it did to held outputs."""
         if bucket.replays:
             self.replays[bucket.size] += bucket.replays
-        self.padded_rows += bucket.padded_rows
+            self.padded[bucket.size] += bucket.padded_rows
         if copied:
             self.copied += bucket.given_up
         else:
@@ -111,6 +203,7 @@ class Counts:
         signatures: Sequence[Mapping[int, Any]],
         exact: Iterable[str],
         pool: Any,
+        batches: Mapping[int, int],
     ) -> CacheInfo:
         """Returns what `cache_info()` tells.
 
@@ -119,16 +212,25 @@ class Counts:
             signatures: the graphs of each, by size.
             exact: why some are captured at exact sizes only.
             pool: what they share, or None.
+            batches: how many calls had so many rows.
         """
         buckets = [bucket for graphs in signatures for bucket in graphs.values()]
+        live = [bucket for bucket in buckets if not bucket.native.retired]
+        times = {
+            size: mean_times(bucket.timing.times() for bucket in buckets if bucket.size == size)
+            for size in sorted({bucket.size for bucket in buckets if bucket.timing.replay})
+        }
+        slow = [size for size, each in times.items() if each.gain is not None and each.gain < NO_GAIN]
         return CacheInfo(
             backend=pool.runtime.name if pool is not None and buckets else "none",
             launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
             calls=calls,
             replays=dict(sorted(self.replays.items())),
-            padded_rows=self.padded_rows,
+            padded=dict(sorted(self.padded.items())),
             eager=dict(self.eager),
-            sizes=tuple(sorted({bucket.size for bucket in buckets})),
+            batches=dict(sorted(batches.items())),
+            times=times,
+            sizes=tuple(sorted({bucket.size for bucket in live})),
             signatures=len(signatures),
             dropped=self.dropped,
             captures=self.captures,
@@ -136,5 +238,41 @@ class Counts:
             expired=self.expired,
             copied=self.copied,
             pool_bytes=pool.memory().reserved if pool is not None else 0,
-            notes=tuple(f"exact sizes only: {why}" for why in exact),
+            saved_bytes=_saved_bytes(live) if pool is not None and pool.weak else 0,
+            notes=(
+                *(f"exact sizes only: {why}" for why in exact),
+                *(
+                    f"size {size}: a replay takes {_relative(times[size])} of eager's time"
+                    for size in slow
+                ),
+            ),
         )
+
+
+def suggestion(info: CacheInfo, exact: Sequence[str | None], name: str, count: int) -> Suggestion:
+    """Returns what `suggest_sizes` does.
+
+    Args:
+        info: of the forward.
+        exact: for each of its signatures that has graphs, why sizes are not chosen for it, or None.
+        name: of the forward, for messages.
+        count: how many sizes.
+
+    Raises:
+        GraphCacheError: where there is nothing to choose from, or nothing to choose.
+        OptionError: unless `count` is a positive integer.
+    """
+    if type(count) is not int or count < 1:
+        raise OptionError(f"graphcache: suggest_sizes({count!r}); give how many sizes you want")
+    if not info.batches:
+        raise GraphCacheError(
+            f"graphcache: no call of {name} was counted since it was graphed or cleared, so there are "
+            "no batch sizes to choose from; call suggest_sizes() after some real traffic"
+        )
+    if exact and None not in exact:
+        raise GraphCacheError(
+            f"graphcache: {name} is captured at exactly the sizes that it is called with, so there are "
+            f"none to choose: {exact[0]}"
+        )
+    seconds = {size: each.replay for size, each in info.times.items() if each.replay is not None}
+    return suggest(info.batches, info.sizes, count, seconds)

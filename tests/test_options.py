@@ -82,8 +82,8 @@ def test_info_prints_as_a_table() -> None:
     with graphcache.emulate(), torch.no_grad():
         for _ in range(3):
             model(torch.ones(3, 2))
-    table = str(model.forward.cache_info())
-    assert "calls" in table
-    assert "3: 1 replayed, 2 eager" in table
-    assert "eager: the first call of a signature" in table
-    assert "KiB (emulated, copies)" in table
+    lines = [line.split() for line in str(model.forward.cache_info()).splitlines()]
+    assert ["calls", "3:", "1", "replayed,", "2", "eager"] in lines
+    assert ["eager:", "the", "first", "call", "of", "a", "signature", "1"] in lines
+    assert ["launch", "emulated,", "copies"] in lines
+    assert lines[-2:] == [["size", "replays", "padded", "rows"], ["4", "1", "1"]]

@@ -38,7 +38,8 @@ LEAVES = {
     "signature": {"_C", "keepers", "tree"},
     "staging": {"_C", "signature"},
     "state": {"_C"},
-    "stats": {"_C"},
+    "stats": {"_C", "buckets", "errors"},
+    "timing": {"runtime", "stats"},
     "tree": set(),
 }
 

@@ -311,11 +311,15 @@ class Bucket:
 
     Attributes:
         trusted: how many padded calls it may serve until one is compared with eager.
+        time_at: replays after which Python serves a call, to time it.
+        retired: it has let go of its graph, and Python serves such calls.
         given_up: held outputs that it expired or moved.
     """
 
     size: int
     trusted: int
+    time_at: int
+    retired: bool
     replays: int
     padded_rows: int
     given_up: int
@@ -332,6 +336,9 @@ class Bucket:
         outputs: Sequence[tuple[int, Tensor, int]],
         copy: bool,
     ) -> None: ...
+    def retire(self) -> None:
+        """Lets go of its graph, for good."""
+
     def set_batch_dims(self, dims: Sequence[Sequence[int]]) -> None:
         """Says for each output which of its dimensions are cut back to the batch."""
 
@@ -384,11 +391,13 @@ class Dispatcher:
     Attributes:
         capsule: what `serve_calls` finds it by.
         calls: how many calls there were; Python adds those that it served.
+        batches: how many calls had so many rows; a copy.
     """
 
     capsule: object
     signatures: int
     calls: int
+    batches: dict[int, int]
     def __init__(
         self,
         disabled: ContextVar[bool],
@@ -401,6 +410,9 @@ class Dispatcher:
         self, parameters: Sequence[Any], leaves: Sequence[Any], training: bool | None, entry: Entry
     ) -> None:
         """Adds a signature, under today's modes; see `graphcache.signature.Signature.native`."""
+
+    def count(self, batch: int) -> None:
+        """Counts a call that Python serves in `batches`."""
 
     def forget(self, entry: Entry) -> None:
         """Removes the signatures that an entry serves."""

@@ -161,7 +161,10 @@ void bind_bucket(py::module_& m) {
             bucket.result.set_batch_dims(dims);
           },
           py::arg("dims"))
+      .def("retire", &Bucket::retire)
       .def_readonly("size", &Bucket::size)
+      .def_readonly("retired", &Bucket::retired)
+      .def_readwrite("time_at", &Bucket::time_at)
       .def_readwrite("trusted", &Bucket::trusted)
       .def_readwrite("replays", &Bucket::replays)
       .def_readwrite("padded_rows", &Bucket::padded_rows)
@@ -259,7 +262,9 @@ void bind_dispatcher(py::module_& m) {
           py::arg("entry"))
       .def("forget", &Dispatcher::forget, py::arg("entry"))
       .def_property_readonly("signatures", &Dispatcher::signatures)
-      .def_readwrite("calls", &Dispatcher::calls);
+      .def_readwrite("calls", &Dispatcher::calls)
+      .def_readwrite("batches", &Dispatcher::batches)
+      .def("count", [](Dispatcher& dispatcher, int64_t batch) { ++dispatcher.batches[batch]; }, py::arg("batch"));
   m.attr("MISS") = Dispatcher::miss();
   m.def("set_inlining", &set_inlining, py::arg("on"));
   m.def("is_inlining", &is_inlining);

@@ -6,6 +6,7 @@
 #include "result.h"
 #include "stage.h"
 
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -40,7 +41,12 @@ class Bucket {
   const std::shared_ptr<Lane> lane;
   Result result;
 
+  // Lets go of its graph: Python serves such calls eagerly from here on.
+  void retire() { launch_ = Launch{}; retired = true; }
+
+  bool retired = false;
   int64_t trusted = 0; // how many padded calls it may serve until one is compared with eager
+  int64_t time_at = std::numeric_limits<int64_t>::max(); // replays after which Python times it
   int64_t replays = 0;
   int64_t padded_rows = 0;
   int64_t given_up = 0; // held outputs that a replay expired or moved

@@ -48,7 +48,8 @@ Bucket* Entry::find(int64_t batch) const {
     return nullptr;
   }
   auto* bucket = found->get();
-  return bucket->trusted > 0 || batch == bucket->size ? bucket : nullptr;
+  const bool serves = bucket->trusted > 0 || batch == bucket->size;
+  return serves && bucket->replays < bucket->time_at && !bucket->retired ? bucket : nullptr;
 }
 
 py::object Dispatcher::miss() {
@@ -132,6 +133,7 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
     return miss();
   }
   entry.last = ++calls;
+  ++batches[batch];
   return bucket->run(leaves, batch, calls, stream);
 }
 

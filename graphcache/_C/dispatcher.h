@@ -7,6 +7,7 @@
 #include "written.h"
 
 #include <memory>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -58,6 +59,7 @@ class Dispatcher {
   size_t signatures() const { return known_.size(); }
 
   int64_t calls = 0;
+  std::unordered_map<int64_t, int64_t> batches; // how many calls had so many rows
 
  private:
   pybind11::object run(const Signature& signature, const Leaves& leaves, int64_t batch);

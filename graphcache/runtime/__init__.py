@@ -59,10 +59,25 @@ class Arena(Protocol):
         """
 
 
+class Stopwatch(Protocol):
+    """Times what the device does inside its block, without waiting for it."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *_: object) -> None: ...
+    def is_done(self) -> bool:
+        """Tells whether the device has come to the end of the block."""
+
+    def seconds(self) -> float | None:
+        """Returns the time, once it is done; None where times mean nothing."""
+
+
 class Runtime(Protocol):
     """What a device must offer."""
 
     name: str
+
+    def stopwatch(self, device: torch.device) -> Stopwatch:
+        """Returns a stopwatch for the current stream of `device`."""
 
     def new_arena(self, device: torch.device) -> Arena:
         """Opens an allocator pool on `device`."""

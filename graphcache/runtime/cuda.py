@@ -15,6 +15,7 @@ from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
 from graphcache.runtime.nvrtc import stage_kernel
 
+RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, if that is more
 _IDLE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
@@ -80,6 +81,28 @@ class CudaArena:
         return int(current.cuda_stream)
 
 
+class CudaStopwatch:
+    """Two events on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __enter__(self) -> None:
+        self._events[0].record(torch.cuda.current_stream(self._device))
+
+    def __exit__(self, *_: object) -> None:
+        self._events[1].record(torch.cuda.current_stream(self._device))
+
+    def is_done(self) -> bool:
+        """Tells whether the device has come to the second event."""
+        return bool(self._events[1].query())
+
+    def seconds(self) -> float:
+        """Returns the time between the events."""
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+
+
 @dataclass(eq=False)  # known by identity
 class CudaGraph:
     """A graph of torch, and its staging node."""
@@ -96,6 +119,13 @@ class CudaRuntime:
     """See `graphcache.runtime.Runtime`."""
 
     name = "cuda"
+
+    def __init__(self) -> None:
+        self._free_before = 0  # bytes of the device, as the captures of a ladder began
+
+    def stopwatch(self, device: torch.device) -> CudaStopwatch:
+        """Returns a pair of events."""
+        return CudaStopwatch(device)
 
     def use_here(self, tensors: list[Tensor]) -> None:
         """Keeps their memory from being used again before the current stream is done with it."""
@@ -118,6 +148,7 @@ class CudaRuntime:
         collecting = gc.isenabled()
         gc.disable()
         torch.cuda.empty_cache()
+        self._free_before = torch.cuda.mem_get_info(device)[0]
         try:
             yield
         finally:
@@ -160,7 +191,17 @@ class CudaRuntime:
             if node is not None:
                 graph.instantiate()
                 node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
+        self._check_reserve(arena.device)
         return CudaGraph(graph, node), result
+
+    def _check_reserve(self, device: torch.device) -> None:
+        """Leaves memory for what runs eagerly, unless there was little before and little was taken."""
+        free, total = torch.cuda.mem_get_info(device)
+        if free < max(total // 100, RESERVE):
+            torch.cuda.empty_cache()  # a size that did not fit before this one may have left some
+            free, _ = torch.cuda.mem_get_info(device)
+            if free < max(total // 100, RESERVE) and free < self._free_before - free:
+                raise torch.OutOfMemoryError(f"the graph would leave {free >> 20} MiB of the device")
 
 
 def _end(graph: torch.cuda.CUDAGraph) -> None:

@@ -59,6 +59,19 @@ class EmulatedGraph:
                     copy_memory(target, results[position])
 
 
+class EmulatedStopwatch:
+    """Times nothing: emulation says nothing about speed."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+    def is_done(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seconds(self) -> None:
+        """Returns None."""
+
+
 class EmulatedRuntime:
     """See `graphcache.runtime.Runtime`."""
 
@@ -66,6 +79,10 @@ class EmulatedRuntime:
 
     def use_here(self, tensors: list[Tensor]) -> None:
         """See `CudaRuntime.use_here`; the CPU has no streams."""
+
+    def stopwatch(self, device: torch.device) -> "EmulatedStopwatch":
+        """Returns one that shows nothing."""
+        return EmulatedStopwatch()
 
     def new_arena(self, device: torch.device) -> EmulatedArena:
         """Opens an arena."""
