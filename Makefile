@@ -5,8 +5,9 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard graphcache/_C/*.cpp graphcache/_C/*.h)
-# numpy: torch warns without it, and warnings are errors in tests. hypothesis: the fuzzer. mypy and ruff: what `test` checks.
-TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff mypy types-tqdm
+# numpy: torch warns without it, and warnings are errors in tests. hypothesis: the fuzzer. mypy and ruff: what
+# `test` checks, each at one version, as new ones bring new rules.
+TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff==0.17.6 mypy==2.4.1 types-tqdm
 
 .PHONY: demo test fuzz lint format clean
 .DELETE_ON_ERROR:

@@ -8,6 +8,7 @@ import gc
 import logging
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import (
@@ -91,7 +92,7 @@ class Reads:
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "c_call":
             if not self._importing:
-                self._called_native(what)
+                self._called_native(what, frame)
             return
         code = frame.f_code
         if code.co_name == "_find_and_load" and code.co_filename.startswith("<frozen importlib"):
@@ -113,13 +114,14 @@ class Reads:
             for name, value in held.items():
                 self._snapshot.add(value, name, DEPTH)
 
-    def _called_native(self, function: Any) -> None:
+    def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, torch.Generator):
             if name in ("manual_seed", "seed", "set_state", "graphsafe_set_state"):
                 self.seeded = name
         elif type(owner).__module__.startswith(("random", "numpy.random")) and name != "getstate":
-            self._drawn = True
+            # What compiles a kernel at its first call draws the names of temporary files.
+            self._drawn = self._drawn or not _is_below(tempfile.__file__, caller)
 
     @property
     def names(self) -> frozenset[str] | None:
@@ -173,6 +175,12 @@ class Reads:
         """Tells whether Python's or numpy's random numbers were drawn, which a graph would freeze."""
         before, now = self._random, _host_random()
         return self._drawn or before[0] != now[0] or (before[1] is not None and before[1] != now[1])
+
+
+def _is_below(file: str, frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != file:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_library(code: CodeType, names: dict[str, Any]) -> bool:

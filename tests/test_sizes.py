@@ -105,7 +105,7 @@ def test_no_suggestion_says_why(backend: Backend) -> None:
             model.forward.suggest_sizes(count)
     with pytest.warns(graphcache.GraphCacheWarning, match="pad="):
         model(backend.randn(3, 8))
-    with pytest.raises(GraphCacheError, match="exactly the sizes .* pad does not say"):
+    with pytest.raises(GraphCacheError, match=r"exactly the sizes .* pad does not say"):
         model.forward.suggest_sizes(3)
 
 
@@ -254,7 +254,7 @@ def test_eager_runs_out_of_memory_where_the_graph_does_not(
 
 @pytest.mark.parametrize("value", [1, -0.1, "5%", float("nan")])
 def test_a_share_that_makes_no_sense(value: Any) -> None:
-    with pytest.raises(OptionError, match="min_gain=.*such as 0.05"):
+    with pytest.raises(OptionError, match=r"min_gain=.*such as 0\.05"):
         cuda_graphed(MLP(), min_gain=value)
 
 

@@ -1,6 +1,8 @@
 """Contract 1, 5 and 6: how often the forward runs, and what it writes, is what eager would do."""
 
+import functools
 import gc
+import tempfile
 from collections import deque
 from typing import Any
 
@@ -309,6 +311,21 @@ def test_what_the_garbage_collector_runs_is_none_of_the_forward(backend: Backend
         gc.callbacks.remove(count)
     assert collections > 0
     assert model.forward.cache_info().hits == 2
+
+
+def test_names_of_temporary_files_are_no_random_numbers_of_the_forward(backend: Backend) -> None:
+    """Triton writes such files where it compiles a kernel, at the first call of a process."""
+    compiled = functools.cache(lambda: tempfile.TemporaryDirectory().cleanup())
+
+    def forward(x: Tensor) -> Tensor:
+        compiled()
+        return x + 1
+
+    model = cuda_graphed(forward, sizes=(2,))
+    for _ in range(3):
+        x = backend.randn(2, 3)
+        assert torch.equal(model(x), x + 1)
+    assert model.cache_info().hits == 2
 
 
 def test_attributes_that_the_first_call_fills_are_fine(backend: Backend) -> None:
