@@ -3,8 +3,10 @@
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -49,6 +51,10 @@ class GraphCache:
         name: its qualified name, for messages.
         options: see `cuda_graphed`.
         instance: what it is bound to, or None; not kept.
+
+    Attributes:
+        native: what serves calls before this is asked.
+        beside: those of the same forward over compiled code; they count as parts of this.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, options: Options, instance: Any) -> None:
@@ -70,6 +76,7 @@ class GraphCache:
         self._warned: set[str] = set()
         self._counts = Counts()
         self._pool: GraphPool | None = options.pool
+        self.beside: list[GraphCache] = []
 
     # The call
 
@@ -279,6 +286,7 @@ class GraphCache:
                 observer.external,
                 {id(tensor): tensor for tensor in observer.reached()},
                 observer.draws,
+                seen.compiled,
                 self._pool_for(call),
                 self.options.pad,
                 self.options.stale,
@@ -459,17 +467,21 @@ class GraphCache:
 
     def info(self) -> CacheInfo:
         """Returns the counts; see `CacheInfo`."""
-        counts = self._counts.copy()
+        counts, calls, batches = Counts(), 0, Counter[int]()
         graphed = self._graphed()
+        for cache in (self, *self.beside):
+            counts.merge(cache._counts)
+            calls += cache.native.calls
+            batches.update(cache.native.batches)
         for entry in graphed:
             for bucket in entry.buckets.values():
                 counts.add(bucket.native, copied=self.options.stale == "copy")
         return counts.info(
-            self.native.calls,
+            calls,
             [entry.buckets for entry in graphed],
             [entry.exact for entry in graphed if entry.exact is not None],
-            self._pool,
-            self.native.batches,
+            next((cache._pool for cache in (self, *self.beside) if cache._pool is not None), None),
+            batches,
         )
 
     def suggest_sizes(self, count: int) -> Suggestion:
@@ -477,13 +489,16 @@ class GraphCache:
         return suggestion(self.info(), [entry.exact for entry in self._graphed()], self.name, count)
 
     def _graphed(self) -> list[Entry]:
-        return [entry for entry in self._entries.values() if entry.buckets]
+        entries = chain(*(cache._entries.values() for cache in (self, *self.beside)))
+        return [entry for entry in entries if entry.buckets]
 
     def clear(self) -> None:
         """Drops the graphs and the counts.
 
         Outputs that are held stay as they are, until another graph of their pool runs.
         """
+        for cache in self.beside:
+            cache.clear()
         # No graph may go while another thread launches it.
         with self._pool.lock if self._pool is not None else nullcontext():
             while self._entries:

@@ -35,6 +35,7 @@ class Job(NamedTuple):
         outside: a tensor for each storage that the forward reached and was not given, by its key.
         reached: the tensors themselves, by identity, as far as somebody holds them.
         draws: whether it draws random numbers.
+        compiled: whether `torch.compile` makes some of it, which has to be done before a capture.
         pool, pad, stale, progress: see `cuda_graphed`.
     """
 
@@ -44,6 +45,7 @@ class Job(NamedTuple):
     outside: dict[int, Tensor]
     reached: dict[int, Tensor]
     draws: bool
+    compiled: bool
     pool: GraphPool
     pad: Pad
     stale: Stale
@@ -187,30 +189,43 @@ def capture_or_warm_up(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     """Captures the ladder; where that fails, warms every size up for real and tries once more.
 
     A library that initialises itself, or tunes a kernel, at a size that it has not seen stops a
-    capture, and only a real run gets it over that. What such a run writes is put back.
+    capture, and only a real run gets it over that. Code that is to be compiled always does.
 
     Raises:
         CaptureError: if a graph can't hold the forward.
     """
+    if not job.compiled:
+        try:
+            return capture_ladder(job, sizes)
+        except CaptureError:  # ours: it knows what can't be captured
+            raise
+        except Exception as error:
+            logger.debug("%s: warming up, as its capture failed", job.name, exc_info=error)
     try:
-        return capture_ladder(job, sizes)
-    except CaptureError:  # ours: it knows what can't be captured
-        raise
-    except Exception as error:
-        logger.debug("%s: warming up, as its capture failed", job.name, exc_info=error)
-    try:
-        inputs = StaticInputs(job.call, max(sizes))
-        for size in sorted(sizes, reverse=True):
-            static = inputs.at(size)
-            _fill(job, static, size)
-            leaves = job.arguments(static)
-            with inlining(), Observer(job.pool.device, leaves, restore=True).watch():
-                job.run(leaves)
+        _warm_up(job, sizes)
         return capture_ladder(job, sizes)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}, at {user_line_of(error)}") from error
+
+
+def _warm_up(job: Job, sizes: Sequence[int]) -> None:
+    """Runs the forward at every size, and puts back what it writes."""
+    inputs = StaticInputs(job.call, max(sizes))
+    for size in sorted(sizes, reverse=True):
+        static = inputs.at(size)
+        _fill(job, static, size)
+        leaves = job.arguments(static)
+        observer = Observer(job.pool.device, leaves, restore=True)
+        try:
+            with inlining(), observer.watch():
+                job.run(leaves)
+            if job.compiled:  # what is compiled does not run while it is watched
+                with inlining(), uncached_autocast(), observer.undone():
+                    job.run(leaves)
+        except torch.OutOfMemoryError:
+            continue  # as its capture will
 
 
 def learn_batch_dims(

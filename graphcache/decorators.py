@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,7 +18,8 @@ from torch.compiler import is_compiling
 from graphcache import _C
 from graphcache.buckets import Suggestion
 from graphcache.cache import GraphCache
-from graphcache.errors import GraphCacheError, OptionError
+from graphcache.compiled import ASKED, Compile, CompiledCall, is_asked
+from graphcache.errors import GraphCacheError, GraphCacheWarning, OptionError
 from graphcache.options import Options
 from graphcache.pool import GraphPool, Stale
 from graphcache.staging import Pad
@@ -200,10 +202,17 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
     graphs with it, go when their last user does.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], options: Options) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        options: Options,
+        *,
+        compiled: bool = False,
+    ) -> None:
         reference, caches = weakref.ref(module), _Caches(options)
         # A forward that somebody else put on the instance is called as it is.
-        is_method = function is _class_forward(type(module))
+        is_method = compiled or function is _class_forward(type(module))
 
         # A closure, not a method: torch.compile traces it, and can't trace methods of a wrapper.
         def dispatch(
@@ -226,7 +235,8 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         self._self_caches = caches
         self._self_served = caches.served(module)
         self._self_is_method = is_method
-        self._enter_early(module)
+        if not compiled:
+            self._enter_early(module)
 
     def _enter_early(self, module: nn.Module) -> None:
         """Has `module(...)` ask native code before it looks for hooks.
@@ -250,6 +260,19 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
     def _cache(self) -> GraphCache:
         caches: _Caches = self._self_caches
         return caches.of(*self._wrapped_call())
+
+    def over(self, compile: Compile) -> "InstanceForward | None":
+        """Returns a graphed forward over compiled code of the same function, counted with this one.
+
+        None where the function is not of the module's class: it may be bound to something else.
+        """
+        module = self._wrapped_call()[1]
+        if not self._self_is_method:
+            return None
+        code = compile(self.__wrapped__)
+        made = InstanceForward(module, code, self._self_caches.options, compiled=True)
+        self._cache().beside.append(made._cache())
+        return made
 
     @property
     def __self__(self) -> Any:
@@ -276,6 +299,8 @@ def _is_alone(forward: Any, owner: Any) -> bool:
     called = _called_module()
     if called is None:
         _refuse_shared(forward, owner)
+        if (own := vars(owner).get("forward")) is not forward:  # that is over compiled code
+            _refuse_shared(own, owner)
     return called is None or called is owner
 
 
@@ -322,6 +347,11 @@ _C.serve_bound_calls(_BoundForward)
 def _class_forward(kind: type) -> Callable[..., Any]:
     forward = kind.forward  # type: ignore[attr-defined]
     return forward.__wrapped__ if isinstance(forward, GraphedForward) else forward
+
+
+def _over_compiled(module: nn.Module, compile: Compile) -> InstanceForward | None:
+    forward = vars(module).get("forward")
+    return forward.over(compile) if isinstance(forward, InstanceForward) else None
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:
@@ -446,6 +476,20 @@ def cuda_graphed(
     return _decorate(target, options)
 
 
+def _warn_of_other_ways_in(module: nn.Module) -> None:
+    """Warns where calls that users make get round the graphs."""
+    kind = type(module).__qualname__
+    inner = vars(module).get("_modules", {}).get("_orig_mod")
+    if inner is not None and is_asked(inner):
+        kind = type(inner).__qualname__
+        why = "generate() of a compiled model calls the one inside it; give that: cuda_graphed(model)"
+    elif getattr(module._compiled_call_impl, "__module__", __name__) != __name__:
+        why = "it was compiled in place (Module.compile), and calls run that; use torch.compile(module)"
+    else:
+        return
+    warnings.warn(f"graphcache: {kind} has graphs that are not used: {why}", GraphCacheWarning, 4)
+
+
 def _decorate(target: Any, options: Options) -> Any:
     if isinstance(target, nn.Module):
         own = vars(target).get("forward", None)
@@ -454,6 +498,9 @@ def _decorate(target: Any, options: Options) -> Any:
         function = own if own is not None else _class_forward(type(target))
         options.check_names(function)
         target.forward = InstanceForward(target, function, options)
+        if is_asked(target):
+            vars(target)[ASKED] = CompiledCall(target, _over_compiled)
+        _warn_of_other_ways_in(target)
         return target
     if inspect.isclass(target):
         if not callable(getattr(target, "forward", None)):

@@ -17,6 +17,10 @@ from graphcache.staging import Pad
 from graphcache.tree import flatten
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
+COMPILED_TO_GRAPHS = (
+    "torch.compile makes CUDA graphs of it (mode='reduce-overhead' or 'max-autotune'), which no graph "
+    "can hold; compile it with mode='default' or 'max-autotune-no-cudagraphs'"
+)
 GIVE_PAD = (
     "its forward writes to state outside itself (a cache, a buffer), so it is captured at exactly the "
     "batch sizes that it is called with. To have it padded, say what a padded row must hold so that it "
@@ -63,10 +67,17 @@ class Observation:
             self.observer.note_read(tensor)
         return layout
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `torch.compile` made some of the forward; it ran as it was before that."""
+        return self._reads.compiled
+
     def check(self) -> None:
         """Raises `CaptureError` if a graph can't do what the forward did."""
         if self.observer.blocker is not None:
             raise CaptureError(self.observer.blocker)
+        if self._reads.captures:
+            raise CaptureError(COMPILED_TO_GRAPHS)
         if self._reads.seeded:
             raise CaptureError(f"it sets the state of a random generator ({self._reads.seeded})")
         if self._reads.drew_on_the_host():

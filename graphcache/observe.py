@@ -204,6 +204,19 @@ class Observer(TorchDispatchMode):
         if key not in self.external and key not in self._inputs and key not in self._made:
             self._made[key] = StorageWeakRef(tensor.untyped_storage())
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Puts back afterwards what was seen to be written, and the generator; watches nothing."""
+        saved, before = SavedState(), self._random_state()
+        for tensor in [*self.external.values(), *self._suspects]:
+            if _C.storage_key(tensor) in self.written:
+                saved.save(tensor)
+        try:
+            yield
+        finally:
+            saved.restore()
+            self._set_random_state(before)
+
     def reached(self) -> list[Tensor]:
         """Returns the tensors that came from elsewhere and that somebody holds still."""
         return [tensor for known in self._reached.values() if (tensor := known()) is not None]

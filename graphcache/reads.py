@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -45,6 +46,7 @@ NOT_SEARCHED = (
 # Objects of these keep caches of their own, which change what is fast and not what is right.
 _OPAQUE = ("triton", "cupy", "numba", "cuda", "torch._", "torch.ops", "torch.library", "torch.cuda")
 
+_COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 Place = tuple[Any, Any, Any]  # a container or a closure cell, a key, and what is there
@@ -62,6 +64,8 @@ class Reads:
         self._codes: dict[CodeType, dict[str, Any]] = {}  # and the globals of each
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self.seeded: str | None = None  # what it called of a generator of torch, to set its state
+        self.compiled = False  # by torch.compile, in whole or in part
+        self.captures = False  # and that makes CUDA graphs of its own
         self._drawn = False
         self._importing = 0  # what a first import runs is none of the forward's
         self._snapshot = _Snapshot()
@@ -97,7 +101,13 @@ class Reads:
         code = frame.f_code
         if code.co_name == "_find_and_load" and code.co_filename.startswith("<frozen importlib"):
             self._importing += {"call": 1, "return": -1}.get(event, 0)
-        if event != "call" or self._importing or code in self._codes:
+        if event != "call" or self._importing:
+            return
+        if code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
+            self.compiled = True
+            config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
+            self.captures = self.captures or bool(config.get("triton.cudagraphs"))
+        if code in self._codes:
             return
         self._codes[code] = frame.f_globals
         if _is_library(code, frame.f_globals):

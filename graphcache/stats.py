@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -178,14 +178,14 @@ class Counts:
     expired: int = 0
     copied: int = 0
 
-    def copy(self) -> "Counts":
-        """Returns counters that can be added to without changing these."""
-        return replace(
-            self,
-            replays=self.replays.copy(),
-            padded=self.padded.copy(),
-            eager=self.eager.copy(),
-        )
+    def merge(self, other: "Counts") -> None:
+        """Adds all counts of `other`."""
+        for count in fields(self):
+            mine, theirs = getattr(self, count.name), getattr(other, count.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, count.name, mine + theirs)
 
     def add(self, bucket: _C.Bucket, *, copied: bool) -> None:
         """Adds what one graph counted; `copied` tells what it did to held outputs."""

@@ -27,6 +27,7 @@ ORDER = [
 ]
 LEAVES = {
     "buckets": {"errors"},
+    "compiled": set(),
     "config": {"errors"},
     "errors": set(),
     "fingerprint": {"_C"},
