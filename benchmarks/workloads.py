@@ -133,22 +133,24 @@ def gpt_inputs(model: nn.Module, batch: int, device: torch.device) -> Inputs:
 # Llama-3.2-1B
 
 LLAMA_PROMPT = 64
+LLAMA: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
 
 
 def _llama(device: torch.device, small: bool) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape: dict[str, Any] = {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    }
+    shape = LLAMA
     if small:
-        shape |= {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        shape = shape | {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128}
+        shape |= {"num_hidden_layers": 2}
         shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     config = LlamaConfig(
         **shape, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True

@@ -1,9 +1,12 @@
-"""`python -m graphcache`: `doctor` reports the environment and tries it, `demo` serves a module."""
+"""`python -m graphcache`: `doctor` tries the environment, `demo` serves a module, `bench` times one."""
 
 import argparse
+import copy
 import os
 import platform
 import sys
+from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -47,11 +50,15 @@ def _try(device: torch.device) -> bool:
     return bool(graphed.cache_info().hits == 2)  # type: ignore[attr-defined]
 
 
+def _module(device: torch.device) -> torch.nn.Module:
+    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(256, 256), torch.nn.ReLU())]
+    return torch.nn.Sequential(*layers).to(device)
+
+
 def demo() -> int:
     """Serves a small module at batches that shrink, and prints what `cache_info()` tells of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(256, 256), torch.nn.ReLU())]
-    model = graphcache.cuda_graphed(torch.nn.Sequential(*layers).to(device), sizes=(1, 2, 4, 8, 16))
+    model = graphcache.cuda_graphed(_module(device), sizes=(1, 2, 4, 8, 16))
     with graphcache.emulate(), torch.inference_mode():
         for batch in range(16, 0, -1):
             for _ in range(3):
@@ -60,11 +67,45 @@ def demo() -> int:
     return 0
 
 
+def bench(calls: int = 500) -> int:
+    """Times a small module eagerly and by its graphs, in turns, and prints the medians."""
+    if not torch.cuda.is_available():
+        print("graphcache: speed is told on a GPU only, and torch finds none here", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    plain = _module(device)
+    arms = {"eager": plain, "graphcache": graphcache.cuda_graphed(copy.deepcopy(plain), sizes=(4, 16))}
+    print(f"{torch.cuda.get_device_name(device)}: 4 layers of 256; medians of {calls} calls")
+    print("batch  host us: eager  graphcache   latency us: eager  graphcache")
+    with torch.inference_mode():
+        for batch in (4, 11, 16):
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+            for _ in range(calls + 10):
+                x = torch.randn(batch, 256, device=device)
+                results = []
+                for name, module in arms.items():
+                    torch.cuda.synchronize(device)
+                    start = perf_counter()
+                    results.append(module(x))
+                    host = perf_counter() - start
+                    torch.cuda.synchronize(device)
+                    times[name].append((host * 1e6, (perf_counter() - start) * 1e6))
+                eager, graphed = results
+                if not torch.allclose(graphed, eager, rtol=1e-3, atol=1e-4):
+                    print(f"graphcache: batch {batch} DIFFERS FROM eager", file=sys.stderr)
+                    return 1
+            (host, latency), (our_host, our_latency) = (
+                map(median, zip(*pairs[10:], strict=True)) for pairs in times.values()
+            )
+            print(f"{batch:>5} {host:>15.1f} {our_host:>11.1f} {latency:>19.1f} {our_latency:>11.1f}")
+    return 0
+
+
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m graphcache", description=__doc__)
-    parser.add_argument("command", choices=["doctor", "demo"])
-    return {"doctor": doctor, "demo": demo}[parser.parse_args().command]()
+    parser.add_argument("command", choices=["doctor", "demo", "bench"])
+    return {"doctor": doctor, "demo": demo, "bench": bench}[parser.parse_args().command]()
 
 
 if __name__ == "__main__":

@@ -1171,6 +1171,27 @@ def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor) -> N
     assert before.eq(4).all()
 
 
+def test_a_triton_kernel_tunes_itself(backend: Backend) -> None:
+    """It launches, waits and measures at each size that it has not seen, which ends a capture."""
+    if not backend.name.startswith("cuda"):
+        pytest.skip("Triton needs a GPU")
+    pytest.importorskip("triton")
+    from tests.triton_kernels import double
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        double[lambda chosen: (-(-x.numel() // chosen["block"]),)](x, y, x.numel())
+        return y + 1
+
+    model = cuda_graphed(forward, sizes=(2, 4, 8))
+    for batch in (4, 8, 3, 2, 8, 4, 3):
+        x = backend.randn(batch, 8)
+        equal(model(x), x * 2 + 1)
+    assert info(model).sizes == (2, 4, 8)
+    assert info(model).hits >= 4
+
+
 @EMULATED
 @pytest.mark.parametrize("write", [bump_by_address, bump_by_numpy])
 def test_the_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:

@@ -8,3 +8,10 @@ import triton.language as tl
 def add_one(x, count: tl.constexpr):
     at = tl.arange(0, count)
     tl.store(x + at, tl.load(x + at) + 1)
+
+
+@triton.autotune([triton.Config({"block": 16}), triton.Config({"block": 64})], key=["count"])
+@triton.jit
+def double(x, y, count, block: tl.constexpr):
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    tl.store(y + at, tl.load(x + at, mask=at < count) * 2, mask=at < count)
