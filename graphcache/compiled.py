@@ -8,7 +8,6 @@ check of each tensor at every step; ours need one launch, and the kernels are th
 import copy
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from torch.nn.modules import module as nn_module
 
 ASKED = "get_compiled_call"
 _WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-
-Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def is_asked(module: nn.Module) -> bool:
@@ -31,14 +28,13 @@ class CompiledCall:
 
     Args:
         module: whose method it stands in for; it lies in the module's `__dict__` and refers back weakly.
-        graphed: makes a graphed forward, given the module and what compiles; returns None where that
-            can't take the place of a call.
+        graphed: given the module and how to compile, returns a graphed forward over compiled code; None
+            where that can't take the place of a call.
     """
 
-    def __init__(self, module: nn.Module, graphed: Callable[[nn.Module, Compile], Any | None]) -> None:
+    def __init__(self, module: nn.Module, graphed: Callable[[nn.Module, Any], Any | None]) -> None:
         self._module = weakref.ref(module)
         self._graphed = graphed
-        self._made: tuple[Any, Any] | None = None  # what was asked for last, and the answer
 
     def __call__(self, compile_config: Any = None) -> Any:
         """Returns what `generate` calls for a decode step."""
@@ -47,10 +43,8 @@ class CompiledCall:
         asked = compile_config or getattr(module, "_last_compile_config", None)
         if not hasattr(theirs, "_torchdynamo_orig_callable") or asked is None or _is_hooked(module):
             return theirs  # some models compile nothing, whatever is asked for
-        if self._made is None or self._made[0] != asked:
-            options = without_graphs(asked.to_dict())
-            self._made = asked, self._graphed(module, partial(torch.compile, **options))
-        return theirs if self._made[1] is None else self._made[1]
+        ours = self._graphed(module, asked)
+        return theirs if ours is None else ours
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return CompiledCall, (self._module(), self._graphed)
@@ -62,6 +56,11 @@ class CompiledCall:
 
 def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or nn_module._has_any_global_hook())
+
+
+def compiled_as(asked: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` compiled as a `CompileConfig` of transformers says, but for graphs."""
+    return torch.compile(function, **without_graphs(asked.to_dict()))
 
 
 def without_graphs(options: dict[str, Any]) -> dict[str, Any]:

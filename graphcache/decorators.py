@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from graphcache import _C
 from graphcache.buckets import Suggestion
 from graphcache.cache import GraphCache
-from graphcache.compiled import ASKED, Compile, CompiledCall, is_asked
+from graphcache.compiled import ASKED, CompiledCall, compiled_as, is_asked
 from graphcache.errors import GraphCacheError, GraphCacheWarning, OptionError
 from graphcache.options import Options
 from graphcache.pool import GraphPool, Stale
@@ -221,20 +221,22 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             owner = reference()
             if is_compiling():
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
-            called = _called_module()
+            called = owner if compiled else _called_module()
             if called is None:
-                _refuse_shared(vars(owner).get("forward"), owner)
+                _refuse_shared(vars(owner).get("forward"), owner, "missed")
             elif called is not owner:
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
             bound = MethodType(wrapped, owner) if is_method else wrapped
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)
-        self._self_known_count = 0
+        self._self_known_counts: dict[str, int] = {}
         self._self_module = reference
         self._self_caches = caches
         self._self_served = caches.served(module)
         self._self_is_method = is_method
+        self._self_compiled = compiled
+        self._self_over: list[tuple[Any, InstanceForward]] = []
         if not compiled:
             self._enter_early(module)
 
@@ -261,16 +263,28 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         caches: _Caches = self._self_caches
         return caches.of(*self._wrapped_call())
 
-    def over(self, compile: Compile) -> "InstanceForward | None":
+    def over(self, asked: Any) -> "InstanceForward | None":
         """Returns a graphed forward over compiled code of the same function, counted with this one.
 
-        None where the function is not of the module's class: it may be bound to something else.
+        Args:
+            asked: how to compile; see `compiled_as`.
+
+        Returns:
+            None where the function is not of the module's class: it may be bound to something else.
+
+        Raises:
+            GraphCacheError: where a shallow copy of the module may be meant.
         """
         module = self._wrapped_call()[1]
+        _refuse_shared(self, module, "compiled")  # here, so that no call has to ask
+        for known, made in self._self_over:
+            if known == asked:
+                return made
         if not self._self_is_method:
             return None
-        code = compile(self.__wrapped__)
+        code = compiled_as(asked, self.__wrapped__)
         made = InstanceForward(module, code, self._self_caches.options, compiled=True)
+        self._self_over.append((asked, made))
         self._cache().beside.append(made._cache())
         return made
 
@@ -295,18 +309,27 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         return InstanceForward(module, function, self._self_caches.options)
 
 
-def _is_alone(forward: Any, owner: Any) -> bool:
+def _is_alone(forward: InstanceForward, owner: Any) -> bool:
+    if forward._self_compiled:
+        return True
     called = _called_module()
     if called is None:
-        _refuse_shared(forward, owner)
-        if (own := vars(owner).get("forward")) is not forward:  # that is over compiled code
-            _refuse_shared(own, owner)
+        _refuse_shared(forward, owner, "served")
     return called is None or called is owner
 
 
-def _refuse_shared(forward: Any, owner: Any) -> None:
-    """Raises where `forward` lies in other modules than its own: a call may be of any of them."""
-    if not isinstance(forward, InstanceForward) or sys.getrefcount(forward) == forward._self_known_count:
+def _refuse_shared(forward: Any, owner: Any, where: str) -> None:
+    """Raises where `forward` lies in other modules than its own: a call may be of any of them.
+
+    Args:
+        forward: of a module.
+        owner: the module that it was made for.
+        where: who asks: as many refer to the forward there each time, unless something was copied.
+    """
+    if not isinstance(forward, InstanceForward):
+        return
+    known = forward._self_known_counts
+    if sys.getrefcount(forward) == known.get(where):
         return
     for holder in gc.get_referrers(forward):
         if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
@@ -315,7 +338,7 @@ def _refuse_shared(forward: Any, owner: Any) -> None:
                 "copy of its module shares it: which of the two is meant can't be told. Call the "
                 "module, or copy it with copy.deepcopy"
             )
-    forward._self_known_count = sys.getrefcount(forward)
+    known[where] = sys.getrefcount(forward)
 
 
 def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
@@ -349,9 +372,9 @@ def _class_forward(kind: type) -> Callable[..., Any]:
     return forward.__wrapped__ if isinstance(forward, GraphedForward) else forward
 
 
-def _over_compiled(module: nn.Module, compile: Compile) -> InstanceForward | None:
+def _over_compiled(module: nn.Module, asked: Any) -> InstanceForward | None:
     forward = vars(module).get("forward")
-    return forward.over(compile) if isinstance(forward, InstanceForward) else None
+    return forward.over(asked) if isinstance(forward, InstanceForward) else None
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:

@@ -262,6 +262,29 @@ def test_a_compiled_model_says_that_generate_gets_round_it(backend: Backend) -> 
         cuda_graphed(compiled, sizes=(2,))
 
 
+def test_who_shares_a_forward_is_not_searched_for_at_each_call(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search goes through all objects of the process, which takes a tenth of a second."""
+    _, model = asking(backend, sizes=(2,), pad=0)
+    x, larger = backend.randn(2, 8), backend.randn(3, 8)
+
+    def use() -> None:
+        for rows in (x, larger, x):  # replayed, and not
+            model.decode(rows)
+            model.forward(rows)
+
+    use()
+    use()
+    searched: list[Any] = []
+    monkeypatch.setattr(gc, "get_referrers", lambda *of: searched.append(of) or [])
+    hits = model.forward.cache_info().hits
+    use()
+    use()
+    assert model.forward.cache_info().hits > hits
+    assert not searched
+
+
 def test_it_dies_with_its_module(backend: Backend) -> None:
     _, model = asking(backend, sizes=(2,), pad=0)
     model.decode(backend.randn(2, 8))
