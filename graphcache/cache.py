@@ -285,6 +285,7 @@ class GraphCache:
                 call,
                 observer.external,
                 {id(tensor): tensor for tensor in observer.reached()},
+                observer.written_outside(),
                 observer.draws,
                 seen.compiled,
                 self._pool_for(call),

@@ -18,7 +18,7 @@ from graphcache.pool import GraphPool, Lane, Stale
 from graphcache.runtime import Graph, inlining
 from graphcache.signature import BOUND, Call
 from graphcache.staging import Pad, Stager, StaticInputs, native_stage
-from graphcache.state import uncached_autocast
+from graphcache.state import kept_as_is, uncached_autocast
 from graphcache.timing import AFTER, Timing
 from graphcache.tree import NotATree, flatten
 
@@ -34,6 +34,7 @@ class Job(NamedTuple):
         call: the first call of its signature.
         outside: a tensor for each storage that the forward reached and was not given, by its key.
         reached: the tensors themselves, by identity, as far as somebody holds them.
+        written: a tensor for each storage that it writes to and did not make.
         draws: whether it draws random numbers.
         compiled: whether `torch.compile` makes some of it, which has to be done before a capture.
         pool, pad, stale, progress: see `cuda_graphed`.
@@ -44,6 +45,7 @@ class Job(NamedTuple):
     call: Call
     outside: dict[int, Tensor]
     reached: dict[int, Tensor]
+    written: list[Tensor]
     draws: bool
     compiled: bool
     pool: GraphPool
@@ -211,7 +213,10 @@ def capture_or_warm_up(job: Job, sizes: Sequence[int]) -> list[Bucket]:
 
 
 def _warm_up(job: Job, sizes: Sequence[int]) -> None:
-    """Runs the forward at every size, and puts back what it writes."""
+    """Runs the forward at every size, and puts back what it writes.
+
+    That is what it wrote at the first call, also past torch's operators, and what it is seen to write.
+    """
     inputs = StaticInputs(job.call, max(sizes))
     for size in sorted(sizes, reverse=True):
         static = inputs.at(size)
@@ -219,11 +224,12 @@ def _warm_up(job: Job, sizes: Sequence[int]) -> None:
         leaves = job.arguments(static)
         observer = Observer(job.pool.device, leaves, restore=True)
         try:
-            with inlining(), observer.watch():
-                job.run(leaves)
-            if job.compiled:  # what is compiled does not run while it is watched
-                with inlining(), uncached_autocast(), observer.undone():
+            with inlining(), kept_as_is(job.written):
+                with observer.watch():
                     job.run(leaves)
+                if job.compiled:  # what is compiled does not run while it is watched
+                    with uncached_autocast(), observer.undone():
+                        job.run(leaves)
         except torch.OutOfMemoryError:
             continue  # as its capture will
 

@@ -28,7 +28,7 @@ from graphcache.ops import (
     user_line,
     written_by,
 )
-from graphcache.state import SavedState, uncached_autocast, uncompiled
+from graphcache.state import SavedState, kept_as_is, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
 
@@ -207,15 +207,18 @@ class Observer(TorchDispatchMode):
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Puts back afterwards what was seen to be written, and the generator; watches nothing."""
-        saved, before = SavedState(), self._random_state()
-        for tensor in [*self.external.values(), *self._suspects]:
-            if _C.storage_key(tensor) in self.written:
-                saved.save(tensor)
+        before = self._random_state()
         try:
-            yield
+            with kept_as_is(self.written_outside()):
+                yield
         finally:
-            saved.restore()
             self._set_random_state(before)
+
+    def written_outside(self) -> list[Tensor]:
+        """Returns a tensor for each storage that was written to and that the forward did not make."""
+        known = [*self.external.values(), *self._suspects]
+        written = {_C.storage_key(tensor): tensor for tensor in known}
+        return [tensor for key, tensor in written.items() if key in self.written]
 
     def reached(self) -> list[Tensor]:
         """Returns the tensors that came from elsewhere and that somebody holds still."""

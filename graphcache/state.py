@@ -1,7 +1,7 @@
 """State around a forward: what was written is put back, what would outlive a capture is kept out."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,18 @@ class SavedState:
         for everything, copy, _ in self._saved.values():
             everything.copy_(copy)
         self._saved.clear()
+
+
+@contextmanager
+def kept_as_is(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts the bytes of `tensors` back after the block, whatever happens in it."""
+    saved = SavedState()
+    for tensor in tensors:
+        saved.save(tensor)
+    try:
+        yield
+    finally:
+        saved.restore()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ import graphcache
 from graphcache import GraphCacheWarning, cuda_graphed
 from graphcache.pool import Lane
 from graphcache.stats import CacheInfo
-from tests.conftest import Backend
+from tests.conftest import Backend, Counter
 from tests.test_launch import on
 from tests.test_state import Capturing
 
@@ -1146,6 +1146,37 @@ def test_a_triton_kernel_writes_to_a_buffer_and_to_an_argument(backend: Backend,
         assert model.state.eq(step).all()
         assert counts.eq(step).all()
     assert info(model).hits >= 3
+
+
+def test_a_triton_kernel_writes_and_the_first_capture_fails(backend: Backend, x: Tensor) -> None:
+    """Sizes are warmed up for real then; what no operator declares is put back all the same."""
+    if not backend.name.startswith("cuda"):
+        pytest.skip("Triton needs a GPU")
+    pytest.importorskip("triton")
+    from tests.triton_kernels import add_one
+
+    captures = Counter()
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.zeros(16))
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            add_one[(1,)](self.state, 16)
+            add_one[(1,)](counts, 16)
+            if torch.cuda.is_current_stream_capturing() and captures.add() == 1:
+                raise RuntimeError("not initialised")
+            return x + self.state[:8] + counts[8:]
+
+    model = cuda_graphed(Writes().to(backend.device), sizes=(2,))
+    counts = torch.zeros(16, device=backend.device)
+    for step in range(1, 5):
+        equal(model(x, counts), x + 2 * step)
+        assert model.state.eq(step).all()
+        assert counts.eq(step).all()
+    assert int(captures) == 2
+    assert info(model).hits >= 2
 
 
 def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor) -> None:
