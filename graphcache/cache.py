@@ -215,7 +215,7 @@ class GraphCache:
             entry.native = None
 
     def _retire(self, bucket: Bucket) -> None:
-        self._counts.add(bucket.native, copied=self.options.stale == "copy")
+        self._counts.add(bucket.native)
 
     # The first call of a signature
 
@@ -248,7 +248,8 @@ class GraphCache:
                     return
                 self._learn(function, instance, call, observe(function, instance, call, restore=True))
         except Unservable as reason:
-            self._warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
+            if not config.is_disabled():
+                self._warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
 
     def _learn(
         self,
@@ -476,7 +477,7 @@ class GraphCache:
             batches.update(cache.native.batches)
         for entry in graphed:
             for bucket in entry.buckets.values():
-                counts.add(bucket.native, copied=self.options.stale == "copy")
+                counts.add(bucket.native)
         return counts.info(
             calls,
             [entry.buckets for entry in graphed],

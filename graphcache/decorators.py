@@ -461,7 +461,8 @@ def cuda_graphed(
             Arguments that the forward writes to are bound by themselves, and so are large ones (4 MiB)
             without a batch dimension. Another address is another signature.
         stale: what becomes of an output that is still held when its memory is overwritten: with
-            "error" any later use of it raises, with "copy" it is moved to memory of its own before.
+            "error" any later use of it raises, with "copy" it is moved to memory of its own before. What
+            the forward that made it was given counts, whichever overwrites it.
         pool: the memory to use; the global one of the device by default.
         fallback: run a forward that can't be captured eagerly, with one warning; or raise.
         progress: show a progress bar while capturing; None: on a terminal, if it takes over a second.

@@ -161,7 +161,7 @@ class Observer(TorchDispatchMode):
 
     def note_read(self, tensor: Tensor) -> None:
         """Notes a tensor that the forward has got hold of."""
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type == "meta":
             return
         known = self._known.get(id(tensor))
         if known is not None and known() is tensor:
@@ -195,8 +195,9 @@ class Observer(TorchDispatchMode):
             self.blocked("it writes to memory past torch's operators, which emulation can't record")
 
     def _note_made(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided:
-            self.blocked(f"a tensor of layout {tensor.layout} is made at {user_line()}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+            self.blocked(f"{kind} is made at {user_line()}")
             return
         if id(tensor) not in self._reached:
             self._known[id(tensor)] = ref(tensor)

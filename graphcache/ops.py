@@ -5,7 +5,8 @@ Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in
 
 import sys
 import sysconfig
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,28 @@ class HostReads(TorchFunctionMode):
         Tensor.__format__, Tensor.__dlpack__,
     )  # fmt: skip
 
+    _asked = torch.overrides.has_torch_function
+    _active, _lock = 0, threading.Lock()
+
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
+
+    # nn.MultiheadAttention and nn.Transformer leave their fast path where a mode like this is active:
+    # then the first call would not be what eager is.
+    def __enter__(self) -> "HostReads":
+        with self._lock:
+            HostReads._active += 1
+            torch.overrides.has_torch_function = _has_torch_function
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with self._lock:
+            HostReads._active -= 1
+            if not HostReads._active:
+                torch.overrides.has_torch_function = HostReads._asked
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -214,6 +234,14 @@ class HostReads(TorchFunctionMode):
         """Called where code past torch's operators gets the address of `tensor`, such as Triton's."""
         if self._device.type == "cpu":
             self.found("data_ptr() leads past the operators, where emulation sees nothing,")
+
+
+def _has_torch_function(args: Iterable[Any]) -> bool:
+    """Tells what `torch.overrides.has_torch_function` does without `HostReads`, in any thread."""
+    if isinstance(torch.overrides._get_current_function_mode(), HostReads):
+        with torch.overrides._pop_mode_temporarily():
+            return _has_torch_function(args)
+    return bool(HostReads._asked(args))
 
 
 def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -62,8 +62,8 @@ class CacheInfo:
         dropped: kinds of call whose graphs went for others, as they were not called for longest.
         captures: graphs captured, those dropped since included.
         capture_seconds: time that took.
-        expired: held outputs that a later call made unreadable (stale="error").
-        copied: held outputs that a later call moved away (stale="copy").
+        expired: held outputs that calls of this made unreadable (of forwards with stale="error").
+        copied: held outputs that calls of this moved away (of forwards with stale="copy").
         pool_bytes: memory reserved by the pool, which other modules may share.
         saved_bytes: outputs of other sizes than the largest, which strong references would pin as well.
         notes: what keeps this forward from being padded or captured, if anything.
@@ -187,15 +187,13 @@ class Counts:
             else:
                 setattr(self, count.name, mine + theirs)
 
-    def add(self, bucket: _C.Bucket, *, copied: bool) -> None:
-        """Adds what one graph counted; `copied` tells what it did to held outputs."""
+    def add(self, bucket: _C.Bucket) -> None:
+        """Adds what one graph counted."""
         if bucket.replays:
             self.replays[bucket.size] += bucket.replays
             self.padded[bucket.size] += bucket.padded_rows
-        if copied:
-            self.copied += bucket.given_up
-        else:
-            self.expired += bucket.given_up
+        self.expired += bucket.expired
+        self.copied += bucket.copied
 
     def info(
         self,

@@ -3,6 +3,7 @@
 import gc
 import logging
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ def test_disabled(backend: Backend, mlp: MLP, monkeypatch: pytest.MonkeyPatch) -
     cuda_graphed(mlp, sizes=(2,))
     with graphcache.disabled():
         mlp(backend.randn(2, 8))
+        mlp.forward.warmup(backend.randn(2, 8))  # nothing to warn of: it was asked for
     assert reasons(mlp) == {"disabled": 1}
 
 
@@ -368,3 +370,32 @@ def test_progress_bar_on_request_only(
     assert capsys.readouterr().err == ""
     cuda_graphed(mlp, sizes=(1, 2), progress=True)(backend.randn(2, 8))
     assert "graphcache: capturing MLP.forward" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_run_eagerly(backend: Backend) -> None:
+    """Their sizes are on the host: a graph would keep those of its capture."""
+
+    def forward(x: Tensor) -> Tensor:
+        nested = torch.nested.as_nested_tensor([x[0], x[1, :3]])
+        return nested.to_padded_tensor(0.0)
+
+    model = cuda_graphed(forward, sizes=(2,), fallback=False)
+    with pytest.raises(CaptureError, match="a nested tensor is made at"):
+        model(backend.randn(2, 8))
+
+
+def test_a_transformer_encoder_with_a_padding_mask(backend: Backend) -> None:
+    """On its fast path it packs the rows that the mask leaves, which is another number each time."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).to(backend.device).eval()
+    model = cuda_graphed(encoder, sizes=(2,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for length in (5, 3, 6, 6):
+            x = backend.randn(2, 6, 16)
+            mask = torch.arange(6, device=backend.device) >= torch.tensor([[6], [length]]).to(x.device)
+            got = model(x, src_key_padding_mask=mask)
+            assert torch.allclose(got, eager(model, x, src_key_padding_mask=mask), atol=1e-4)
+    assert any("a nested tensor is made at" in why for why in reasons(model))
+    assert torch.overrides.has_torch_function is torch._C._has_torch_function

@@ -209,3 +209,29 @@ def test_an_output_that_the_user_expires_is_gone_alone(backend: Backend, mlp: ML
         out.sum()
     del out
     assert close(mlp(x), eager(mlp, x))
+
+
+def test_what_a_comparison_replays_is_held_by_nobody(backend: Backend, mlp: MLP) -> None:
+    for stale in ("error", "copy"):
+        model = cuda_graphed(MLP().to(backend.device), sizes=(8,), stale=stale)
+        for _ in range(6):
+            model(backend.randn(3, 8))
+        info = model.forward.cache_info()
+        assert info.hits > 0
+        assert (info.expired, info.copied) == (0, 0)
+
+
+@pytest.mark.parametrize("stale", ["error", "copy"])
+def test_the_option_of_its_maker_decides_what_becomes_of_an_output(backend: Backend, stale: str) -> None:
+    pool = backend.pool()
+    other = "copy" if stale == "error" else "error"
+    maker = cuda_graphed(MLP().to(backend.device), sizes=(2,), stale=stale, pool=pool)
+    overwriter = cuda_graphed(MLP().to(backend.device), sizes=(2,), stale=other, pool=pool)
+    x = backend.randn(2, 8)
+    maker(x)
+    overwriter(x)
+    held = maker(x)
+    overwriter(x)
+    assert is_expired(held) == (stale == "error")
+    info = overwriter.forward.cache_info()
+    assert (info.expired, info.copied) == ((1, 0) if stale == "error" else (0, 1))

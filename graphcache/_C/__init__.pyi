@@ -313,7 +313,8 @@ class Bucket:
         trusted: how many padded calls it may serve until one is compared with eager.
         time_at: replays after which Python serves a call, to time it.
         retired: it has let go of its graph, and Python serves such calls.
-        given_up: held outputs that it expired or moved.
+        expired: held outputs that its replays made unreadable.
+        copied: held outputs that its replays moved away.
     """
 
     size: int
@@ -322,7 +323,10 @@ class Bucket:
     retired: bool
     replays: int
     padded_rows: int
-    given_up: int
+    @property
+    def expired(self) -> int: ...
+    @property
+    def copied(self) -> int: ...
     def __init__(
         self,
         name: str,

@@ -168,7 +168,8 @@ void bind_bucket(py::module_& m) {
       .def_readwrite("trusted", &Bucket::trusted)
       .def_readwrite("replays", &Bucket::replays)
       .def_readwrite("padded_rows", &Bucket::padded_rows)
-      .def_readonly("given_up", &Bucket::given_up);
+      .def_property_readonly("expired", [](const Bucket& bucket) { return bucket.given_up.expired; })
+      .def_property_readonly("copied", [](const Bucket& bucket) { return bucket.given_up.copied; });
 }
 
 void bind_dispatcher(py::module_& m) {

@@ -49,7 +49,7 @@ class Bucket {
   int64_t time_at = std::numeric_limits<int64_t>::max(); // replays after which Python times it
   int64_t replays = 0;
   int64_t padded_rows = 0;
-  int64_t given_up = 0; // held outputs that a replay expired or moved
+  GivenUp given_up; // by replays
 
  private:
   void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);

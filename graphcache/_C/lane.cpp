@@ -23,14 +23,15 @@ bool Handed::held() const {
   return false;
 }
 
-int64_t Handed::give_up(const Origin& overwritten_by) {
-  int64_t given_up = 0;
+GivenUp Handed::give_up(const Origin& overwritten_by) {
+  GivenUp given_up;
   for (auto& storage : storages) {
     if (!storage || !is_held(storage)) {
       continue;
     }
     if (copy) {
       materialize(storage);
+      ++given_up.copied;
     } else {
       storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
           "graphcache: this tensor is an output of " + origin.text() +
@@ -38,9 +39,9 @@ int64_t Handed::give_up(const Origin& overwritten_by) {
           ". An output is valid until the next graph of its pool runs. Use it before that, or keep a "
           "copy with .clone(), or decorate with cuda_graphed(..., stale='copy') to have outputs that "
           "are still held copied for you.");
+      ++given_up.expired;
     }
     storage = c10::Storage();
-    ++given_up;
   }
   return given_up;
 }
@@ -61,8 +62,8 @@ bool Lane::holds_outputs() const {
   return false;
 }
 
-int64_t Lane::give_up(const Origin& overwritten_by) {
-  int64_t given_up = 0;
+GivenUp Lane::give_up(const Origin& overwritten_by) {
+  GivenUp given_up;
   for (const auto& handed : live_) {
     given_up += handed->give_up(overwritten_by);
   }

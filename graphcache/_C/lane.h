@@ -22,6 +22,18 @@ struct Origin {
   std::string text() const;
 };
 
+// Held outputs that were overwritten, by what became of them.
+struct GivenUp {
+  int64_t expired = 0;
+  int64_t copied = 0;
+
+  GivenUp& operator+=(const GivenUp& more) {
+    expired += more.expired;
+    copied += more.copied;
+    return *this;
+  }
+};
+
 // The storages of one result. The caller holds them through tensors that alias them.
 struct Handed {
   std::vector<c10::Storage> storages; // null where the caller keeps it for good
@@ -29,7 +41,7 @@ struct Handed {
   Origin origin;
 
   bool held() const;
-  int64_t give_up(const Origin& overwritten_by);
+  GivenUp give_up(const Origin& overwritten_by);
 };
 
 class Lane {
@@ -45,8 +57,8 @@ class Lane {
   // operation on it, without the GIL, past the point where expiry is noticed.
   bool is_held_elsewhere() const { return thread_ != std::this_thread::get_id() && holds_outputs(); }
 
-  // Expires or moves what is still held; returns how many storages that were.
-  int64_t give_up(const Origin& overwritten_by);
+  // Expires or moves what is still held, as its maker wants; returns how many storages that were.
+  GivenUp give_up(const Origin& overwritten_by);
   void hand_out(std::shared_ptr<Handed> handed) {
     live_.push_back(std::move(handed));
     thread_ = std::this_thread::get_id();
