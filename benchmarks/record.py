@@ -24,7 +24,9 @@ from xml.etree import ElementTree
 import torch
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ("weak_refs", "char_decode")
+EXAMPLES = (
+    *("weak_refs", "char_decode", "plain_module", "continuous_batching", "embeddings", "two_models"),
+)
 
 
 def environment(*, emulated: bool = False) -> dict[str, str]:

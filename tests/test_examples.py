@@ -13,6 +13,8 @@ from tests.conftest import BACKENDS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEVICES = ["cpu", *(["cuda"] if "cuda" in BACKENDS else [])]
+# Threads gain nothing on tensors this small, and wait for each other where others use the machine.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(name: str, folder: Path, *options: str) -> tuple[dict, str]:
@@ -20,6 +22,7 @@ def run(name: str, folder: Path, *options: str) -> tuple[dict, str]:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), "--json", str(figures), *options],
         cwd=folder,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -67,7 +70,7 @@ def test_generate_says_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("raise ImportError")
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "generate.py"), "--device", "cpu"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -85,9 +88,105 @@ def test_char_decode_notices_padded_rows_that_write_where_they_must_not(tmp_path
     broken.write_text(text.replace(right, wrong))
     done = subprocess.run(
         [sys.executable, str(broken), "--device", "cpu", "--steps", "60", "--prompts", "12"],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
     assert "FAILED: tokens differ from eager" in done.stderr
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plain_module(tmp_path: Path, device: str) -> None:
+    figures, printed = run("plain_module.py", tmp_path, "--device", device, "--calls", "100")
+    assert figures["largest_difference"] < 1e-4
+    assert figures["calls"] == sum(figures["batches"].values()) == 100
+    assert figures["replays"] + sum(figures["eager"].values()) == 100
+    assert figures["replays"] > 80
+    assert figures["padded_rows"] > 0
+    assert {1, 2, 4, 8} < set(figures["sizes"])
+    assert len(figures["suggested"]) == 3
+    assert figures["suggested"][-1] == max(map(int, figures["batches"]))
+    assert "three sizes for these batches: sizes=(" in printed
+    assert ("speed against eager" in printed) == (device == "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_continuous_batching(tmp_path: Path, device: str) -> None:
+    figures, printed = run("continuous_batching.py", tmp_path, "--device", device, "--requests", "24")
+    assert figures["identical"] == figures["requests"] == 24
+    assert figures["tokens"] > 500
+    assert set(figures["batches"]) == set("12345678")
+    assert set(figures["replays"]) == {"1", "2", "4", "8"}
+    assert figures["eager"] == {"the first call of a signature": 1}
+    assert figures["padded_rows"] > 0
+    assert ("tokens per second" in printed) == (device == "cuda")
+
+
+def test_continuous_batching_notices_padded_rows_that_write_where_they_must_not(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    text = (EXAMPLES / "continuous_batching.py").read_text()
+    right, wrong = 'pad={"slots": SPARE}', 'pad={"slots": 0}'
+    assert right in text
+    broken.write_text(text.replace(right, wrong))
+    done = subprocess.run(
+        [sys.executable, str(broken), "--device", "cpu", "--requests", "16"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "FAILED: tokens differ from eager" in done.stderr
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_embeddings(tmp_path: Path, device: str) -> None:
+    figures, printed = run("embeddings.py", tmp_path, "--device", device, "--requests", "30")
+    assert figures["largest_difference"] < 1e-4
+    assert figures["signatures"] == 3  # one for each length
+    assert figures["sizes"] == [1, 2, 4, 8, 16, 32]
+    assert set(figures["eager"]) == {"compared with a padded replay"}  # no request waited for a capture
+    assert figures["replays"] + sum(figures["eager"].values()) == figures["requests"] == 30
+    assert figures["replays"] > 10
+    assert figures["texts"] > 300
+    assert figures["padded_rows"] > 0
+    assert len(figures["suggested"]) == 4
+    assert ("requests per second" in printed) == (device == "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_models(tmp_path: Path, device: str) -> None:
+    figures, printed = run("two_models.py", tmp_path, "--device", device, "--tokens", "16")
+    assert figures["identical"] == figures["tokens"] == 8 * 16
+    assert figures["target_calls"] < 16
+    assert min(figures["replays"].values()) > 5
+    assert figures["lanes"] == 1
+    assert 0 < figures["pool_bytes_shared"] < figures["pool_bytes_apart"]
+    assert [figures[name] for name in ("expired", "cloned", "moved")] == [True, True, True]
+    assert "its memory was overwritten by call" in printed
+    assert ("tokens per second" in printed) == (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("plain_module.py", "--calls"),
+        ("continuous_batching.py", "--requests"),
+        ("embeddings.py", "--requests"),
+        ("two_models.py", "--tokens"),
+    ],
+)
+def test_an_example_fails_where_nothing_is_replayed(tmp_path: Path, name: str, option: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--device", "cpu", option, "4"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "GRAPHCACHE_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "FAILED: " in done.stderr
+    assert "Traceback" not in done.stderr
