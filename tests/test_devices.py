@@ -1,0 +1,68 @@
+"""Several GPUs in one process: each has its pool, and none is the current one by right."""
+
+import copy
+
+import pytest
+import torch
+
+from graphcache import cuda_graphed, default_pool
+from tests.conftest import MLP, close
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@torch.no_grad()
+def test_a_module_on_another_device_than_the_current_one() -> None:
+    there = torch.device("cuda", 1)
+    plain = MLP().to(there)
+    model = cuda_graphed(copy.deepcopy(plain), sizes=(2, 4))
+    assert torch.cuda.current_device() == 0
+    for batch in (4, 2, 3, 3, 1, 4):
+        x = torch.randn(batch, 8, device=there)
+        got = model(x)
+        assert got.device == there
+        assert close(got, plain(x))
+    assert torch.cuda.current_device() == 0
+    info = model.forward.cache_info()
+    assert info.hits >= 3
+    assert info.launch == "node"
+    assert default_pool(there).memory().reserved > 0
+
+
+@torch.no_grad()
+def test_copies_on_two_devices_take_turns() -> None:
+    devices = [torch.device("cuda", index) for index in range(2)]
+    plain = [MLP().to(device) for device in devices]
+    models = [cuda_graphed(copy.deepcopy(module), sizes=(4,)) for module in plain]
+    for batch in (4, 3, 2, 4, 3, 2):
+        for device, module, model in zip(devices, plain, models, strict=True):
+            x = torch.randn(batch, 8, device=device)
+            assert close(model(x), module(x))
+    assert all(model.forward.cache_info().hits >= 3 for model in models)
+    assert default_pool(devices[0]) is not default_pool(devices[1])
+
+
+@torch.no_grad()
+def test_a_module_moves_to_another_device() -> None:
+    model = cuda_graphed(MLP().to("cuda:0"), sizes=(2,))
+    twin = copy.deepcopy(model)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        model.to(device)
+        twin.to(device)
+        for _ in range(3):
+            x = torch.randn(2, 8, device=device)
+            want = twin.forward.__wrapped__(twin, x)
+            assert close(model(x), want)
+    assert model.forward.cache_info().hits >= 4
+
+
+@torch.no_grad()
+def test_tensors_on_two_devices_run_eagerly() -> None:
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y.to(x.device)
+
+    model = cuda_graphed(forward, sizes=(2,))
+    for _ in range(3):
+        x, y = torch.randn(2, 8, device="cuda:0"), torch.randn(2, 8, device="cuda:1")
+        assert close(model(x, y), x + y.to("cuda:0"))
+    assert model.cache_info().eager == {"tensors on several devices": 3}
