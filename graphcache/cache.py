@@ -21,7 +21,7 @@ from graphcache.entry import CHANGE_IN_PLACE, MANY_WAYS, MAX_SIGNATURES, Entries
 from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
 from graphcache.guards import submodule_with_hooks
 from graphcache.keepers import Habits
-from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, observe
+from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, as_captured, observe
 from graphcache.modes import modes_of, refuse_where_watched, wants_grad
 from graphcache.observe import Observer
 from graphcache.options import Options
@@ -261,9 +261,12 @@ class GraphCache:
         exactly: bool = False,
     ) -> None:
         """Decides from an observed eager call how its signature is served, and captures it."""
-        observer = seen.observer
         try:
             self._leave_changed(call)
+            layout = seen.layout()
+            made = seen.made(call)
+            seen = as_captured(function, instance, call, seen)
+            observer = seen.observer
             layout = seen.layout()
             seen.check()
             if any(tensor.grad_fn is not None for tensor in seen.tensors):
@@ -309,7 +312,6 @@ class GraphCache:
         self._entries[call.key] = entry
         self._publish(call, instance, entry)
         self._drop_empty_homes()
-        made = seen.made(call)
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(made)
 

@@ -10,11 +10,14 @@ from graphcache import _C
 from graphcache.errors import CaptureError, describe
 from graphcache.guards import Guards
 from graphcache.observe import Observer
+from graphcache.patches import as_in_a_capture
 from graphcache.reads import Reads
 from graphcache.runtime import inlining
 from graphcache.signature import BOUND, Call, Unservable
 from graphcache.staging import Pad
+from graphcache.state import kept_as_is
 from graphcache.tree import flatten
+from graphcache.verify import same
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
 COMPILED_TO_GRAPHS = (
@@ -36,6 +39,27 @@ def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore:
     with inlining(), observer.watch(), reads.watch():
         result = function(*call.args, **call.kwargs)
     return Observation(result, observer, reads, call)
+
+
+def as_captured(
+    function: Callable[..., Any], instance: Any, call: Call, seen: "Observation"
+) -> "Observation":
+    """Returns what a capture would do, where a forward asks whether one is under way.
+
+    Libraries then skip what a capture can't hold: transformers looks no further whether a mask hides
+    anything. So that is observed too, without effects, and has to have the same result.
+
+    Raises:
+        CaptureError: where it has another.
+    """
+    if not seen.asks or seen.changed:
+        return seen
+    with kept_as_is(seen.observer.written_outside()), as_in_a_capture:
+        again = observe(function, instance, call, restore=True)
+    alike = again.layout() == seen.layout()
+    if not alike or not (seen.observer.draws or same(seen.tensors, again.tensors)):
+        raise CaptureError("it returns something else while a capture is under way")
+    return again
 
 
 class Observation:
@@ -66,6 +90,11 @@ class Observation:
         for tensor in self.tensors:
             self.observer.note_read(tensor)
         return layout
+
+    @property
+    def asks(self) -> bool:
+        """Whether the forward asks if a capture is under way."""
+        return self._reads.asks
 
     @property
     def compiled(self) -> bool:

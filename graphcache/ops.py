@@ -5,10 +5,10 @@ Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in
 
 import sys
 import sysconfig
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import CaptureError
+from graphcache.patches import without_mode
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
@@ -144,6 +145,11 @@ def obstacle(
     return None
 
 
+def is_ours(frame: FrameType | None) -> bool:
+    """Tells whether `frame` runs code of graphcache."""
+    return frame is not None and frame.f_code.co_filename.startswith(_OURS)
+
+
 @cache
 def is_library(file: str) -> bool:
     """Tells whether code in `file` is torch's, ours, or of Python itself."""
@@ -185,28 +191,19 @@ class HostReads(TorchFunctionMode):
         Tensor.__format__, Tensor.__dlpack__,
     )  # fmt: skip
 
-    _asked = torch.overrides.has_torch_function
-    _active, _lock = 0, threading.Lock()
-
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
 
-    # nn.MultiheadAttention and nn.Transformer leave their fast path where a mode like this is active:
-    # then the first call would not be what eager is.
+    # The first call has to be what eager is, and so not to notice this.
     def __enter__(self) -> "HostReads":
-        with self._lock:
-            HostReads._active += 1
-            torch.overrides.has_torch_function = _has_torch_function
+        _unseen.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        with self._lock:
-            HostReads._active -= 1
-            if not HostReads._active:
-                torch.overrides.has_torch_function = HostReads._asked
+        _unseen.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -236,12 +233,7 @@ class HostReads(TorchFunctionMode):
             self.found("data_ptr() leads past the operators, where emulation sees nothing,")
 
 
-def _has_torch_function(args: Iterable[Any]) -> bool:
-    """Tells what `torch.overrides.has_torch_function` does without `HostReads`, in any thread."""
-    if isinstance(torch.overrides._get_current_function_mode(), HostReads):
-        with torch.overrides._pop_mode_temporarily():
-            return _has_torch_function(args)
-    return bool(HostReads._asked(args))
+_unseen = without_mode(HostReads)
 
 
 def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

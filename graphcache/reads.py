@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.ops import is_library
+from graphcache.ops import is_library, is_ours
+from graphcache.patches import as_in_a_capture
 
 DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
 LONGEST = 4096  # items of a list, entries of a dict: longer ones are known by their length
@@ -47,6 +48,7 @@ NOT_SEARCHED = (
 _OPAQUE = ("triton", "cupy", "numba", "cuda", "torch._", "torch.ops", "torch.library", "torch.cuda")
 
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
+_ASKS = as_in_a_capture.before.__code__
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 Place = tuple[Any, Any, Any]  # a container or a closure cell, a key, and what is there
@@ -64,6 +66,7 @@ class Reads:
         self._codes: dict[CodeType, dict[str, Any]] = {}  # and the globals of each
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self.seeded: str | None = None  # what it called of a generator of torch, to set its state
+        self.asks = False  # whether a capture is under way
         self.compiled = False  # by torch.compile, in whole or in part
         self.captures = False  # and that makes CUDA graphs of its own
         self._drawn = False
@@ -103,7 +106,9 @@ class Reads:
             self._importing += {"call": 1, "return": -1}.get(event, 0)
         if event != "call" or self._importing:
             return
-        if code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
+        if code is _ASKS:
+            self.asks = self.asks or not is_ours(frame.f_back)
+        elif code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
             self.compiled = True
             config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
             self.captures = self.captures or bool(config.get("triton.cudagraphs"))

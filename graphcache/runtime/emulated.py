@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache import _C
 from graphcache.errors import CaptureError
 from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
+from graphcache.patches import as_in_a_capture
 from graphcache.runtime import Result
 from graphcache.runtime.arena import EmulatedArena, copy_memory
 from graphcache.state import SavedState, uncompiled
@@ -111,7 +112,13 @@ class EmulatedRuntime:
         recorder = _Recorder(arena)
         segments = [segment.clone() for segment in arena.segments]
         try:
-            with torch.random.fork_rng(devices=[]), uncompiled(), HostReads(_CPU), recorder:
+            with (
+                torch.random.fork_rng(devices=[]),
+                uncompiled(),
+                as_in_a_capture,
+                HostReads(_CPU),
+                recorder,
+            ):
                 result = body()
         finally:
             recorder.saved.restore()

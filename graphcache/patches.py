@@ -1,0 +1,65 @@
+"""Functions of torch that answer otherwise inside a block, in the threads that are in one."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Patch:
+    """Replaces a function of a module while any thread is in a `with` block of this.
+
+    Args:
+        module: where the function is looked up.
+        name: its name there.
+        answer: given the arguments, what it answers in a thread inside a block. In others it does what
+            it always did.
+
+    Attributes:
+        before: the function itself.
+    """
+
+    def __init__(self, module: Any, name: str, answer: Callable[..., Any]) -> None:
+        self.before: Callable[..., Any] = getattr(module, name)
+        self._module, self._name, self._answer = module, name, answer
+        self._inside: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def _call(self, *args: Any) -> Any:
+        inside = self._inside[threading.get_ident()] > 0
+        return self._answer(*args) if inside else self.before(*args)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside[threading.get_ident()] += 1
+            setattr(self._module, self._name, self._call)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside[threading.get_ident()] -= 1
+            self._inside = +self._inside
+            if not self._inside:
+                setattr(self._module, self._name, self.before)
+
+
+# Libraries skip what a capture can't hold, such as checks of values, where they believe to be in one.
+as_in_a_capture = Patch(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def without_mode(kind: type[TorchFunctionMode]) -> Patch:
+    """Has torch answer whether functions are overridden as if no mode of `kind` were active.
+
+    nn.MultiheadAttention and nn.Transformer leave their fast path where one is.
+    """
+
+    def answer(args: Any) -> Any:
+        if not isinstance(torch.overrides._get_current_function_mode(), kind):
+            return patch.before(args)
+        with torch.overrides._pop_mode_temporarily():
+            return answer(args)
+
+    patch = Patch(torch.overrides, "has_torch_function", answer)
+    return patch
