@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -116,56 +117,71 @@ def family(name: str, device: torch.device) -> dict[str, Any]:
         warnings.simplefilter("ignore", graphcache.GraphCacheWarning)
         want, got = decodes(plain, device), decodes(graphed, device)
         # A second time: every cache is another one, and nothing is captured.
-        info = graphed.forward.cache_info()
+        before = graphed.forward.cache_info().captures
         again = decodes(graphed, device)
-        after = graphed.forward.cache_info()
-        found = {
-            "identical": {
-                way: torch.equal(tokens, got[way]) and torch.equal(tokens, again[way])
-                for way, tokens in want.items()
-            },
-            "captures": after.captures,
-            "captures_again": after.captures - info.captures,
-            "replayed": after.hits,
-            "calls": after.calls,
-            "eager": {_without_folders(why): count for why, count in after.eager.items()},
+        found = counts(graphed.forward.cache_info())
+        found["captures_again"] = found["captures"] - before
+        found["identical"] = {
+            way: torch.equal(tokens, got[way]) and torch.equal(tokens, again[way])
+            for way, tokens in want.items()
         }
-        if device.type == "cuda":
-            found["speedup"] = speedup(plain, graphed, device)
+        if device.type == "cuda":  # whole decodes, prefill included
+            prompt = torch.ones(2, 7, dtype=torch.int64, device=device)
+            one, other = (partial(generate, model, prompt) for model in (plain, graphed))
+            found["speedup"] = speedup(one, other, ROUNDS)
     return found
 
 
-def _without_folders(why: str) -> str:
-    return re.sub(r" at \S*/(?=transformers/)", " at ", why)
+def counts(info: graphcache.CacheInfo) -> dict[str, Any]:
+    """Returns what a record keeps of `cache_info()`."""
+    eager: Counter[str] = Counter()
+    for why, count in info.eager.items():
+        eager[without_folders(why)] += count
+    return {
+        "captures": info.captures,
+        "replayed": info.hits,
+        "calls": info.calls,
+        "eager": dict(eager),
+    }
 
 
-def speedup(plain: Any, graphed: Any, device: torch.device) -> float:
-    """Returns how many times faster a whole decode is, prefill included."""
-    prompt = torch.ones(2, 7, dtype=torch.int64, device=device)
+def without_folders(text: str) -> str:
+    """Returns `text` with paths that begin at the package, wherever that was installed."""
+    return re.sub(r"(?<= )/\S*/(?=(?:timm|torch|torchvision|transformers)/)", "", text)
+
+
+def speedup(plain: Callable[[], Any], graphed: Callable[[], Any], rounds: int) -> float:
+    """Returns how many times faster `graphed` is; the two take turns."""
     times: dict[str, list[float]] = {"plain": [], "graphed": []}
-    for _ in range(ROUNDS):
-        for arm, model in (("plain", plain), ("graphed", graphed)):
+    for _ in range(rounds):
+        for arm, run in (("plain", plain), ("graphed", graphed)):
             torch.cuda.synchronize()
             start = perf_counter()
-            generate(model, prompt)
+            run()
             torch.cuda.synchronize()
             times[arm].append(perf_counter() - start)
     return statistics.median(times["plain"]) / statistics.median(times["graphed"])
 
 
+def parser(prog: str, about: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the options: where to run, which of `names`, and where to write what came out."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{prog}", description=about)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--only", nargs="*", default=list(names), choices=names, metavar="NAME")
+    made.add_argument("--out", type=Path, help="a JSON file for what came out")
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all families, or those that are named; 1 if tokens differ anywhere."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="*", default=list(FAMILIES))
-    parser.add_argument("--out", type=Path, help="a JSON file for what came out")
-    asked = parser.parse_args(argv)
+    asked = parser("families", __doc__, list(FAMILIES)).parse_args(argv)
     import transformers
 
     transformers.logging.set_verbosity_error()
     results: dict[str, Any] = {}
     for name in asked.only:
-        results[name] = _attempt(partial(family, name, torch.device(asked.device)))
+        run = partial(family, name, torch.device(asked.device))
+        results[name] = attempt(run, identical={"it runs": False})
         print(name, results[name], flush=True)
     wrong = [name for name, found in results.items() if not all(found.get("identical", {}).values())]
     figures = {"status": int(bool(wrong)), "transformers": transformers.__version__, "families": results}
@@ -175,11 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(wrong))
 
 
-def _attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(run: Callable[[], dict[str, Any]], **otherwise: Any) -> dict[str, Any]:
+    """Returns what came of a run; a model that does not run at all is a row of the table too."""
     try:
         return run()
-    except Exception as error:  # a family that does not run at all is a row of the table too
-        return {"error": f"{type(error).__name__}: {error}"[:200], "identical": {"it runs": False}}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:200], **otherwise}
 
 
 if __name__ == "__main__":

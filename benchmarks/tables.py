@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -128,7 +129,6 @@ def families(figures: dict[str, Any]) -> str:
     rows = [("family", "tokens identical", "replayed", "captures", "faster", "or why not")]
     for name, found in figures["families"].items():
         identical = found["identical"].values()
-        why = max(found.get("eager", {}).items(), key=lambda item: item[1], default=("", 0))[0]
         rows.append(
             (
                 name,
@@ -136,7 +136,7 @@ def families(figures: dict[str, Any]) -> str:
                 f"{found.get('replayed', 0)} of {found.get('calls', 0)} calls",
                 f"{found.get('captures', 0)}, {found.get('captures_again', 0)} more",
                 f"{found['speedup']:.1f} times" if "speedup" in found else "not measured",
-                found.get("error", "") if found.get("replayed") else found.get("error", why),
+                why_not(found),
             )
         )
     return (
@@ -148,9 +148,47 @@ def families(figures: dict[str, Any]) -> str:
     )
 
 
+def why_not(found: dict[str, Any]) -> str:
+    """Returns what kept a model from running, or from being replayed; nothing if it was."""
+    reasons = {} if found.get("replayed") else found.get("eager", {})
+    most = max(reasons.items(), key=lambda item: item[1], default=("", 0))[0]
+    return str(found.get("error", most))
+
+
+def zoo(figures: dict[str, Any]) -> str:
+    """How modules of several libraries fare, a table for each."""
+    parts = [
+        "Modules with random weights, graphed by `cuda_graphed(module)` and nothing more, called with "
+        "batches of 1 to 8 in mixed order, in float32 without TF32. Outputs are compared with those of "
+        "a copy that was not graphed; times are of calls that are waited for."
+    ]
+    for library, group in figures["groups"].items():
+        rows = [("model", "equal", "replayed", "captures", "faster, batch 1", "batch 8", "or why not")]
+        for name, found in group.items():
+            times = (found.get("speedup", {}).get(batch) for batch in ("1", "8"))
+            rows.append(
+                (
+                    name,
+                    {True: "yes", False: "**no**", None: "did not run"}[found.get("equal")],
+                    f"{found.get('replayed', 0)} of {found.get('calls', 0)} calls",
+                    str(found.get("captures", 0)),
+                    *(f"{time:.1f} times" if time else "not measured" for time in times),
+                    " ".join((why_not(found) or _notes(found)).replace("|", "/").split()),
+                )
+            )
+        parts.append(f"**{library} {figures['versions'][library]}**\n\n" + table(rows))
+    return "\n\n".join(parts)
+
+
+def _notes(found: dict[str, Any]) -> str:
+    """Returns the notes of a model, one of those that differ in numbers only."""
+    return "; ".join({re.sub(r"\d+", "", note): note for note in found.get("notes", ())}.values())
+
+
 SECTIONS = {
     "tests": tests,
     "families": families,
+    "zoo": zoo,
     "fuzz": fuzz,
     "cycles": cycles,
     "weak_refs": weak_refs,
