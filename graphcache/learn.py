@@ -1,5 +1,6 @@
 """What a first call has shown: the forward runs eagerly, once, and everything that matters is noted."""
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,8 @@ from graphcache.staging import Pad
 from graphcache.state import kept_as_is
 from graphcache.tree import flatten
 from graphcache.verify import same
+
+logger = logging.getLogger(__name__)
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
 COMPILED_TO_GRAPHS = (
@@ -54,10 +57,17 @@ def as_captured(
     """
     if not seen.asks or seen.changed:
         return seen
-    with kept_as_is(seen.observer.written_outside()), as_in_a_capture:
-        again = observe(function, instance, call, restore=True)
-    alike = again.layout() == seen.layout()
-    if not alike or not (seen.observer.draws or same(seen.tensors, again.tensors)):
+    written = seen.observer.written_outside()
+    moved = written or seen.observer.draws  # then the first call began elsewhere
+    try:
+        with kept_as_is(written):
+            like = observe(function, instance, call, restore=True) if moved else seen
+        with kept_as_is(written), as_in_a_capture:
+            again = observe(function, instance, call, restore=True)
+    except Exception as error:  # perhaps for want of a warm-up; the capture will show
+        logger.debug("it raised as in a capture", exc_info=error)
+        return seen
+    if again.layout() != like.layout() or not same(like.tensors, again.tensors):
         raise CaptureError("it returns something else while a capture is under way")
     return again
 

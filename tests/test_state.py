@@ -257,7 +257,8 @@ class Capturing:
     """True while a graph is being captured, on either runtime."""
 
     def __bool__(self) -> bool:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        # Not by torch.cuda, which says so too where a forward is observed as in a capture.
+        if torch.cuda.is_available() and torch._C._cuda_isCurrentStreamCapturing():
             return True
         modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
         return any(type(mode).__name__ == "_Recorder" for mode in modes)
