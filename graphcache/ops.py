@@ -3,6 +3,7 @@
 Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in the same way.
 """
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache.errors import CaptureError
 from graphcache.patches import without_mode
 
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision lies beside it
+_OURS = str(Path(__file__).parent) + os.sep
 _PATHS = sysconfig.get_paths()
 _aten = torch.ops.aten
 

@@ -45,7 +45,16 @@ NOT_SEARCHED = (
 )  # fmt: skip
 
 # Objects of these keep caches of their own, which change what is fast and not what is right.
-_OPAQUE = ("triton", "cupy", "numba", "cuda", "torch._", "torch.ops", "torch.library", "torch.cuda")
+_OPAQUE = (
+    "triton.",
+    "cupy.",
+    "numba.",
+    "cuda.",
+    "torch._",
+    "torch.ops.",
+    "torch.library.",
+    "torch.cuda.",
+)
 
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
@@ -199,7 +208,11 @@ def _is_below(file: str, frame: FrameType | None) -> bool:
 
 
 def _is_library(code: CodeType, names: dict[str, Any]) -> bool:
-    return is_library(code.co_filename) or str(names.get("__name__")).startswith(_OPAQUE)
+    return is_library(code.co_filename) or _is_opaque(names.get("__name__"))
+
+
+def _is_opaque(module: Any) -> bool:
+    return f"{module}.".startswith(_OPAQUE)  # torch._ops is, and a file of the user's cuda_ops.py is not
 
 
 def _inside_module(value: Any, code: CodeType) -> Iterator[Place]:
@@ -233,7 +246,7 @@ def _host_random() -> tuple[Any, ...]:
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """Returns the `__dict__` of an object that has one, and is not known to matter to no forward."""
-    if isinstance(value, NOT_SEARCHED) or type(value).__module__.startswith(_OPAQUE):
+    if isinstance(value, NOT_SEARCHED) or _is_opaque(type(value).__module__):
         return None
     try:
         found = getattr(value, "__dict__", None)
@@ -244,7 +257,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 def slots_of(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
     """Returns what finds each of an object's `__slots__`, and what is there."""
-    if isinstance(value, NOT_SEARCHED) or type(value).__module__.startswith(_OPAQUE):
+    if isinstance(value, NOT_SEARCHED) or _is_opaque(type(value).__module__):
         return []
     return [
         (member, getattr(value, name))

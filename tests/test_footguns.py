@@ -535,12 +535,12 @@ def test_a_global_helper_is_replaced(x: Tensor, monkeypatch: pytest.MonkeyPatch)
     survives(reads_globals, change, x)
 
 
-@pytest.fixture
-def helper(backend: Backend, tmp_path: Path) -> ModuleType:
-    """A module of the user's in a file of its own."""
+@pytest.fixture(params=["helper_of_footguns", "triton_ops", "cuda_kernels"])
+def helper(backend: Backend, tmp_path: Path, request: pytest.FixtureRequest) -> ModuleType:
+    """A module of the user's in a file of its own, however much its name looks like a library's."""
     file = tmp_path / "helper.py"
     file.write_text("TABLE, SCALE = None, 2.0\ndef look(x):\n    return (x + TABLE) * SCALE\n")
-    spec = importlib.util.spec_from_file_location("helper_of_footguns", file)
+    spec = importlib.util.spec_from_file_location(request.param, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

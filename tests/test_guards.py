@@ -4,6 +4,7 @@ import gc
 import sys
 import weakref
 from collections import UserDict, defaultdict, deque
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import _C, GraphCacheWarning, cuda_graphed
+from graphcache.ops import is_library
 from tests.conftest import MLP, Backend, eager
 
 
@@ -598,3 +600,12 @@ def test_what_a_class_says_of_itself_is_no_value_of_the_forward(backend: Backend
     for _ in range(3):
         model(backend.randn(2, 2, 4))
     assert model.forward.cache_info().hits == 2
+
+
+def test_what_lies_beside_torch_is_not_of_torch() -> None:
+    """Else nothing that torchvision's code reads would be watched, and messages named other lines."""
+    folder = Path(torch.__file__).parent
+    assert is_library(str(folder / "nn" / "functional.py"))
+    assert is_library(graphcache.__file__)
+    assert not is_library(str(folder.parent / "torchvision" / "models" / "resnet.py"))
+    assert not is_library(str(Path(graphcache.__file__).parent.parent / "graphcache_models" / "net.py"))
