@@ -169,14 +169,18 @@ def user_line() -> str:
 
 
 def user_line_of(error: BaseException) -> str:
-    """Returns the same for the place that raised `error`."""
-    place, trace = "an unknown line", error.__traceback__
+    """Returns the same for the place that raised `error`, and torch's own line where no other is."""
+    theirs = place = None
+    trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
+        here = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
         if not code.co_filename.startswith((_TORCH, _OURS, "<")):
-            place = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
+            place = here
+        elif not code.co_filename.startswith((_OURS, "<")):
+            theirs = here
         trace = trace.tb_next
-    return place
+    return place or theirs or "an unknown line"
 
 
 class HostReads(TorchFunctionMode):

@@ -45,16 +45,7 @@ NOT_SEARCHED = (
 )  # fmt: skip
 
 # Objects of these keep caches of their own, which change what is fast and not what is right.
-_OPAQUE = (
-    "triton.",
-    "cupy.",
-    "numba.",
-    "cuda.",
-    "torch._",
-    "torch.ops.",
-    "torch.library.",
-    "torch.cuda.",
-)
+_OPAQUE = ("triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
 
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
@@ -212,7 +203,8 @@ def _is_library(code: CodeType, names: dict[str, Any]) -> bool:
 
 
 def _is_opaque(module: Any) -> bool:
-    return f"{module}.".startswith(_OPAQUE)  # torch._ops is, and a file of the user's cuda_ops.py is not
+    name = str(module)  # a file of the user's cuda_ops.py is not of these
+    return name.startswith("torch._") or any(f"{name}.".startswith(f"{each}.") for each in _OPAQUE)
 
 
 def _inside_module(value: Any, code: CodeType) -> Iterator[Place]:
