@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from graphcache.errors import CaptureError
 from graphcache.observe import Observer
 from graphcache.ops import user_line_of
 from graphcache.outputs import Output, Place, Result
+from graphcache.patches import makes_tensors
 from graphcache.pool import GraphPool, Lane, Stale
 from graphcache.runtime import Graph, inlining
 from graphcache.signature import BOUND, Call
@@ -126,7 +128,7 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     kernel, native = _staging(job, inputs, max(sizes))
     lane = job.pool.lane()
     buckets: list[Bucket] = []
-    with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast():
+    with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast(), _constants(job):
         for size in _progress(job, sorted(sizes, reverse=True)):
             static = inputs.at(size)
             stage = native_stage(static, job.call, job.pad) if native else None
@@ -139,6 +141,11 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
                 continue
             buckets.append(_bucket(job, size, lane, graph, static, stage, body.result(weak)))
     return buckets
+
+
+def _constants(job: Job) -> AbstractContextManager[None]:
+    # Compiled code has its own, and may look whether torch's functions are those that it knew.
+    return nullcontext() if job.compiled else makes_tensors
 
 
 def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.StageKernel | None, bool]:

@@ -28,6 +28,7 @@ from graphcache.ops import (
     user_line,
     written_by,
 )
+from graphcache.patches import makes_tensors
 from graphcache.state import SavedState, kept_as_is, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
@@ -117,7 +118,7 @@ class Observer(TorchDispatchMode):
         host = _Report(self)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
-            with uncached_autocast(), uncompiled(), host, self:
+            with uncached_autocast(), uncompiled(), makes_tensors, host, self:
                 yield
         finally:
             self.draws = not torch.equal(before, self._random_state())

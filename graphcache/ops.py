@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import CaptureError
-from graphcache.patches import without_mode
+from graphcache.patches import makes_tensors, without_mode
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision lies beside it
 _OURS = str(Path(__file__).parent) + os.sep
@@ -214,7 +214,7 @@ class HostReads(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor):
+        if func in (makes_tensors.before, torch.as_tensor):
             target = kwargs.get("device")
             on_device = target is not None and torch.device(target).type == self._device.type
             if on_device and not isinstance(args[0] if args else kwargs.get("data"), Tensor):

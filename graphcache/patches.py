@@ -28,9 +28,9 @@ class Patch:
         self._inside: Counter[int] = Counter()
         self._lock = threading.Lock()
 
-    def _call(self, *args: Any) -> Any:
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         inside = self._inside[threading.get_ident()] > 0
-        return self._answer(*args) if inside else self.before(*args)
+        return self._answer(*args, **kwargs) if inside else self.before(*args, **kwargs)
 
     def __enter__(self) -> None:
         with self._lock:
@@ -47,6 +47,19 @@ class Patch:
 
 # Libraries skip what a capture can't hold, such as checks of values, where they believe to be in one.
 as_in_a_capture = Patch(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def _from_number(*args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and "device" in kwargs and kwargs.keys() <= {"device", "dtype"}:
+        (number,) = args
+        if type(number) in (bool, int, float, complex):
+            return torch.full((), number, **kwargs)
+    return makes_tensors.before(*args, **kwargs)
+
+
+# Made of a number, a tensor on the device is a copy from the host, which no graph can hold; filled with
+# it, it is the same tensor, and a kernel.
+makes_tensors = Patch(torch, "tensor", _from_number)
 
 
 def without_mode(kind: type[TorchFunctionMode]) -> Patch:

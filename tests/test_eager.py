@@ -535,3 +535,37 @@ def test_numbers_that_are_drawn_as_in_a_capture_are_put_back(backend: Backend) -
     torch.manual_seed(5)
     assert torch.equal(model(x), want[0])
     assert torch.equal(nn.functional.dropout(x, 0.5), want[1])
+
+
+@pytest.mark.parametrize("number", [0.5, 3, True, 2 + 1j, float("-inf")], ids=str)
+def test_a_tensor_is_made_of_a_number(backend: Backend, number: Any) -> None:
+    """As transformers does for its masks: it is filled on the device instead of copied from the host."""
+    makes = torch.tensor
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        made = torch.tensor(number, device=x.device)
+        return torch.where(x > 0, x, torch.tensor(0.0, dtype=x.dtype, device=x.device)), made.clone()
+
+    model = cuda_graphed(forward, sizes=(2, 4))
+    for batch in (4, 2, 3, 3, 4):
+        x = backend.randn(batch, 3)
+        got, want = model(x), forward(x)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert got[1].dtype == want[1].dtype
+    assert model.cache_info().hits >= 3
+    assert torch.tensor is makes
+
+
+def test_a_number_that_is_made_a_tensor_changes(backend: Backend) -> None:
+    class Shifts(nn.Module):
+        shift = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tensor(self.shift, device=x.device)
+
+    model = cuda_graphed(Shifts(), sizes=(2,))
+    x = backend.randn(2, 3)
+    for shift in (1.0, 1.0, 2.0, 2.0):
+        model.shift = shift
+        assert torch.equal(model(x), x + shift)
+    assert model.forward.cache_info().hits == 2
