@@ -32,6 +32,7 @@ from graphcache.patches import makes_tensors
 from graphcache.state import SavedState, kept_as_is, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
+_INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 
 
 def _holder(tensor: Tensor, seen_in: list[Any], references: int) -> str | None:
@@ -102,6 +103,7 @@ class Observer(TorchDispatchMode):
         self._inputs = {_C.storage_key(tensor) for tensor in given}
         # Weak references keep the keys of dead storages from being used again.
         self._made: dict[int, StorageWeakRef] = {}
+        self._constants: set[int] = set()  # of those, what was written out in the source
         # By identity: what operations gave, the arguments, and what came from elsewhere.
         self._known = {id(tensor): ref(tensor) for tensor in given}
         self._reached: dict[int, ref[Tensor]] = {}
@@ -147,10 +149,16 @@ class Observer(TorchDispatchMode):
         why = obstacle(func, args, kwargs, self.device)
         if why is not None:
             self.blocked(f"{why}, at {user_line()}")
+        if func in _INDEXING and any(_C.storage_key(t) in self._constants for t in tensors_in(args[1])):
+            self.blocked(
+                f"{func} takes its index from a list, which is copied from the host, at {user_line()}; "
+                "make it a tensor on the device, once, or use slices"
+            )
         constant = func is _aten.lift_fresh.default
         for tensor in tensors_in(args, kwargs):
             if constant:
                 self._note_made(tensor)
+                self._constants.add(_C.storage_key(tensor))
             else:
                 self.note_read(tensor)
         for tensor in written_by(func, args, kwargs):
