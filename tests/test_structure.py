@@ -13,6 +13,7 @@ PACKAGE = Path(graphcache.__file__).parent
 # From the decorator down to the driver; what is not listed is a leaf at the side.
 ORDER = [
     "decorators",
+    "forwards",
     "cache",
     "options",
     "entry",

@@ -39,7 +39,7 @@ bool is_compiling() {
   return !found.is_none();
 }
 
-// `dispatchers`: see `_Caches.by_id` in decorators.py. `instance`: what the forward is bound to.
+// `dispatchers`: see `_Caches.by_id` in forwards.py. `instance`: what the forward is bound to.
 py::object serve(PyObject* dispatchers, PyObject* key, PyObject* instance, PyObject* args, PyObject* kwargs) {
   PyObject* found = PyDict_GetItemWithError(dispatchers, key);
   if (found == nullptr) {
@@ -84,7 +84,7 @@ py::object serve_instance(PyObject* self, PyObject* args, PyObject* kwargs) {
   if (served == nullptr) {
     return Dispatcher::miss();
   }
-  static const auto alone = py::object(py::module_::import("graphcache.decorators").attr("_is_alone")).release();
+  static const auto alone = py::object(py::module_::import("graphcache.forwards").attr("_is_alone")).release();
   const auto instance = referent(PyTuple_GET_ITEM(served, 2));
   if (!py::cast<bool>(alone(py::handle(self), instance))) {
     return Dispatcher::miss();
@@ -181,7 +181,7 @@ PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* const forward = PyTuple_GET_ITEM(self, 1);
   // One more, and a shallow copy of the module may be what is called.
   if (Py_REFCNT(forward) > kOwnReferences && !is_compiling()) {
-    static const auto called = py::object(py::module_::import("graphcache.decorators").attr("_called_module")).release();
+    static const auto called = py::object(py::module_::import("graphcache.forwards").attr("_called_module")).release();
     const py::object caller = called();
     if (!caller.is_none() && !caller.is(module)) {
       static PyObject* const impl = interned("_call_impl");
