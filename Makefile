@@ -13,6 +13,7 @@ TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff==0.17.6 mypy==
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
+	$(BIN)/python examples/plain_module.py
 	$(BIN)/python examples/weak_refs.py
 	$(BIN)/python examples/char_decode.py
 
