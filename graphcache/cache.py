@@ -291,6 +291,7 @@ class GraphCache:
                 {id(tensor): tensor for tensor in observer.reached()},
                 observer.written_outside(),
                 observer.draws,
+                observer.fills,
                 seen.compiled,
                 self._pool_for(call),
                 self.options.pad,

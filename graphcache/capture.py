@@ -13,9 +13,8 @@ from tqdm import tqdm
 from graphcache import _C, config, tree
 from graphcache.errors import CaptureError
 from graphcache.observe import Observer
-from graphcache.ops import user_line_of
+from graphcache.ops import FillsNumbers, user_line_of
 from graphcache.outputs import Output, Place, Result
-from graphcache.patches import makes_tensors
 from graphcache.pool import GraphPool, Lane, Stale
 from graphcache.runtime import Graph, inlining
 from graphcache.signature import BOUND, Call
@@ -38,6 +37,7 @@ class Job(NamedTuple):
         reached: the tensors themselves, by identity, as far as somebody holds them.
         written: a tensor for each storage that it writes to and did not make.
         draws: whether it draws random numbers.
+        fills: whether it makes tensors of numbers, on the device.
         compiled: whether `torch.compile` makes some of it, which has to be done before a capture.
         pool, pad, stale, progress: see `cuda_graphed`.
     """
@@ -49,6 +49,7 @@ class Job(NamedTuple):
     reached: dict[int, Tensor]
     written: list[Tensor]
     draws: bool
+    fills: bool
     compiled: bool
     pool: GraphPool
     pad: Pad
@@ -128,7 +129,7 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     kernel, native = _staging(job, inputs, max(sizes))
     lane = job.pool.lane()
     buckets: list[Bucket] = []
-    with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast(), _constants(job):
+    with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast(), _filled(job):
         for size in _progress(job, sorted(sizes, reverse=True)):
             static = inputs.at(size)
             stage = native_stage(static, job.call, job.pad) if native else None
@@ -143,9 +144,9 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     return buckets
 
 
-def _constants(job: Job) -> AbstractContextManager[None]:
-    # Compiled code has its own, and may look whether torch's functions are those that it knew.
-    return nullcontext() if job.compiled else makes_tensors
+def _filled(job: Job) -> AbstractContextManager[Any]:
+    # Compiled code is compiled without such a mode, and knows its constants.
+    return FillsNumbers() if job.fills and not job.compiled else nullcontext()
 
 
 def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.StageKernel | None, bool]:

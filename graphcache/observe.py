@@ -28,7 +28,6 @@ from graphcache.ops import (
     user_line,
     written_by,
 )
-from graphcache.patches import makes_tensors
 from graphcache.state import SavedState, kept_as_is, uncached_autocast, uncompiled
 
 _aten = torch.ops.aten
@@ -80,6 +79,7 @@ class Observer(TorchDispatchMode):
         written: keys of the storages written to that the forward did not make.
         blocker: the first thing that a graph can't hold, with file and line, or None.
         draws: whether random numbers were drawn.
+        fills: whether a tensor was filled with the number that it is made of; see `FillsNumbers`.
         saved: with `restore`, the state to put back; see `SavedState`.
     """
 
@@ -97,6 +97,7 @@ class Observer(TorchDispatchMode):
         self.written: set[int] = set()
         self.blocker: str | None = None
         self.draws = False
+        self.fills = False
         self.saved = SavedState() if restore else None
         given = list(inputs)
         self._suspects = [*given, *outside]
@@ -120,9 +121,10 @@ class Observer(TorchDispatchMode):
         host = _Report(self)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
-            with uncached_autocast(), uncompiled(), makes_tensors, host, self:
+            with uncached_autocast(), uncompiled(), host, self:
                 yield
         finally:
+            self.fills = host.filled
             self.draws = not torch.equal(before, self._random_state())
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
                 self.blocked("it draws random numbers from the generator of the CPU")

@@ -49,19 +49,6 @@ class Patch:
 as_in_a_capture = Patch(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
-def _from_number(*args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and "device" in kwargs and kwargs.keys() <= {"device", "dtype"}:
-        (number,) = args
-        if type(number) in (bool, int, float, complex):
-            return torch.full((), number, **kwargs)
-    return makes_tensors.before(*args, **kwargs)
-
-
-# Made of a number, a tensor on the device is a copy from the host, which no graph can hold; filled with
-# it, it is the same tensor, and a kernel.
-makes_tensors = Patch(torch, "tensor", _from_number)
-
-
 def without_mode(kind: type[TorchFunctionMode]) -> Patch:
     """Has torch answer whether functions are overridden as if no mode of `kind` were active.
 

@@ -542,7 +542,6 @@ def test_numbers_that_are_drawn_as_in_a_capture_are_put_back(backend: Backend) -
 @pytest.mark.parametrize("number", [0.5, 3, True, 2 + 1j, float("-inf")], ids=str)
 def test_a_tensor_is_made_of_a_number(backend: Backend, number: Any) -> None:
     """As transformers does for its masks: it is filled on the device instead of copied from the host."""
-    makes = torch.tensor
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         made = torch.tensor(number, device=x.device)
@@ -555,7 +554,6 @@ def test_a_tensor_is_made_of_a_number(backend: Backend, number: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert got[1].dtype == want[1].dtype
     assert model.cache_info().hits >= 3
-    assert torch.tensor is makes
 
 
 def test_a_number_that_is_made_a_tensor_changes(backend: Backend) -> None:

@@ -33,7 +33,7 @@ LEAVES = {
     "errors": set(),
     "fingerprint": {"_C"},
     "guards": {"_C", "ops", "reads"},
-    "observe": {"_C", "errors", "fingerprint", "ops", "patches", "state"},
+    "observe": {"_C", "errors", "fingerprint", "ops", "state"},
     "keepers": {"_C", "errors", "guards", "reads", "tree"},
     "ops": {"errors", "patches"},
     "patches": set(),
