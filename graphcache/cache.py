@@ -263,11 +263,10 @@ class GraphCache:
         """Decides from an observed eager call how its signature is served, and captures it."""
         try:
             self._leave_changed(call)
-            layout = seen.layout()
-            made = seen.made(call)
+            seen.layout()
+            made = seen.made(call)  # what the caller gets, whatever is observed again
             seen = as_captured(function, instance, call, seen)
-            observer = seen.observer
-            layout = seen.layout()
+            observer, layout = seen.observer, seen.layout()
             seen.check()
             if any(tensor.grad_fn is not None for tensor in seen.tensors):
                 return  # something that is no parameter wants gradients

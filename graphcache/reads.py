@@ -45,7 +45,8 @@ NOT_SEARCHED = (
 )  # fmt: skip
 
 # Objects of these keep caches of their own, which change what is fast and not what is right.
-_OPAQUE = ("triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
+_PACKAGES = ("triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
+_OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file such as cuda_ops.py
 
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
@@ -203,8 +204,7 @@ def _is_library(code: CodeType, names: dict[str, Any]) -> bool:
 
 
 def _is_opaque(module: Any) -> bool:
-    name = str(module)  # a file of the user's cuda_ops.py is not of these
-    return name.startswith("torch._") or any(f"{name}.".startswith(f"{each}.") for each in _OPAQUE)
+    return f"{module}.".startswith(_OPAQUE)
 
 
 def _inside_module(value: Any, code: CodeType) -> Iterator[Place]:

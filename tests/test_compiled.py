@@ -75,14 +75,14 @@ def test_a_module_that_was_never_called_is_compiled_before_its_capture(backend: 
     assert len(compiled_graphs) == before
 
 
-def test_on_a_gpu_graphs_hold_what_was_compiled(backend: Backend) -> None:
-    if backend.device.type != "cuda":
-        pytest.skip("emulation captures what the compiled code was made of")
+def test_graphs_hold_what_was_compiled(backend: Backend) -> None:
+    """In emulation, what that was made of: compiled code does not run while it is recorded."""
+    warm_up_and_capture = 2 if backend.name == "cuda" else 1
     model = cuda_graphed(torch.compile(MLP().to(backend.device), backend=compiler), sizes=(2,))
     model(backend.randn(2, 8))
-    assert len(runs) == 2  # the warm-up, and the capture
+    assert len(runs) == warm_up_and_capture
     model(backend.randn(2, 8))
-    assert len(runs) == 2
+    assert len(runs) == warm_up_and_capture
 
 
 def test_a_part_is_compiled(backend: Backend) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphcache
 from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
+from graphcache.ops import user_line_of
 from tests.conftest import MLP, Backend, Counter, close, eager
 
 
@@ -569,3 +570,14 @@ def test_a_number_that_is_made_a_tensor_changes(backend: Backend) -> None:
         model.shift = shift
         assert torch.equal(model(x), x + shift)
     assert model.forward.cache_info().hits == 2
+
+
+def test_the_line_of_an_error_is_torchs_where_no_other_is() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        nn.Linear(2, 2)(torch.ones(3))
+    error = caught.value
+    assert user_line_of(error).startswith(f"{__file__}:")
+    assert error.__traceback__ is not None
+    inside = error.with_traceback(error.__traceback__.tb_next)
+    assert "linear.py:" in user_line_of(inside)
+    assert user_line_of(error.with_traceback(None)) == "an unknown line"

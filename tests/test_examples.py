@@ -79,15 +79,28 @@ def test_generate_says_what_it_needs(tmp_path: Path) -> None:
     assert "pip install transformers" in done.stderr
 
 
-def test_char_decode_notices_padded_rows_that_write_where_they_must_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "options"),
+    [
+        (
+            "char_decode.py",
+            'pad={"slots": SPARE_SLOT}',
+            'pad={"slots": 0, "positions": "edge"}',
+            ("--steps", "60", "--prompts", "12"),
+        ),
+        ("continuous_batching.py", 'pad={"slots": SPARE}', 'pad={"slots": 0}', ("--requests", "16")),
+    ],
+)
+def test_an_example_notices_padded_rows_that_write_where_they_must_not(
+    tmp_path: Path, name: str, right: str, wrong: str, options: tuple[str, ...]
+) -> None:
     """A check that can't fail is worth nothing: here padded rows write into the first row's slot."""
     broken = tmp_path / "broken.py"
-    text = (EXAMPLES / "char_decode.py").read_text()
-    right, wrong = 'pad={"slots": SPARE_SLOT}', 'pad={"slots": 0, "positions": "edge"}'
+    text = (EXAMPLES / name).read_text()
     assert right in text
     broken.write_text(text.replace(right, wrong))
     done = subprocess.run(
-        [sys.executable, str(broken), "--device", "cpu", "--steps", "60", "--prompts", "12"],
+        [sys.executable, str(broken), "--device", "cpu", *options],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -122,23 +135,6 @@ def test_continuous_batching(tmp_path: Path, device: str) -> None:
     assert figures["eager"] == {"the first call of a signature": 1}
     assert figures["padded_rows"] > 0
     assert ("tokens per second" in printed) == (device == "cuda")
-
-
-def test_continuous_batching_notices_padded_rows_that_write_where_they_must_not(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.py"
-    text = (EXAMPLES / "continuous_batching.py").read_text()
-    right, wrong = 'pad={"slots": SPARE}', 'pad={"slots": 0}'
-    assert right in text
-    broken.write_text(text.replace(right, wrong))
-    done = subprocess.run(
-        [sys.executable, str(broken), "--device", "cpu", "--requests", "16"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "FAILED: tokens differ from eager" in done.stderr
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -151,8 +151,8 @@ def test_differences_are_relative_and_no_nan_passes() -> None:
 
 
 def test_paths_begin_at_the_package() -> None:
-    where = "at /home/a/torch/lib/site-packages/timm/layers/mlp.py:3, in forward"
+    where = "at /a/torch/lib/site-packages/timm/layers/mlp.py:3, in forward"
     assert (
         families.without_folders(f"x copies {where}") == "x copies at timm/layers/mlp.py:3, in forward"
     )
-    assert families.without_folders("at /home/a/model.py:3") == "at /home/a/model.py:3"
+    assert families.without_folders("at /a/model.py:3") == "at /a/model.py:3"
