@@ -498,7 +498,7 @@ def test_memory_is_not_kept_for_what_can_not_be_captured(
     def fails(*_: Any) -> None:
         raise CaptureError("it can't be")
 
-    monkeypatch.setattr("graphcache.cache.capture_or_warm_up", fails)
+    monkeypatch.setattr("graphcache.first.capture_or_warm_up", fails)
     caches = pair.new()
     with pytest.warns(GraphCacheWarning, match="it can't be"):
         pair.step(caches, steps=3)

@@ -15,6 +15,8 @@ ORDER = [
     "decorators",
     "forwards",
     "cache",
+    "first",
+    "graphs",
     "options",
     "entry",
     "learn",

@@ -1,0 +1,198 @@
+"""The first call of a signature: it runs eagerly, and from what was seen of it graphs are captured."""
+
+import logging
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from graphcache.buckets import default_sizes
+from graphcache.capture import Bucket, Job, capture_or_warm_up, learn_batch_dims
+from graphcache.entry import Entry
+from graphcache.errors import CaptureError
+from graphcache.graphs import Graphs
+from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, as_captured, observe
+from graphcache.observe import Observer
+from graphcache.signature import Call, Unservable
+from graphcache.tree import NotATree
+from graphcache.verify import Sample
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
+MAX_EMPTY_HOMES = 4
+
+
+def first_call(
+    graphs: Graphs, function: Callable[..., Any], instance: Any, call: Call, *, exactly: bool = False
+) -> Any:
+    """Runs the forward eagerly, once, and captures it afterwards; perhaps just for this batch."""
+    seen = observe(function, instance, call, restore=False)
+    graphs.counts.eager["the first call of a signature"] += 1
+    learn(graphs, function, instance, call, seen, exactly=exactly)
+    return seen.result
+
+
+def learn(
+    graphs: Graphs,
+    function: Callable[..., Any],
+    instance: Any,
+    call: Call,
+    seen: Observation,
+    *,
+    exactly: bool = False,
+) -> None:
+    """Decides from an observed eager call how its signature is served, and captures it."""
+    try:
+        _leave_changed(graphs, call)
+        seen.layout()
+        made = seen.made(call)  # what the caller gets, whatever is observed again
+        seen = as_captured(function, instance, call, seen)
+        observer, layout = seen.observer, seen.layout()
+        seen.check()
+        if any(tensor.grad_fn is not None for tensor in seen.tensors):
+            return  # something that is no parameter wants gradients
+        if seen.changed:
+            _leave_unsettled(graphs, seen.changed)
+        guards = seen.guards(instance)
+        for passed, home in zip(call.kept, call.homes, strict=True):
+            home.lend(passed, observer.device)
+        call = _bind_written(graphs, call, observer)
+        entry = graphs.entries.get(call.key) or Entry()
+        graphs.withdraw(entry)
+        entry.guards = guards
+        entry.pure = not observer.written
+        entry.written = seen.written(call)
+        entry.exact = entry.exact or _why_exact(graphs, call, seen)
+        job = Job(
+            graphs.name,
+            function,
+            call,
+            observer.external,
+            {id(tensor): tensor for tensor in observer.reached()},
+            observer.written_outside(),
+            observer.draws,
+            observer.fills,
+            seen.compiled,
+            graphs.pool_for(call),
+            graphs.options.pad,
+            graphs.options.stale,
+            graphs.options.progress,
+        )
+        entry.sample = entry.sample or Sample(call)
+        entry.batches.add(call.batch)
+        entry.homes, entry.last = call.homes, graphs.native.calls
+        _capture(graphs, job, entry, layout, seen.tensors, exactly=exactly)
+        _leave_changed(graphs, call)  # a capture runs the forward's Python
+        if not guards.hold(grad=False):
+            _leave_unsettled(graphs, [guards.broken(grad=False)])
+    except Unservable:
+        return  # with its written arguments bound, or unsettled, or hooked
+    except Exception as error:  # whatever it is, the caller has a result, and gets it
+        _give_up(graphs, call, error)
+        return
+    graphs.entries[call.key] = entry
+    graphs.publish(call, instance, entry)
+    _drop_empty_homes(graphs)
+    for bucket in entry.buckets.values():
+        bucket.lane.reserve_for(made)
+
+
+def _leave_changed(graphs: Graphs, call: Call) -> None:
+    """Leaves a call that changed an object it was passed."""
+    graphs.signature.habits.note(call.kept)
+    if (why := graphs.signature.habits.known(call.kept)) is not None:
+        raise Unservable(why)
+
+
+def _leave_unsettled(graphs: Graphs, changed: list[str]) -> None:
+    """Leaves a forward that changes Python values for its next call: perhaps it does so once."""
+    graphs.unsettled += 1
+    if graphs.unsettled < MAX_UNSETTLED:
+        raise Unservable("it changed attributes")
+    names = ", ".join(changed[:3])
+    raise CaptureError(f"it changes attributes, which no graph replays: {names}")
+
+
+def _drop_empty_homes(graphs: Graphs) -> None:
+    """Drops graphs over memory of objects that are gone, but for the last few: it may be large."""
+    for key in graphs.entries.homeless()[:-MAX_EMPTY_HOMES]:
+        graphs.drop(graphs.entries.pop(key))
+
+
+def _bind_written(graphs: Graphs, call: Call, observer: Observer) -> Call:
+    """Returns the call read again, with the arguments that the forward wrote to bound."""
+    written = frozenset(observer.written_of(call.leaves))
+    known = graphs.written.get(call.layout, frozenset())
+    if written <= known:
+        return call
+    graphs.written[call.layout] = written | known
+    again = graphs.signature.read(call.args, call.kwargs, call.key[1], graphs.written)
+    return again.at_home(graphs.pool_for(call).homes)
+
+
+def _why_exact(graphs: Graphs, call: Call, seen: Observation) -> str | None:
+    why = seen.why_exact(call, graphs.options.pad)
+    if why is PAD_IS_MISSING:
+        graphs.warn("pad", GIVE_PAD)
+    return why
+
+
+def _capture(
+    graphs: Graphs, job: Job, entry: Entry, layout: Any, tensors: list[Tensor], *, exactly: bool
+) -> None:
+    """Captures what `entry` lacks for this call, and finds out whether it can be padded."""
+    start, batch = perf_counter(), job.call.batch
+    buckets: list[Bucket] = []
+    if entry.exact is None:
+        wanted = (batch,) if exactly else graphs.options.sizes or default_sizes(batch)
+        sizes = [size for size in wanted if size not in entry.buckets]
+        try:
+            buckets = capture_or_warm_up(job, sizes)
+            entry.exact = learn_batch_dims(buckets, batch, layout, tensors)
+        except CaptureError as error:
+            if sizes == [batch]:
+                raise
+            entry.exact = f"it can't be captured at other sizes ({error})"
+        entry.complete = graphs.options.sizes is not None or len(buckets) < len(sizes)
+    if entry.exact is not None:
+        logger.info("%s is captured at exact sizes: %s", graphs.name, entry.exact)
+        kept = {size: b for size, b in entry.buckets.items() if b.exact_only}
+        for size in entry.buckets.keys() - kept.keys():
+            graphs.retire(entry.buckets[size])
+        entry.buckets = kept
+        buckets = capture_or_warm_up(job, [batch])
+        if not buckets:
+            raise CaptureError(f"batch {batch} does not fit into memory")
+        if buckets[0].result.layout != layout:
+            raise CaptureError("its result holds a Python value that changes from call to call")
+        buckets[0].exact_only = True
+    for bucket in buckets:
+        # State would be advanced twice by a comparison; there, pad has said what is safe.
+        if not entry.pure and bucket.result.knows_batch_dims():
+            bucket.native.trusted = sys.maxsize
+    entry.add(buckets)
+    seconds = perf_counter() - start
+    graphs.counts.captures += len(buckets)
+    graphs.counts.capture_seconds += seconds
+    captured = [bucket.size for bucket in buckets]
+    logger.info("captured %s at sizes %s in %.2f s", graphs.name, captured, seconds)
+
+
+def _give_up(graphs: Graphs, call: Call, error: Exception) -> None:
+    """Runs this signature eagerly from here on, with one warning; or raises."""
+    expected = isinstance(error, (CaptureError, NotATree))
+    why = str(error) if expected else f"{type(error).__name__}: {error}"
+    logger.debug("%s can't be captured", graphs.name, exc_info=error)
+    if not graphs.options.fallback:
+        raise CaptureError(f"graphcache: {graphs.name} can't be captured: {why}") from error
+    if call.key in graphs.entries:
+        graphs.drop(graphs.entries.pop(call.key))
+    graphs.entries[call.bare_key] = Entry(eager=why)
+    graphs.warn(
+        why,
+        f"it can't be captured, so it runs eagerly: {why}. Move that out of the forward, decorate "
+        "a smaller part, or silence this with graphcache.disabled()",
+    )
