@@ -20,7 +20,7 @@ from graphcache.graphs import Graphs
 from graphcache.guards import submodule_with_hooks
 from graphcache.keepers import Habits
 from graphcache.learn import observe
-from graphcache.modes import modes_of, refuse_where_watched, wants_grad
+from graphcache.modes import NEEDS_GRAD, modes_of, refuse_where_watched
 from graphcache.options import Options
 from graphcache.runtime import inlining
 from graphcache.signature import Call, Unservable
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_RECAPTURES = 8
 TOO_SLOW = "its graph saves less than min_gain"
-_NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
 
 
 class GraphCache(Graphs):
@@ -57,6 +56,9 @@ class GraphCache(Graphs):
     ) -> Any:
         """Serves one call that `native` did not: by a graph, or eagerly with the reason counted."""
         self.native.calls += 1
+        if (why := self.native.why_eager(args, kwargs, instance)) is not None:
+            self.counts.eager[why] += 1
+            return function(*args, **kwargs)
         try:
             refuse_where_watched(instance)
             call = self.signature.read(args, kwargs, modes_of(instance), self.written)
@@ -96,7 +98,7 @@ class GraphCache(Graphs):
             raise Unservable("an empty batch")
         grad = torch.is_grad_enabled()
         if grad and any(tensor.requires_grad for tensor in call.leaves):
-            raise Unservable(_NEEDS_GRAD)
+            raise Unservable(NEEDS_GRAD)
         entry = self.entries.get(call.key) or self.entries.get(call.bare_key)
         if entry is not None:
             entry.last = self.native.calls
@@ -108,8 +110,6 @@ class GraphCache(Graphs):
                 entry = None
 
         if entry is None:
-            if grad and wants_grad(instance):
-                raise Unservable(_NEEDS_GRAD)
             hooked = submodule_with_hooks(instance)
             if hooked is not None:
                 raise Unservable(f"hooks inside the forward, on {hooked}")

@@ -91,7 +91,7 @@ def learn(
     except Unservable:
         return  # with its written arguments bound, or unsettled, or hooked
     except Exception as error:  # whatever it is, the caller has a result, and gets it
-        _give_up(graphs, call, error)
+        _give_up(graphs, instance, call, error)
         return
     graphs.entries[call.key] = entry
     graphs.publish(call, instance, entry)
@@ -181,7 +181,7 @@ def _capture(
     logger.info("captured %s at sizes %s in %.2f s", graphs.name, captured, seconds)
 
 
-def _give_up(graphs: Graphs, call: Call, error: Exception) -> None:
+def _give_up(graphs: Graphs, instance: Any, call: Call, error: Exception) -> None:
     """Runs this signature eagerly from here on, with one warning; or raises."""
     expected = isinstance(error, (CaptureError, NotATree))
     why = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -190,7 +190,9 @@ def _give_up(graphs: Graphs, call: Call, error: Exception) -> None:
         raise CaptureError(f"graphcache: {graphs.name} can't be captured: {why}") from error
     if call.key in graphs.entries:
         graphs.drop(graphs.entries.pop(call.key))
-    graphs.entries[call.bare_key] = Entry(eager=why)
+    graphs.entries[call.bare_key] = entry = Entry(eager=why)
+    if not call.kept:  # whose home is not known
+        graphs.publish(call, instance, entry)
     graphs.warn(
         why,
         f"it can't be captured, so it runs eagerly: {why}. Move that out of the forward, decorate "

@@ -83,13 +83,15 @@ class Graphs:
         return pool
 
     def publish(self, call: Call, instance: Any, entry: Entry) -> None:
-        """Lets native code serve calls like this one with the graphs that there are now."""
+        """Lets native code serve calls like this one with the graphs that there are now, or eagerly."""
         if entry.native is None:
             lock = self.pool_for(call).lock
             entry.native = _C.Entry(lock, entry.guards.native, entry.written)
             parameters, leaves = self.signature.native(call)
             training = getattr(instance, "training", None)
             self.native.add(parameters, leaves, training, entry.native)
+        if entry.eager is not None:
+            entry.native.set_eager(entry.eager)
         entry.native.set([bucket.native for bucket in entry.buckets.values()], entry.exact is not None)
 
     def drop(self, entry: Entry) -> None:

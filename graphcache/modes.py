@@ -11,6 +11,8 @@ from graphcache import _C, config
 from graphcache.runtime import is_capturing
 from graphcache.signature import Unservable
 
+NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
+
 
 def refuse_where_watched(instance: Any) -> None:
     """Raises `Unservable` where somebody watches the operations, which a replay would hide."""
@@ -30,6 +32,8 @@ def refuse_where_watched(instance: Any) -> None:
         raise Unservable("a torch.func transform")
     if getattr(instance, "_is_replica", False):
         raise Unservable("a DataParallel replica")
+    if torch.is_grad_enabled() and _wants_grad(instance):
+        raise Unservable(NEEDS_GRAD)
 
 
 def modes_of(instance: Any) -> tuple[Any, ...]:
@@ -37,6 +41,5 @@ def modes_of(instance: Any) -> tuple[Any, ...]:
     return (getattr(instance, "training", None), _C.modes(DeviceContext))
 
 
-def wants_grad(instance: Any) -> bool:
-    """Tells whether gradients of a module's parameters are wanted, where grad mode is on."""
+def _wants_grad(instance: Any) -> bool:
     return isinstance(instance, nn.Module) and any(p.requires_grad for p in instance.parameters())

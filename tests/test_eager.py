@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphcache
 from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
 from graphcache.ops import user_line_of
+from graphcache.signature import Signature
 from tests.conftest import MLP, Backend, Counter, close, eager
 
 
@@ -172,6 +173,55 @@ def test_what_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> No
     assert len(runs) == 4
     assert model.cache_info().hits == 0
     assert model.cache_info().captures == 0
+
+
+def test_what_is_refused_for_good_is_known_without_reading_the_call(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward that no graph can hold should cost little more than it did undecorated."""
+
+    @cuda_graphed(sizes=(4,))
+    def forward(x: Tensor, factor: float = 2.0) -> Tensor:
+        return x * factor + x.sum().item()
+
+    x = backend.randn(3, 2)
+    with pytest.warns(GraphCacheWarning, match="hands a value to the host"):
+        forward(x)
+    reads: list[Any] = []
+    read = Signature.read
+    monkeypatch.setattr(
+        Signature, "read", lambda self, *given: reads.append(given) or read(self, *given)
+    )
+    for rows in (3, 1, 4):
+        y = backend.randn(rows, 2)
+        assert torch.equal(forward(y), y * 2 + y.sum().item())
+    assert not reads
+    info = forward.cache_info()
+    assert info.batches == {3: 2, 1: 1, 4: 1}
+    assert sum(count for why, count in info.eager.items() if "hands a value" in why) == 3
+
+    assert torch.equal(forward(x, 3.0), x * 3 + x.sum().item())  # another signature
+    assert len(reads) == 1
+    with graphcache.disabled():
+        forward(x)
+    assert forward.cache_info().eager["disabled"] == 1
+    with pytest.warns(GraphCacheWarning, match="hands a value to the host"):
+        forward.cache_clear()
+        forward(x)  # tried anew
+    assert len(reads) > 1
+
+
+def test_what_is_refused_in_emulation_is_not_called_that_without() -> None:
+    @cuda_graphed(sizes=(4,))
+    def forward(x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    x = torch.ones(3, 2)
+    with graphcache.emulate(), pytest.warns(GraphCacheWarning, match="hands a value to the host"):
+        forward(x)
+    forward(x)
+    (why,) = (why for why, count in forward.cache_info().eager.items() if "CPU tensors" in why)
+    assert "graphcache.emulate()" in why
 
 
 def test_what_looks_like_a_host_copy_and_is_none(backend: Backend) -> None:

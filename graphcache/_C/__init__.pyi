@@ -381,6 +381,8 @@ class Entry:
     def __init__(self, lock: PoolLock, guard: Guard, written: Written) -> None: ...
     def set(self, buckets: Sequence[Bucket], exact: bool) -> None:
         """Replaces the graphs, by ascending size; `exact`: they serve no smaller batches."""
+    def set_eager(self, why: str) -> None:
+        """Says that such calls run eagerly for good, and why."""
 
 class Dispatcher:
     """From the arguments of a call to its result, without Python.
@@ -423,6 +425,9 @@ class Dispatcher:
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> Any:
         """Returns the result of a call, or a certain object where Python has to serve it."""
+
+    def why_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> str | None:
+        """Says why such a call runs eagerly for good, and counts it; None where that is not known."""
 
 def serve_calls(type: type) -> None:
     """Has calls of the instances of a wrapper class served natively, as far as they can be."""

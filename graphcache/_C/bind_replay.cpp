@@ -207,7 +207,9 @@ void bind_dispatcher(py::module_& m) {
             entry.exact = exact;
           },
           py::arg("buckets"),
-          py::arg("exact"));
+          py::arg("exact"))
+      .def(
+          "set_eager", [](Entry& entry, const py::str& why) { entry.eager = why; }, py::arg("why"));
   using Slot = std::tuple<int64_t, py::object, py::object, py::object>;
   using Role = std::tuple<int, int64_t, bool, bool, std::vector<int64_t>, at::Tensor>;
   py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(m, "Dispatcher")
@@ -230,6 +232,14 @@ void bind_dispatcher(py::module_& m) {
           "serve",
           [](Dispatcher& dispatcher, const py::tuple& args, const py::dict& kwargs, const py::object& instance) {
             return dispatcher.serve(args.ptr(), kwargs.ptr(), instance.ptr());
+          },
+          py::arg("args"),
+          py::arg("kwargs"),
+          py::arg("instance"))
+      .def(
+          "why_eager",
+          [](Dispatcher& dispatcher, const py::tuple& args, const py::dict& kwargs, const py::object& instance) {
+            return dispatcher.why_eager(args.ptr(), kwargs.ptr(), instance.ptr());
           },
           py::arg("args"),
           py::arg("kwargs"),

@@ -76,13 +76,14 @@ void Dispatcher::forget(const std::shared_ptr<Entry>& entry) {
   last_ = 0;
 }
 
-py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instance) {
+std::shared_ptr<const Signature> Dispatcher::find(
+    PyObject* args, PyObject* kwargs, PyObject* instance, Leaves& leaves, int64_t& batch) {
   if (known_.empty() || inlining || is_set(surroundings_.disabled)) {
-    return miss();
+    return nullptr;
   }
   const auto modes = Modes::now(surroundings_.device_mode);
   if (!modes) {
-    return miss();
+    return nullptr;
   }
   py::object training = py::none();
   if (has_training_) {
@@ -90,20 +91,38 @@ py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instanc
     training = py::reinterpret_steal<py::object>(PyObject_GetAttr(instance, name));
     if (!training) {
       PyErr_Clear();
-      return miss();
+      return nullptr;
     }
   }
-  Leaves leaves;
-  int64_t batch = 0;
   for (size_t tried = 0; tried < known_.size(); ++tried) {
     const size_t index = (last_ + tried) % known_.size();
     const auto signature = known_[index]; // held: matching may run Python code, which may clear
     if (signature->match(args, kwargs, training.ptr(), *modes, leaves, batch)) {
       last_ = index;
-      return run(*signature, leaves, batch);
+      return signature;
     }
   }
-  return miss();
+  return nullptr;
+}
+
+py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instance) {
+  Leaves leaves;
+  int64_t batch = 0;
+  const auto signature = find(args, kwargs, instance, leaves, batch);
+  return signature == nullptr ? miss() : run(*signature, leaves, batch);
+}
+
+py::object Dispatcher::why_eager(PyObject* args, PyObject* kwargs, PyObject* instance) {
+  Leaves leaves;
+  int64_t batch = 0;
+  const auto signature = find(args, kwargs, instance, leaves, batch);
+  if (signature == nullptr || !signature->entry->eager ||
+      (signature->device().is_cpu() && !is_set(surroundings_.emulated))) {
+    return py::none();
+  }
+  signature->entry->last = calls;
+  ++batches[batch];
+  return signature->entry->eager;
 }
 
 py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int64_t batch) {

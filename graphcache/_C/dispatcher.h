@@ -23,6 +23,7 @@ struct Entry {
   bool exact = false; // batches of exactly these sizes only
   int64_t last = 0; // the number of the last call that it served
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
+  pybind11::object eager; // why it has none and never will; null where it may
 
   Bucket* find(int64_t batch) const;
 };
@@ -48,6 +49,8 @@ class Dispatcher {
   // The result of the call; or `miss()`, where Python has to serve it.
   pybind11::object serve(PyObject* args, PyObject* kwargs, PyObject* instance);
   static pybind11::object miss();
+  // Why such a call runs eagerly for good, and counts it; None where that is not known.
+  pybind11::object why_eager(PyObject* args, PyObject* kwargs, PyObject* instance);
 
   // Adds a signature, under today's modes.
   void add(
@@ -62,6 +65,9 @@ class Dispatcher {
   std::unordered_map<int64_t, int64_t> batches; // how many calls had so many rows
 
  private:
+  // The signature of a call, its tensors and its batch; null where there is none.
+  std::shared_ptr<const Signature> find(
+      PyObject* args, PyObject* kwargs, PyObject* instance, Leaves& leaves, int64_t& batch);
   pybind11::object run(const Signature& signature, const Leaves& leaves, int64_t batch);
 
   Surroundings surroundings_;
