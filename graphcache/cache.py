@@ -20,7 +20,7 @@ from graphcache.graphs import Graphs
 from graphcache.guards import submodule_with_hooks
 from graphcache.keepers import Habits
 from graphcache.learn import observe
-from graphcache.modes import NEEDS_GRAD, modes_of, refuse_where_watched
+from graphcache.modes import NEEDS_GRAD, modes_of, refuse_where_profiled, refuse_where_watched
 from graphcache.options import Options
 from graphcache.runtime import inlining
 from graphcache.signature import Call, Unservable
@@ -165,13 +165,13 @@ class GraphCache(Graphs):
             if entry.exact is not None:
                 self.publish(call, None, entry)
             return eager
+        entry.exact = why
+        self.publish(call, None, entry)
         self.warn(
             "rows",
             f"padding batch {call.batch} to {bucket.size} changes its result ({why}), so it is "
             "captured at exactly the batch sizes that it is called with",
         )
-        entry.exact = why
-        self.publish(call, None, entry)
         return eager
 
     def _timed(self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket) -> Any:
@@ -208,6 +208,7 @@ class GraphCache(Graphs):
         """Captures for such calls without making one: what the forward writes is put back."""
         try:
             refuse_where_watched(instance)
+            refuse_where_profiled()
             call = self.signature.read(args, kwargs, modes_of(instance), self.written)
             if call.kept:
                 raise Unservable(f"it may change {call.kept[0].name}; call the forward itself instead")

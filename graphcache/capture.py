@@ -61,7 +61,7 @@ class Job(NamedTuple):
         leaves = list(self.call.leaves)
         for (index, _), tensor in zip(self.call.staged(), static, strict=True):
             leaves[index] = tensor
-        return leaves
+        return [leaves[first] for first in self.call.same]
 
     def run(self, leaves: list[Tensor]) -> Any:
         """Runs the forward over other tensors than the caller's."""

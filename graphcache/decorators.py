@@ -94,7 +94,8 @@ def cuda_graphed(
             to carry none. Which dimensions of the outputs carry it is learned.
         sizes: the batch sizes to capture. Without them: 1, 2, 4, then multiples of 8, as far as the
             batches that come. Larger batches run eagerly where sizes are given.
-        pad: what padded rows hold: a number, "edge" (the last row again), or either by argument name.
+        pad: what padded rows hold: a number, "edge" (the last row again), or either by argument name;
+            an argument that is not named is zero then. Without it, the last row again.
             A forward that writes to outside state (a KV cache) is padded only where this is given.
         bind: names of arguments that are read at their address instead of copied at each call.
             Arguments that the forward writes to are bound by themselves, and so are large ones (4 MiB)

@@ -14,6 +14,7 @@ from graphcache.entry import Entry
 from graphcache.errors import CaptureError
 from graphcache.graphs import Graphs
 from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, as_captured, observe
+from graphcache.modes import refuse_where_profiled
 from graphcache.observe import Observer
 from graphcache.signature import Call, Unservable
 from graphcache.tree import NotATree
@@ -29,6 +30,7 @@ def first_call(
     graphs: Graphs, function: Callable[..., Any], instance: Any, call: Call, *, exactly: bool = False
 ) -> Any:
     """Runs the forward eagerly, once, and captures it afterwards; perhaps just for this batch."""
+    refuse_where_profiled()
     seen = observe(function, instance, call, restore=False)
     graphs.counts.eager["the first call of a signature"] += 1
     learn(graphs, function, instance, call, seen, exactly=exactly)
@@ -65,7 +67,7 @@ def learn(
         entry.guards = guards
         entry.pure = not observer.written
         entry.written = seen.written(call)
-        entry.exact = entry.exact or _why_exact(graphs, call, seen)
+        entry.exact = entry.exact or seen.why_exact(call, graphs.options.pad)
         job = Job(
             graphs.name,
             function,
@@ -98,6 +100,8 @@ def learn(
     _drop_empty_homes(graphs)
     for bucket in entry.buckets.values():
         bucket.lane.reserve_for(made)
+    if entry.exact is PAD_IS_MISSING:  # at last, since warnings may be errors
+        graphs.warn("pad", GIVE_PAD)
 
 
 def _leave_changed(graphs: Graphs, call: Call) -> None:
@@ -125,19 +129,12 @@ def _drop_empty_homes(graphs: Graphs) -> None:
 def _bind_written(graphs: Graphs, call: Call, observer: Observer) -> Call:
     """Returns the call read again, with the arguments that the forward wrote to bound."""
     written = frozenset(observer.written_of(call.leaves))
-    known = graphs.written.get(call.layout, frozenset())
+    known = graphs.written.get(call.form, frozenset())
     if written <= known:
         return call
-    graphs.written[call.layout] = written | known
+    graphs.written[call.form] = written | known
     again = graphs.signature.read(call.args, call.kwargs, call.key[1], graphs.written)
     return again.at_home(graphs.pool_for(call).homes)
-
-
-def _why_exact(graphs: Graphs, call: Call, seen: Observation) -> str | None:
-    why = seen.why_exact(call, graphs.options.pad)
-    if why is PAD_IS_MISSING:
-        graphs.warn("pad", GIVE_PAD)
-    return why
 
 
 def _capture(

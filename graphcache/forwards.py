@@ -220,11 +220,14 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             if called is None:
                 _refuse_shared(vars(owner).get("forward"), owner, "missed")
             elif called is not owner:
+                wrapped = class_forward(type(called)) if is_method else wrapped
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
+            wrapped = mine()._as_it_is_now(owner)  # type: ignore[union-attr]
             bound = MethodType(wrapped, owner) if is_method else wrapped
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)
+        mine = weakref.ref(self)  # or it would outlive its module until it is collected
         self._self_known_counts: dict[str, int] = {}
         self._self_module = reference
         self._self_caches = caches
@@ -250,8 +253,19 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         module = self._self_module()
         if module is None:
             raise GraphCacheError("graphcache: the module of this forward is gone")
-        function = self.__wrapped__
+        function = self._as_it_is_now(module)
         return (MethodType(function, module) if self._self_is_method else function), module
+
+    def _as_it_is_now(self, module: Any) -> Callable[..., Any]:
+        """Returns the forward; where its class was patched, what is known of the old one is dropped."""
+        if not self._self_is_method or self._self_compiled:
+            return self.__wrapped__
+        function = class_forward(type(module))
+        if function is not self.__wrapped__:
+            self._self_caches.by_id.pop(id(module), None)
+            self._self_over.clear()
+            self.__wrapped__ = function
+        return function
 
     def _cache(self) -> GraphCache:
         caches: _Caches = self._self_caches

@@ -30,7 +30,7 @@ class Graphs:
         signature: how its calls are read.
         native: what serves calls before Python is asked.
         entries: what is known of each signature.
-        written: by the layout of a call, which of its tensors the forward wrote.
+        written: by the form of a call, which of its tensors the forward wrote.
         unsettled: how many first calls changed attributes.
         recaptures: how many captures in a row, each because `replaced` had changed.
         counts: of what is no graph's own, and of graphs that are gone.
@@ -89,7 +89,7 @@ class Graphs:
             entry.native = _C.Entry(lock, entry.guards.native, entry.written)
             parameters, leaves = self.signature.native(call)
             training = getattr(instance, "training", None)
-            self.native.add(parameters, leaves, training, entry.native)
+            self.native.add(parameters, leaves, call.same, training, entry.native)
         if entry.eager is not None:
             entry.native.set_eager(entry.eager)
         entry.native.set([bucket.native for bucket in entry.buckets.values()], entry.exact is not None)

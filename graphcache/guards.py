@@ -74,7 +74,9 @@ class Guards:
         return f"{label}.{key}".lstrip(".") if key is not None else label or "the module itself"
 
     @classmethod
-    def find(cls, instance: Any, reads: Reads, reached: Iterable[Tensor]) -> "Guards":
+    def find(
+        cls, instance: Any, reads: Reads, reached: Iterable[Tensor], outside: Iterable[Tensor]
+    ) -> "Guards":
         """Finds every place that leads from the forward to what it reads.
 
         Args:
@@ -82,9 +84,10 @@ class Guards:
             reads: which code ran, and so which names count.
             reached: the tensors that the forward read or wrote and was not given, as far as somebody
                 holds them still.
+            outside: a tensor for each storage of such, whether somebody holds it still or not.
 
         Returns:
-            The guards; `unwatched` holds those of `reached` to which no place leads.
+            The guards; `unwatched` holds those of `reached` and `outside` to which no place leads.
         """
         search = _Search(instance, reads.names)
         if instance is not None:
@@ -97,6 +100,8 @@ class Guards:
         native = search.native((table, False) for table in hooks)
         search.labels["dict"][:0] = ["hooks of every module"] * len(hooks)
         lost = [tensor for tensor in reached if id(tensor) not in search.tensors]
+        storages = {_C.storage_key(tensor) for tensor in search.tensors.values()}
+        lost += [tensor for tensor in outside if _C.storage_key(tensor) not in storages]
         names = zip(search.modules, search.labels["module"], strict=True)
         hooked = (name for module, name in names if module is not instance and _has_hooks(module))
         return cls(native, lost, search.labels, next(hooked, None))

@@ -39,9 +39,19 @@ def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore:
     reads = Reads(instance)
     suspects = [*reads.tensors, *(tensor for passed in call.kept for tensor in passed.tensors)]
     observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=suspects)
+    given = call.contents()
     with inlining(), observer.watch(), reads.watch():
         result = function(*call.args, **call.kwargs)
-    return Observation(result, observer, reads, call)
+    changed = reads.changed() or _differing(given, call.contents())
+    return Observation(result, observer, reads, call, changed)
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"argument {name}"
+        for name, (layout, tensors) in before.items()
+        if now[name][0] != layout or any(a is not b for a, b in zip(tensors, now[name][1], strict=True))
+    ]
 
 
 def as_captured(
@@ -81,13 +91,15 @@ class Observation:
         tensors: those of the result, once `layout` was asked for.
     """
 
-    def __init__(self, result: Any, observer: Observer, reads: Reads, call: Call) -> None:
+    def __init__(
+        self, result: Any, observer: Observer, reads: Reads, call: Call, changed: list[str]
+    ) -> None:
         self.result = result
         self.observer = observer
         self.tensors: list[Tensor] = []
         self._reads = reads
         self._call = call
-        self._changed = reads.changed()  # at once: it lets go of what was there before
+        self._changed = changed
 
     def layout(self) -> Any:
         """Returns the shape of the result's containers.
@@ -139,7 +151,9 @@ class Observation:
         """
         kept = {id(tensor) for passed in self._call.kept for tensor in passed.tensors}
         reached = [tensor for tensor in self.observer.reached() if id(tensor) not in kept]
-        guards = Guards.find(instance, self._reads, reached)
+        theirs = {_C.storage_key(tensor) for passed in self._call.kept for tensor in passed.tensors}
+        outside = [tensor for key, tensor in self.observer.external.items() if key not in theirs]
+        guards = Guards.find(instance, self._reads, reached, outside)
         if guards.hooked is not None:
             raise Unservable(f"hooks inside the forward, on {guards.hooked}")
         for tensor in self.observer.external.values():

@@ -1,5 +1,6 @@
 """What surrounds a call: modes that its graphs depend on, and those in which it needs eager."""
 
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def refuse_where_watched(instance: Any) -> None:
         raise Unservable("a DataParallel replica")
     if torch.is_grad_enabled() and _wants_grad(instance):
         raise Unservable(NEEDS_GRAD)
+
+
+def refuse_where_profiled() -> None:
+    """Raises `Unservable` where a first call can't be watched, as a profiler in C does already."""
+    if not (sys.getprofile() is None or callable(sys.getprofile())):
+        raise Unservable("a profiler of Python code is on (cProfile, with_stack=True); captured later")
 
 
 def modes_of(instance: Any) -> tuple[Any, ...]:

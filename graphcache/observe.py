@@ -268,6 +268,11 @@ class Observer(TorchDispatchMode):
                 and (holder := _holder(tensor, objects, references)) is not None
             ):
                 return f"a tensor that it made ({describe(tensor)}) and that a {holder} keeps"
+        for tensor in self.reached():
+            # torch holds it, where Python does not see.
+            grad = tensor.grad if tensor.is_leaf and tensor.requires_grad else None
+            if grad is not None and _C.storage_key(grad) in keys:
+                return f"a gradient that it made ({describe(grad)}); use torch.autograd.grad inside"
         return None
 
     def _random_state(self) -> Tensor:

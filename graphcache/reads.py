@@ -93,9 +93,9 @@ class Reads:
         try:
             yield
         finally:
-            sys.setprofile(before)
             if collects:
                 gc.enable()
+            sys.setprofile(before)
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "c_call":

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Call(NamedTuple):
         leaves: those tensors.
         names: their paths, such as `batch['ids'][0]`.
         roles: what becomes of each.
+        same: for each of them, the first one that is the same tensor: forwards ask (`key is value`).
         batch: rows of this call.
         key: equal for calls that the same graphs serve, at any batch.
         kept: the objects among the arguments that keep tensors; see `keepers`.
@@ -57,6 +59,7 @@ class Call(NamedTuple):
     leaves: list[Tensor]
     names: list[str]
     roles: list[Leaf]
+    same: tuple[int, ...]
     batch: int
     key: tuple[Any, ...]
     kept: list[Passed]
@@ -75,6 +78,23 @@ class Call(NamedTuple):
         except NotATree as error:
             raise Unservable(str(error)) from None
         return self._replace(homes=found, key=(*self.key, *found))
+
+    def contents(self) -> dict[str, tuple[Any, list[Tensor]]]:
+        """Returns what each argument holds at present, but for what is in `kept`."""
+        found: dict[str, tuple[Any, list[Tensor]]] = {}
+        for name, value in chain(zip(self.layout.keys, self.args, strict=False), self.kwargs.items()):
+            tensors: list[Tensor] = []
+            try:
+                layout = flatten(value, tensors, [], other=self.place)
+            except NotATree as error:
+                layout = str(error)
+            found[name] = layout, tensors
+        return found
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """The arguments but for all that is told of their tensors."""
+        return self.layout, self.same
 
     @property
     def bare_key(self) -> tuple[Any, ...]:
@@ -191,7 +211,7 @@ class Signature:
             args: as the caller gave them.
             kwargs: likewise.
             modes: everything else that the key has to tell apart.
-            written: for each layout, the positions of the tensors that the forward writes to.
+            written: for each `Call.form`, the positions of the tensors that the forward writes to.
 
         Raises:
             Unservable: where no graph can serve such a call.
@@ -214,8 +234,10 @@ class Signature:
         except NotATree as error:
             raise Unservable(str(error)) from None
         layout = Node(dict, tuple(named), tuple(parts))
-        by_address = written.get(layout, frozenset())
-        return self._classify(args, kwargs, layout, leaves, names, modes, by_address, kept)
+        places: dict[int, int] = {}
+        same = tuple(places.setdefault(id(tensor), index) for index, tensor in enumerate(leaves))
+        by_address = written.get((layout, same), frozenset())
+        return self._classify(args, kwargs, layout, leaves, names, same, modes, by_address, kept)
 
     def _classify(
         self,
@@ -224,6 +246,7 @@ class Signature:
         layout: Any,
         leaves: list[Tensor],
         names: list[str],
+        same: tuple[int, ...],
         modes: tuple[Any, ...],
         by_address: frozenset[int],
         kept: list[Passed],
@@ -235,7 +258,7 @@ class Signature:
         }
         batch = self._batch(leaves, bound)
         roles: list[Leaf] = []
-        key: list[Any] = [layout, modes, leaves[0].device]
+        key: list[Any] = [layout, modes, leaves[0].device, same]
         for index, tensor in enumerate(leaves):
             if tensor.layout is not torch.strided:
                 raise Unservable(f"{names[index]} has layout {tensor.layout}")
@@ -249,7 +272,8 @@ class Signature:
             large = dim is None and _nbytes(tensor) > STAGE_LIMIT
             if index in bound or (large and not weak):
                 roles.append(Leaf(BOUND, dim, None))
-                where = (tensor.data_ptr(), tensor.stride(), dim is not None)
+                bits = (tensor.is_conj(), tensor.is_neg())
+                where = (tensor.data_ptr(), tensor.stride(), dim is not None, *bits)
                 key.append((BOUND, tensor.dtype, tuple(shape), where))
                 continue
             order = None if tensor.is_contiguous() else _order(tensor)
@@ -264,7 +288,7 @@ class Signature:
             else:
                 roles.append(Leaf(BATCHED, dim, order))
                 key.append((BATCHED, tensor.dtype, (*shape[:dim], -1, *shape[dim + 1 :]), order))
-        return Call(args, kwargs, layout, leaves, names, roles, batch, tuple(key), kept)
+        return Call(args, kwargs, layout, leaves, names, roles, same, batch, tuple(key), kept)
 
     def _dim(self, tensor: Tensor) -> int | None:
         dim = self.batch_dim if self.batch_dim >= 0 else self.batch_dim + tensor.dim()

@@ -14,10 +14,14 @@ Pad = Fill | dict[str, Fill] | None
 
 
 def fill_of(pad: Pad, name: str) -> Fill:
-    """Returns what padded rows of the argument at path `name` hold: 0 unless `pad` says otherwise."""
+    """Returns what padded rows of the argument at path `name` hold.
+
+    Without `pad` the last row again: a row that the forward can take, where zeros may be no such index,
+    or none that goes with what is in other arguments.
+    """
     if isinstance(pad, dict):
         return pad.get(name, pad.get(top_name(name), 0))
-    return 0 if pad is None else pad
+    return "edge" if pad is None else pad
 
 
 class StaticInputs:

@@ -2,11 +2,13 @@
 
 Padding can look harmless by the values of one call: where all rows are zero, as in a warm-up, the rows
 that are added look like those of the caller. So the tail holds other rows too, of this call and of an
-earlier one, and the largest and the least values of both: valid by construction, and what a sum, a
-maximum or a softmax over rows shows most clearly.
+earlier one, and of both those with the largest and the least values, which a sum, a maximum or a
+softmax over rows shows most clearly. All are rows that a caller gave: one of the largest value of each
+argument, say, may be none that the forward can take. Where all are alike, numbers in floating point come
+in halves, too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphcache.outputs import Output
-from graphcache.signature import BATCHED, Call
+from graphcache.signature import BATCHED, WHOLE, Call
 from graphcache.staging import Pad, fill_of
 from graphcache.tree import Kept, flatten
 
@@ -35,6 +37,8 @@ _ORDERED = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 
+MAX_EXTREMES = 3  # arguments whose largest and least values are looked for
+
 
 class Sample:
     """Rows of an earlier call, to put after those of a later one."""
@@ -45,33 +49,60 @@ class Sample:
                 (leaf.dim, tensor.clone()) if leaf.role is BATCHED and leaf.dim is not None else None
                 for tensor, leaf in zip(call.leaves, call.roles, strict=True)
             ]
+            self._beside = [tensor.clone() for tensor in _whole(call)]
 
     def tells(self, call: Call, pad: Pad) -> bool:
         """Tells whether rows differ, or differ from padding: then a dependence on them can show."""
+        return self._are_unlike(call, "edge") or self._are_unlike(call, pad) or self._can_be_halved()
+
+    def _are_unlike(self, call: Call, pad: Pad) -> bool:
         joined = zip(call.names, self.rows, self._joined(call, call.batch), strict=True)
         return any(
             bool((rows != (rows.narrow(held[0], 0, 1) if fill == "edge" else fill)).any())
             for name, held, rows in joined
             if held is not None
-            for fill in (fill_of(pad, name), "edge")
+            for fill in (fill_of(pad, name),)
         )
+
+    def _can_be_halved(self) -> bool:
+        return any(held is not None and bool((_half(held[1]) != held[1]).any()) for held in self.rows)
+
+    def _halved(self, call: Call) -> "Sample":
+        halved = Sample(call)
+        halved.rows = [held and (held[0], _half(held[1])) for held in halved.rows]
+        return halved
 
     def full(self, call: Call, size: int) -> list[list[Tensor]]:
         """Returns arguments of `size` rows, the first of which are those of `call`."""
-        tails = (self, Sample(call), self._reduced(call, torch.amax), self._reduced(call, torch.amin))
+        with _plainly(call):
+            # What goes with other values beside it, such as offsets, may be no valid row here.
+            fits = all(map(torch.equal, self._beside, _whole(call)))
+            earlier = self if fits else Sample(call)
+            tails = [earlier, Sample(call), *earlier._extremes(call)]
+            if not self._are_unlike(call, "edge"):
+                tails.append(self._halved(call))
         return [each._joined(call, size - call.batch) for each in tails]
 
-    def _reduced(self, call: Call, reduce: Callable[..., Tensor]) -> "Sample":
-        """Returns one row, of the largest values of `call` and this, or of the least ones."""
-        reduced = Sample(call)
-        with _plainly(call):
-            reduced.rows = [
-                held
-                if held is None or held[1].dtype not in _ORDERED
-                else (held[0], reduce(torch.cat([tensor, held[1]], held[0]), held[0], keepdim=True))
-                for tensor, held in zip(call.leaves, self.rows, strict=True)
-            ]
-        return reduced
+    def _extremes(self, call: Call) -> Iterator["Sample"]:
+        """Yields, by single rows of `call` and this, those that have the largest and least values.
+
+        Whole rows: the largest value of one argument need not go with that of another.
+        """
+        joined = self._joined(call, self._count())
+        batched = [(held[0], t) for t, held in zip(joined, self.rows, strict=True) if held is not None]
+        ordered = [(dim, t) for dim, t in batched if t.dtype in _ORDERED and t.numel()]
+        for dim, tensor in ordered[:MAX_EXTREMES]:
+            values = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).double()
+            for row in (values.amax(1).argmax(), values.amin(1).argmin()):
+                single = Sample(call)
+                single.rows = [
+                    held and (held[0], t.index_select(held[0], row.reshape(1)))
+                    for t, held in zip(joined, self.rows, strict=True)
+                ]
+                yield single
+
+    def _count(self) -> int:
+        return next((held[1].shape[held[0]] for held in self.rows if held is not None), 0)
 
     def _joined(self, call: Call, count: int) -> list[Tensor]:
         with _plainly(call):
@@ -79,6 +110,14 @@ class Sample:
                 tensor if held is None else torch.cat([tensor, _cycle(held[1], held[0], count)], held[0])
                 for tensor, held in zip(call.leaves, self.rows, strict=True)
             ]
+
+
+def _whole(call: Call) -> list[Tensor]:
+    return [t for t, leaf in zip(call.leaves, call.roles, strict=True) if leaf.role is WHOLE]
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor * 0.5 if tensor.is_floating_point() and tensor.dtype in _ORDERED else tensor
 
 
 @contextmanager

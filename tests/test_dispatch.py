@@ -77,7 +77,13 @@ def test_poisoned_rows_of_a_large_batch_do_not_reach_a_small_one(backend: Backen
 
 @pytest.mark.parametrize(
     ("pad", "row"),
-    [(None, [0.0, 0.0]), (5, [5.0, 5.0]), ("edge", [3.0, 4.0]), ({"x": -1.0}, [-1.0, -1.0])],
+    [
+        (None, [3.0, 4.0]),
+        (5, [5.0, 5.0]),
+        ("edge", [3.0, 4.0]),
+        ({"x": -1.0}, [-1.0, -1.0]),
+        ({"y": -1.0}, [0.0, 0.0]),
+    ],
     ids=str,
 )
 def test_what_a_padded_row_holds(backend: Backend, pad: Any, row: list[float]) -> None:

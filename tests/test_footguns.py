@@ -1774,14 +1774,6 @@ def test_one_tensor_is_passed_for_two_arguments(backend: Backend) -> None:
     assert info(model).hits >= 12
 
 
-def test_the_forward_asks_whether_arguments_are_the_same(backend: Backend) -> None:
-    """`if key is value` (attention does so): the answer of the capture is baked in."""
-    model = cuda_graphed(lambda x, y: x * 2 if x is y else x + y, sizes=(2,))
-    x, y = backend.randn(2, 8), backend.randn(2, 8)
-    for pair_ in ((x, y), (x, x), (y, x), (y, y)):
-        same_as_eager(model, *pair_)
-
-
 def test_an_expanded_argument(backend: Backend) -> None:
     """Strides of zero: rows share memory, and writing one writes all."""
     model = cuda_graphed(lambda x: x * 2, sizes=(2, 4))

@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from graphcache import first
 from graphcache.guards import Guards
+from graphcache.learn import Observation
 from tests import fuzz
 from tests.conftest import RUNTIMES
 from tests.fuzz_machine import Fuzz, Mismatch, Stats
@@ -48,7 +48,7 @@ def _forget_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pad_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first, "_why_exact", lambda *_: None)
+    monkeypatch.setattr(Observation, "why_exact", lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_any_dtype(backend: Backend, dtype: torch.dtype, fill: Any) -> None:
         x = values(backend, (batch, 3), dtype)
         assert torch.equal(graphed(x), x)
         if graphed.cache_info().hits:
-            assert torch.equal(static(graphed, 6)[0], padded(x, 0, 6, 0 if fill is None else fill))
+            assert torch.equal(static(graphed, 6)[0], padded(x, 0, 6, "edge" if fill is None else fill))
     assert graphed.cache_info().hits == 5
     assert launches(graphed) == backend.launch
 
@@ -79,7 +79,9 @@ def test_any_batch_dim(backend: Backend, dim: int, fill: Any) -> None:
         x = values(backend, tuple(shape), torch.int32)
         assert torch.equal(graphed(x), x)
         if graphed.cache_info().hits:
-            assert torch.equal(static(graphed, 5)[0], padded(x, dim, 5, 0 if fill is None else fill))
+            assert torch.equal(
+                static(graphed, 5)[0], padded(x, dim, 5, "edge" if fill is None else fill)
+            )
     assert graphed.cache_info().hits == 5
 
 

@@ -413,7 +413,12 @@ class Dispatcher:
         has_training: bool,
     ) -> None: ...
     def add(
-        self, parameters: Sequence[Any], leaves: Sequence[Any], training: bool | None, entry: Entry
+        self,
+        parameters: Sequence[Any],
+        leaves: Sequence[Any],
+        same: Sequence[int],
+        training: bool | None,
+        entry: Entry,
     ) -> None:
         """Adds a signature, under today's modes; see `graphcache.signature.Signature.native`."""
 

@@ -249,6 +249,7 @@ void bind_dispatcher(py::module_& m) {
           [](Dispatcher& dispatcher,
              const std::vector<Slot>& slots,
              const std::vector<Role>& roles,
+             const std::vector<size_t>& same,
              const py::object& training,
              const std::shared_ptr<Entry>& entry) {
             std::vector<Parameter> parameters;
@@ -265,10 +266,11 @@ void bind_dispatcher(py::module_& m) {
               leaves.emplace_back(
                   static_cast<Leaf::Role>(role), batch_dim, carries_batch, must_be_weak, order, example);
             }
-            dispatcher.add(std::move(parameters), std::move(leaves), training, entry);
+            dispatcher.add(std::move(parameters), std::move(leaves), same, training, entry);
           },
           py::arg("parameters"),
           py::arg("leaves"),
+          py::arg("same"),
           py::arg("training"),
           py::arg("entry"))
       .def("forget", &Dispatcher::forget, py::arg("entry"))

@@ -60,12 +60,18 @@ py::object Dispatcher::miss() {
 void Dispatcher::add(
     std::vector<Parameter> parameters,
     std::vector<Leaf> leaves,
+    std::vector<size_t> same,
     py::object training,
     std::shared_ptr<Entry> entry) {
   const auto modes = Modes::now(surroundings_.device_mode);
   if (modes) {
     known_.push_back(std::make_shared<Signature>(
-        std::move(parameters), std::move(leaves), std::move(training), *modes, std::move(entry)));
+        std::move(parameters),
+        std::move(leaves),
+        std::move(same),
+        std::move(training),
+        *modes,
+        std::move(entry)));
   }
 }
 

@@ -56,6 +56,7 @@ class Dispatcher {
   void add(
       std::vector<Parameter> parameters,
       std::vector<Leaf> leaves,
+      std::vector<size_t> same,
       pybind11::object training,
       std::shared_ptr<Entry> entry);
   void forget(const std::shared_ptr<Entry>& entry);

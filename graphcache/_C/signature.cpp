@@ -6,6 +6,7 @@
 #include <c10/core/DispatchKeySet.h>
 
 #include <algorithm>
+#include <set>
 
 namespace py = pybind11;
 
@@ -80,12 +81,15 @@ bool Leaf::matches(const at::Tensor& tensor, int64_t batch, bool grad) const {
 Signature::Signature(
     std::vector<Parameter> parameters,
     std::vector<Leaf> leaves,
+    std::vector<size_t> same,
     py::object training,
     Modes modes,
     std::shared_ptr<Entry> entry)
     : entry(std::move(entry)),
       parameters_(std::move(parameters)),
       leaves_(std::move(leaves)),
+      same_(std::move(same)),
+      different_(std::set<size_t>(same_.begin(), same_.end()).size()),
       training_(std::move(training)),
       modes_(modes) {
   const auto first = std::find_if(leaves_.begin(), leaves_.end(), [](const Leaf& leaf) {
@@ -120,7 +124,22 @@ bool Signature::match(
       return false;
     }
   }
-  return true;
+  return leaves_.size() == 1 || match_identities(leaves);
+}
+
+// The same tensor where it was one at the capture, and nowhere else: a forward may ask (`key is value`).
+bool Signature::match_identities(const Leaves& leaves) const {
+  c10::SmallVector<const void*, 16> tensors;
+  for (const auto* tensor : leaves.tensors) {
+    tensors.push_back(tensor->unsafeGetTensorImpl());
+  }
+  for (size_t index = 0; index < same_.size(); ++index) {
+    if (tensors[index] != tensors[same_[index]]) {
+      return false;
+    }
+  }
+  std::sort(tensors.begin(), tensors.end());
+  return static_cast<size_t>(std::unique(tensors.begin(), tensors.end()) - tensors.begin()) == different_;
 }
 
 bool Signature::match_parameters(PyObject* args, PyObject* kwargs, Leaves& leaves) const {

@@ -52,6 +52,7 @@ class Signature {
   Signature(
       std::vector<Parameter> parameters,
       std::vector<Leaf> leaves,
+      std::vector<size_t> same,
       pybind11::object training,
       Modes modes,
       std::shared_ptr<Entry> entry);
@@ -71,9 +72,12 @@ class Signature {
 
  private:
   bool match_parameters(PyObject* args, PyObject* kwargs, Leaves& leaves) const;
+  bool match_identities(const Leaves& leaves) const;
 
   std::vector<Parameter> parameters_;
   std::vector<Leaf> leaves_;
+  std::vector<size_t> same_; // for each leaf, the first that is the same tensor
+  size_t different_; // how many tensors those are
   pybind11::object training_;
   Modes modes_;
   size_t batch_leaf_ = 0; // whose length is the batch

@@ -137,7 +137,7 @@ bool Stage::plain(std::vector<PlainInput>& plain) const {
     const bool padded = staged.given != staged.period;
     const bool repeats = std::memcmp(staged.fill, staged.fill + 8, 8) == 0;
     if (staged.dims != 0 || staged.bytes > std::numeric_limits<unsigned>::max() ||
-        (padded && (staged.edge || !repeats || staged.period != staged.bytes))) {
+        (padded && ((!staged.edge && !repeats) || staged.period != staged.bytes))) {
       return false;
     }
     auto& into = plain[index];
@@ -145,6 +145,7 @@ bool Stage::plain(std::vector<PlainInput>& plain) const {
     into.target = staged.target;
     std::memcpy(&into.fill, staged.fill, sizeof(into.fill));
     into.bytes = static_cast<unsigned>(staged.bytes);
+    into.row = padded && staged.edge ? static_cast<unsigned>(staged.row) : 0;
     into.given = static_cast<unsigned>(padded ? staged.given : staged.bytes);
     into.unit = staged.unit;
   }

@@ -34,13 +34,14 @@ struct alignas(16) StagedInput {
 };
 
 // The common case, in the fewest bytes: patching a node costs about a nanosecond for each. The source is
-// dense, and its rows come first: then padding, all of one value.
+// dense, and its rows come first: then padding, all of one value, or the last row again.
 struct PlainInput {
   const char* source; // as above
   char* target;
   unsigned long long fill;
   unsigned bytes;
   unsigned given;
+  unsigned row; // 0: padded rows hold `fill`; else they repeat the last one, of so many bytes
   int unit;
 };
 
@@ -117,7 +118,11 @@ extern "C" __global__ void graphcache_stage_plain(const __grid_constant__ Plain 
   unsigned long long position = (blockIdx.x * kThreads + threadIdx.x) * (unsigned long long)input.unit;
 #pragma unroll 1
   for (; position < input.bytes; position += step) {
-    if (position >= input.given) {
+    if (position >= input.given && input.row != 0) {
+      const char* source = input.source == nullptr ? input.target : input.source;
+      const unsigned long long within = input.given - input.row + (position - input.given) % input.row;
+      copy_unit(source + within, input.target + position, input.unit);
+    } else if (position >= input.given) {
       const unsigned long long fill[2] = {input.fill >> (8 * (position & 7)), input.fill};
       copy_unit(reinterpret_cast<const char*>(fill), input.target + position, input.unit);
     } else if (input.source != nullptr) {
