@@ -66,13 +66,22 @@ def _commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def run_tests(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    """Runs the suite; returns how many tests passed, failed and were skipped on each runtime."""
+def run_tests(
+    folder: Path, options: Sequence[str], *, prefix: Sequence[str] = (), stdout: Any = None
+) -> dict[str, Any]:
+    """Runs the suite; returns how many tests passed, failed and were skipped on each runtime.
+
+    Args:
+        folder: for the report.
+        options: of pytest.
+        prefix: a command to run it under.
+        stdout: where to write; see `subprocess.run`.
+    """
     report = folder / "junit.xml"
     # Without the tests of the records themselves: those hold once the records are in the repository.
     suite = ["tests", "--ignore=tests/test_results.py", *options]
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *suite]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *suite]
+    status = subprocess.run(command, cwd=ROOT, check=False, stdout=stdout).returncode
     runtimes = ("cuda-portable", "emulated-portable", "cuda", "emulated")
     counts: dict[str, Counter[str]] = {key: Counter() for key in (*runtimes, "both")}
     for case in ElementTree.parse(report).iter("testcase"):

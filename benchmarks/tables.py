@@ -49,6 +49,19 @@ def tests(figures: dict[str, Any]) -> str:
     return "The test suite, on one machine.\n\n" + table(rows)
 
 
+def memcheck(figures: dict[str, Any]) -> str:
+    """What compute-sanitizer found."""
+    counts = figures["counts"].values()
+    passed, failed = (sum(count.get(key, 0) for count in counts) for key in ("passed", "failed"))
+    rows = [
+        ("`python -m benchmarks.memcheck`", ""),
+        ("CUDA tests passed, failed", f"{passed:,}, {failed:,}"),
+        ("errors of memory", f"{figures['errors']:,}"),
+        ("errors of a script that reads freed memory", f"{figures['errors_of_a_faulty_script']:,}"),
+    ]
+    return "The CUDA tests under `compute-sanitizer --tool memcheck`.\n\n" + table(rows)
+
+
 def fuzz(figures: dict[str, Any]) -> str:
     """What the differential fuzzer ran and found."""
     kinds: Counter[str] = Counter()
@@ -202,6 +215,7 @@ def generate(figures: dict[str, Any]) -> str:
 
 SECTIONS = {
     "tests": tests,
+    "memcheck": memcheck,
     "generate": generate,
     "families": families,
     "zoo": zoo,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import comparison, memory, tables, worker
+from benchmarks import comparison, memcheck, memory, tables, worker
 from benchmarks.arms import ARMS, Graphcache
 from benchmarks.goals import goals_of
 from benchmarks.workloads import WORKLOADS
@@ -138,3 +138,10 @@ def test_each_workload_has_a_section_and_goals() -> None:
     for name in worker.NAMES:
         assert goals_of(name, {})
     assert set(WORKLOADS) < set(worker.NAMES)
+
+
+def test_a_log_of_the_sanitizer_that_breaks_off_is_no_clean_one() -> None:
+    assert memcheck.errors("========= ERROR SUMMARY: 0 errors\n") == 0
+    assert memcheck.errors("==== ERROR SUMMARY: 2 errors\n...\n==== ERROR SUMMARY: 1 error\n") == 3
+    with pytest.raises(ValueError, match="without a summary"):
+        memcheck.errors("........ [100%]\n")

@@ -1,0 +1,81 @@
+"""Run the CUDA tests under compute-sanitizer's memcheck, and record what it found.
+
+python -m benchmarks.memcheck --out benchmarks/results --pytest "-n 8"
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+# Captures fail on purpose in many tests, and errors of the API are no errors of memory. Its walk through
+# Python's stack leaks what the frames hold (fixed in release 2025.4.1), so no backtraces.
+SANITIZER = (
+    *("compute-sanitizer", "--tool", "memcheck", "--target-processes", "all"),
+    *("--report-api-errors", "no", "--show-backtrace", "no"),
+)
+# What it has to report, or a run without errors would tell nothing.
+READS_FREED_MEMORY = """
+import torch
+from graphcache import _C
+tensor = torch.ones(2**24, device="cuda")
+weak = _C.weak_ref(tensor)
+del tensor
+torch.cuda.empty_cache()
+(weak + 1).sum().item()
+"""
+
+
+def errors(text: str) -> int:
+    """Returns how many errors a log tells of.
+
+    Raises:
+        ValueError: for a log without a summary.
+    """
+    found = re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    if not found:
+        raise ValueError("the log of compute-sanitizer ends without a summary")
+    return sum(map(int, found))
+
+
+def run(folder: Path, options: Sequence[str]) -> dict[str, Any]:
+    """Runs the tests and the script above; returns the errors of each, and how many tests passed."""
+    log = folder / "memcheck.log"
+    with log.open("w") as stdout:
+        tests = record.run_tests(folder, ["-k", "cuda", *options], prefix=SANITIZER, stdout=stdout)
+    print(log.read_text())
+    canary = subprocess.run(
+        [*SANITIZER, sys.executable, "-c", READS_FREED_MEMORY],
+        cwd=record.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = {"errors": errors(log.read_text()), "errors_of_a_faulty_script": errors(canary.stdout)}
+    wrong = tests["status"] or found["errors"] or not found["errors_of_a_faulty_script"]
+    return {**found, "counts": tests["counts"], "status": int(bool(wrong))}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the record; 1 if memory errors were found, a test failed, or nothing is ever found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
+    parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
+    args = parser.parse_args(argv)
+    short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = run(Path(temporary), args.pytest.split())
+    record.write(args.out / f"memcheck-{short}.json", "memcheck", figures, emulated=False)
+    return int(figures["status"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
