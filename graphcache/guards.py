@@ -90,8 +90,9 @@ class Guards:
             The guards; `unwatched` holds those of `reached` to which no place leads.
         """
         search = _Search(instance, reads.names, reads.users_names)
-        if instance is not None:
-            search.visit(instance, (), DEPTH, "")
+        for root in (instance, reads.function):
+            search.visit(root, (), DEPTH, "")
+        search.classes(Tensor)
         for place, label in reads.scopes():
             search.watch((place,), label)
             if len(place) > 2:
@@ -198,7 +199,7 @@ class _Search:
             self.modules.append(module)
             self.labels["module"].append(where)
             self._each(Group("items", module, slots_of(module)), DEPTH, where)
-            self._classes(type(module), (), DEPTH)
+            self.classes(type(module))
             for key, held in [*module._parameters.items(), *module._buffers.items()]:
                 self.visit(held, (), DEPTH, f"{where}.{key}".lstrip("."))
             for key, held in list(vars(module).items()):
@@ -211,13 +212,14 @@ class _Search:
                 self._each(group._replace(items=named_in(group.container, self.users)), DEPTH, label)
             elif group.kind in ("items", "extra"):
                 self._each(group, depth, label)
-            elif group.kind == "fixed":
+            elif group.kind in ("fixed", "loose"):
                 for key, item in group.items:
-                    self.visit(item, leads, depth, group.label(label, key))
+                    path = leads if group.kind == "fixed" else (_kept(item),)
+                    self.visit(item, path, depth, group.label(label, key))
             elif group.kind == "class":
                 self._class(group, leads, depth)
             elif group.kind == "classes":
-                self._classes(group.container, leads, depth)
+                self.classes(group.container, leads, depth)
             elif group.kind == "table" and hasattr(type(value), "__weakref__"):
                 self.objects.append(value)
                 self.labels["object"].append(label)
@@ -244,10 +246,10 @@ class _Search:
     def _list(self, group: Group, leads: tuple[Place, ...], depth: int, label: str) -> None:
         self.lists.append(group.container)
         self.labels["list"].append(label)
-        if isinstance(group.container, list):
-            for key, item in group.items:
-                path = () if _TELLS_OF_DEATH else (*leads, (group.container, key, item))
-                self.visit(item, path, depth, group.label(label, key))
+        for key, item in group.items:
+            place = (group.container, key, item) if isinstance(group.container, list) else _kept(item)
+            path = () if _TELLS_OF_DEATH else (*leads, place)
+            self.visit(item, path, depth, group.label(label, key))
 
     def _dict(self, group: Group, leads: tuple[Place, ...], label: str) -> None:
         if not _TELLS_OF_DEATH:
@@ -259,8 +261,11 @@ class _Search:
         for key, item in group.items:
             if group.kind == "dict" or self._counts(key):
                 self.visit(item, (), depth, group.label(label, key))
+            if group.kind == "dict":
+                self.visit(key, (), depth, label)
 
-    def _classes(self, kind: type, leads: tuple[Place, ...], depth: int) -> None:
+    def classes(self, kind: type, leads: tuple[Place, ...] = (), depth: int = DEPTH) -> None:
+        """Looks at a class and its bases."""
         if self._is_new(kind, depth):
             for group in classes(kind):
                 self._class(group, leads, depth)
@@ -275,6 +280,11 @@ class _Search:
 
     def _counts(self, key: Any) -> bool:
         return self.names is None or type(key) is not str or key in self.names
+
+
+def _kept(item: Any) -> Place:
+    """Returns a place that keeps alive what nothing that is compared before it does."""
+    return (item,), 0, item
 
 
 def _bytes_of(value: Any) -> Any:

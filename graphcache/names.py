@@ -13,8 +13,9 @@ _DYNAMIC = {
     "getattr", "hasattr", "vars", "__dict__", "attrgetter", "__getattribute__", "eval", "exec",
     "asdict", "astuple", "_asdict",
 }  # fmt: skip
-_BY_TEXT = {"globals", "__globals__", "locals", "eval", "exec", "format", "format_map"}
-_IMPORTS_BY_TEXT = {"import_module", "__import__"}
+_SCOPE_BY_TEXT = {"globals", "__globals__", "eval", "exec"}
+_BY_TEXT = _SCOPE_BY_TEXT | {"format", "format_map"}
+_IMPORTS_BY_TEXT = {"import_module", "__import__", "modules"}
 
 _LOAD_GLOBAL = opmap["LOAD_GLOBAL"]
 _SHIFT = 1 if sys.version_info >= (3, 11) else 0  # the lowest bit tells whether it is called next
@@ -48,9 +49,9 @@ class Named:
         if not _BY_TEXT.isdisjoint(names):  # such as "{0.scale}".format(config)
             words = {word for text in texts for word in re.findall(r"[^\W\d]\w*", text)}
             self.attributes |= words
-            self.scope |= words
+            self.scope |= words if not _SCOPE_BY_TEXT.isdisjoint(names) else set()
         if not _IMPORTS_BY_TEXT.isdisjoint(names):
-            self._imports |= texts
+            self._imports.update(text.lstrip(".") for text in texts)
         high = 0
         for op, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
             argument = high | low

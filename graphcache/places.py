@@ -52,6 +52,7 @@ _OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file s
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 _NOT_SEARCHED = (*_PLAIN, type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger, Tensor)
 _BY_LENGTH = (dict, list, set, deque)
+_VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 Place = tuple[Any, ...]  # a container, a key, and what is there; without the third: nothing is
 
@@ -62,7 +63,8 @@ class Group(NamedTuple):
     Attributes:
         kind: "dict", "list" (or a set), "table" (the `__dict__` of an object), "class" (that of a
             class), "classes" (see `classes`), "module" (of Python), "extra" (of a function or a tensor),
-            "items" (read one by one: deques, slots, context variables) or "fixed" (can't change).
+            "items" (read one by one: deques, slots, context variables), "fixed" (can't change) or
+            "loose" (can be replaced, which is not noticed: the defaults of a function).
         container: what holds the items.
         items: keys, and what is there.
         name: that of the class.
@@ -75,7 +77,7 @@ class Group(NamedTuple):
 
     def label(self, label: str, key: Any) -> str:
         """Names an item of what has the name `label`."""
-        if self.kind == "fixed" or key is None:
+        if self.kind in ("fixed", "loose") or key is None:
             return label
         if self.kind == "class":
             return f"{self.name}.{key}"
@@ -118,8 +120,13 @@ def groups(value: Any) -> Iterator[Group]:
     elif isinstance(value, type):
         if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
             yield from classes(value)
+            if type(value) is not type:
+                yield Group("classes", type(value), [])
     elif isinstance(value, (FunctionType, Tensor)):
         yield Group("extra", vars(value), _own_names(vars(value)))
+        if isinstance(value, FunctionType):
+            defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            yield Group("loose", value, list(enumerate(defaults)))
     elif (behind := _behind(value)) is not None:
         yield Group("fixed", value, behind)
     else:
@@ -132,9 +139,9 @@ def _own(value: Any) -> Iterator[Group]:
         yield Group(kind, value, _items(value))
     elif isinstance(value, (deque, ContextVar)):
         yield Group("items", value, _items(value))
-    elif isinstance(value, tuple):
+    elif isinstance(value, (tuple, frozenset)):
         yield Group("fixed", value, list(enumerate(value)))
-    if type(value) in (dict, list, set, tuple, deque):
+    if type(value) in (dict, list, set, tuple, frozenset, deque):
         return
     slots = slots_of(value)
     if slots:
@@ -157,10 +164,13 @@ def _behind(value: Any) -> list[tuple[Any, Any]] | None:
         return [("func", value.__func__)]
     if isinstance(value, MappingProxyType):
         return [("of", each) for each in gc.get_referents(value)]
+    if isinstance(value, _VIEWS):
+        return [("of", value.mapping)]
     if isinstance(value, ref):
-        # What is known weakly itself: other things might be gone when they are compared.
         found = value()
-        return [] if found is None or isinstance(found, (Tensor, *_BY_LENGTH)) else [("of", found)]
+        # Objects and modules are known weakly; other things might be gone when they are compared.
+        weakly = hasattr(type(found), "__weakref__") and not isinstance(found, (Tensor, *_BY_LENGTH))
+        return [("of", found)] if weakly else []
     return None
 
 

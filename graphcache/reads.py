@@ -34,9 +34,11 @@ class Reads:
 
     Args:
         instance: what the forward is bound to, or None.
+        function: the forward; it is not among its own globals.
     """
 
-    def __init__(self, instance: Any) -> None:
+    def __init__(self, instance: Any, function: Any = None) -> None:
+        self.function = function
         self._seen: set[CodeType] = set()
         self._named: dict[CodeType, tuple[Named, dict[str, Any]]] = {}  # with globals; not libraries'
         self._dynamic = False
@@ -50,9 +52,8 @@ class Reads:
         self._importing = 0  # what a first import runs is none of the forward's
         self._snapshot = Snapshot()
         self._random = _host_random()
-        self._instance = instance
-        if instance is not None:
-            self._snapshot.add(instance, "", DEPTH)
+        for root in (instance, function):
+            self._snapshot.add(root, "", DEPTH)
 
     @property
     def tensors(self) -> list[Tensor]:

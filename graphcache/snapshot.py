@@ -13,6 +13,7 @@ from graphcache.places import (
     classes,
     groups,
     is_library_module,
+    is_plain,
     named_in,
     slots_of,
 )
@@ -113,6 +114,8 @@ class Snapshot:
         elif len(group.items) <= LONGEST and self._note(group, label):
             for key, item in group.items:
                 self.add(item, group.label(label, key), depth)
+                if group.kind == "dict" and not is_plain(key):
+                    self.add(key, label, depth)
 
     def _note(self, group: Group, label: str) -> bool:
         known = (group.kind, id(group.container))
@@ -132,7 +135,7 @@ class Snapshot:
             if repr(generator.bit_generator.state) != state:
                 names.add(label)
         for group, label in self._groups.values():
-            if group.kind == "fixed":
+            if group.kind in ("fixed", "loose"):
                 continue
             now = group.now()
             if not _are_same(group, now):

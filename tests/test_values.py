@@ -80,12 +80,24 @@ class Data:
     alpha: float = 2.0
 
 
+class Meta(type):
+    SCALE = 2.0
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
 class AttrDict(dict):
     __getattr__ = dict.__getitem__
 
 
 class List(list):
     pass
+
+
+class Key:
+    alpha = 2.0
 
 
 class Slotted(nn.Module):
@@ -111,6 +123,21 @@ READ_ALPHA = operator.attrgetter("al" + "pha")
 
 def helper(x: Tensor) -> Tensor:
     return x * helper.scale
+
+
+def with_defaults(x: Tensor, data: Data = DATA, *, more: dict[str, float] = {"k": 2.0}) -> Tensor:  # noqa: B006
+    return x * data.alpha * more["k"]
+
+
+def in_a_closure() -> Forward:
+    class Local:
+        SCALE = 2.0
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.local = Local
+        return x * Local.SCALE
+
+    return forward
 
 
 helper.scale = 2.0
@@ -210,6 +237,16 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda _: OfClass(),
         lambda m, patch: patch.setattr(vars(OfClass)["described"], "kept", 3.0),
     ),
+    "a metaclass": (
+        lambda m, x: x * OfMeta.SCALE,
+        lambda _: None,
+        lambda m, patch: patch.setattr(Meta, "SCALE", 3.0),
+    ),
+    "a class in a closure": (
+        in_a_closure(),
+        lambda _: None,
+        lambda m, patch: patch.setattr(m.local, "SCALE", 3.0),
+    ),
     "a method of the class of an object": (
         lambda m, x: m.held(x),
         lambda _: Own(),
@@ -273,6 +310,31 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda m, x: x * m.held[0]["k"],
         lambda _: (types.MappingProxyType(made := {"k": 2.0}), made),
         lambda m, patch: m.held[1].update(k=3.0),
+    ),
+    "the values of a dict": (
+        lambda m, x: x * next(iter(m.held[0])),
+        lambda _: ((made := {"k": 2.0}).values(), made),
+        lambda m, patch: m.held[1].update(k=3.0),
+    ),
+    "an object in a set": (
+        lambda m, x: x * next(iter(m.held)).alpha,
+        lambda _: {Key()},
+        lambda m, patch: setattr(next(iter(m.held)), "alpha", 3.0),
+    ),
+    "a key of a dict": (
+        lambda m, x: x * next(iter(m.held)).alpha,
+        lambda _: {Key(): 1},
+        lambda m, patch: setattr(next(iter(m.held)), "alpha", 3.0),
+    ),
+    "a default": (
+        lambda m, x: with_defaults(x),
+        lambda _: None,
+        lambda m, patch: patch.setattr(DATA, "alpha", 3.0),
+    ),
+    "a default of a keyword": (
+        lambda m, x: with_defaults(x),
+        lambda _: None,
+        lambda m, patch: patch.setitem(with_defaults.__kwdefaults__["more"], "k", 3.0),
     ),
     "a method of a dict": (
         lambda m, x: x * m.held("k"),
@@ -338,6 +400,16 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda m, x: torch.nn.functional.relu(x),
         lambda _: None,
         lambda m, patch: patch.setattr(F, "relu", lambda x: x * 3),
+    ),
+    "a method of tensors": (
+        lambda m, x: x.relu(),
+        lambda _: None,
+        lambda m, patch: patch.setattr(Tensor, "relu", lambda x: x * 3, raising=False),
+    ),
+    "a module by its name": (
+        lambda m, x: x * sys.modules["values_package.config"].SCALE,
+        lambda _: None,
+        lambda m, patch: patch.setattr(CONFIG, "SCALE", 3.0),
     ),
     "a function of Python": (
         lambda m, x: x * abs(-2.0),
@@ -576,3 +648,21 @@ def test_a_getter_is_no_state(backend: Backend) -> None:
     for _ in range(3):
         assert torch.equal(model(x), x * 2)
     assert model.cache_info().hits == 2
+
+
+def test_what_a_function_keeps_for_itself(backend: Backend) -> None:
+    """Its attributes and defaults, where its own name is that of the graphed one."""
+    data = Data()
+
+    def forward(x: Tensor, *, by: Data = data) -> Tensor:
+        return x * by.alpha * model.__wrapped__.scale
+
+    forward.scale = 2.0
+    model = cuda_graphed(forward, sizes=(2,))
+    x = torch.ones(2, 3, device=backend.device)
+    for owner, name in ((None, ""), (forward, "scale"), (data, "alpha")):
+        if owner is not None:
+            setattr(owner, name, 3.0)
+        for _ in range(3):
+            assert torch.equal(model(x), forward(x))
+    assert model.cache_info().captures == 3
