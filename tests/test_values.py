@@ -37,6 +37,10 @@ class Config:
     CALLS = 0
     double = staticmethod(lambda x: x * 2)
 
+    @staticmethod
+    def scaled(x: Tensor) -> Tensor:
+        return x * Config.scaled.scale
+
 
 class Own:
     """An object with a number, a special method and a place for weak references."""
@@ -117,6 +121,8 @@ OWN.calls = 0
 DEQUE = collections.deque([0])
 F = torch.nn.functional
 DATA = Data()
+BEHIND = {"k": 2.0}
+Config.scaled.scale = 2.0
 FIRST = operator.itemgetter(0)
 READ_ALPHA = operator.attrgetter("al" + "pha")
 
@@ -211,6 +217,11 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda m, x: Config.double(x),
         lambda _: None,
         lambda m, patch: patch.setattr(Config, "double", staticmethod(lambda x: x * 3)),
+    ),
+    "an attribute of a static method": (
+        lambda m, x: Config.scaled(x),
+        lambda _: None,
+        lambda m, patch: patch.setattr(Config.scaled, "scale", 3.0),
     ),
     "a class in an attribute": (
         lambda m, x: x * m.held.SCALE,
@@ -307,14 +318,14 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda m, patch: UNSET.set(3.0),
     ),
     "a view of a dict": (
-        lambda m, x: x * m.held[0]["k"],
-        lambda _: (types.MappingProxyType(made := {"k": 2.0}), made),
-        lambda m, patch: m.held[1].update(k=3.0),
+        lambda m, x: x * m.held["k"],
+        lambda _: types.MappingProxyType(BEHIND),
+        lambda m, patch: patch.setitem(BEHIND, "k", 3.0),
     ),
     "the values of a dict": (
-        lambda m, x: x * next(iter(m.held[0])),
-        lambda _: ((made := {"k": 2.0}).values(), made),
-        lambda m, patch: m.held[1].update(k=3.0),
+        lambda m, x: x * next(iter(m.held)),
+        lambda _: BEHIND.values(),
+        lambda m, patch: patch.setitem(BEHIND, "k", 3.0),
     ),
     "an object in a set": (
         lambda m, x: x * next(iter(m.held)).alpha,
@@ -626,7 +637,11 @@ def reads_all_kinds(m: Any, x: Tensor) -> Tensor:
 
 
 def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
-    """Other entries of the same classes, modules, functions and parameters: no reason for a capture."""
+    """Other entries of the same classes, modules, functions and parameters: no reason for a capture.
+
+    Nor is data of a library, by whatever name: it keeps its caches there.
+    """
+    monkeypatch.setattr(F, "SCALE", 1, raising=False)
     model = cuda_graphed(model_of(reads_all_kinds, weight(backend.device)), sizes=(2,))
     x = torch.ones(2, 3, device=backend.device)
     for owner in (None, Config, CONFIG, PACKAGE, helper, F, model.held, model, type(model), Own):
@@ -636,6 +651,7 @@ def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
         assert torch.equal(model(x), x * 32)
     monkeypatch.setitem(globals(), "UNREAD", 1)
     monkeypatch.setattr(F, "gelu", F.relu)
+    monkeypatch.setattr(F, "SCALE", 2)
     assert torch.equal(model(x), x * 32)
     told = model.forward.cache_info()
     assert (told.captures, told.hits) == (1, 10)
