@@ -26,7 +26,6 @@ from graphcache.places import (
     Place,
     classes,
     groups,
-    is_descriptor,
     is_plain,
     named_in,
     slots_of,
@@ -274,9 +273,7 @@ class _Search:
         """Watches the dict of a class: its methods and constants."""
         if self._is_new(group.container, depth):
             self._dict(group, leads, group.name)
-            for key, item in group.items:
-                if self._counts(key) or is_descriptor(item):
-                    self.visit(item, (), depth, group.label("", key))
+            self._items(group, depth, "")
 
     def _counts(self, key: Any) -> bool:
         return self.names is None or type(key) is not str or key in self.names

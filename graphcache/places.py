@@ -187,11 +187,6 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def is_descriptor(item: Any) -> bool:
-    """Tells whether it computes an attribute by code of its own, which names what it reads."""
-    return hasattr(type(item), "__get__") and bool(type(item).__flags__ & HEAP_TYPE)
-
-
 def named_in(table: dict[str, Any], names: Any) -> list[tuple[str, Any]]:
     """Returns what counts of a Python module: of a library's, only what computes or leads on."""
     found = [(name, table[name]) for name in names if name in table]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache.guards import Guards
 from tests.conftest import Backend
 
 Patch = pytest.MonkeyPatch
@@ -111,7 +112,7 @@ class Slotted(nn.Module):
 PACKAGE = sys.modules["values_package"] = types.ModuleType("values_package")
 CONFIG = PACKAGE.config = types.ModuleType("values_package.config")
 sys.modules[CONFIG.__name__] = CONFIG
-CONFIG.SCALE = 2.0
+PACKAGE.SCALE = CONFIG.SCALE = 2.0
 CONFIG.CALLS = 0
 CONFIG.TABLE = [types.SimpleNamespace(scale=2.0)]
 VARIABLE = contextvars.ContextVar("VARIABLE", default=2.0)
@@ -135,15 +136,14 @@ def with_defaults(x: Tensor, data: Data = DATA, *, more: dict[str, float] = {"k"
     return x * data.alpha * more["k"]
 
 
-def in_a_closure() -> Forward:
+def in_a_closure() -> tuple[Forward, Callable[[torch.device], Any], Change]:
     class Local:
         SCALE = 2.0
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        m.local = Local
         return x * Local.SCALE
 
-    return forward
+    return forward, lambda _: None, lambda m, patch: patch.setattr(Local, "SCALE", 3.0)
 
 
 helper.scale = 2.0
@@ -167,6 +167,13 @@ def asks_for_a_global(_: Any, x: Tensor) -> Tensor:
     return x * 3 if "LATER" in globals() else x
 
 
+def asks_for_globals(_: Any, x: Tensor) -> Tensor:
+    for name in ("NUMBER", "BEHIND"):
+        held = globals()[name]
+        x = x * (held if isinstance(held, float) else 1)
+    return x
+
+
 def imports(_: Any, x: Tensor) -> Tensor:
     from values_package.config import SCALE as scale
 
@@ -177,6 +184,12 @@ def imports_by_dots(_: Any, x: Tensor) -> Tensor:
     import values_package.config
 
     return x * values_package.config.SCALE
+
+
+def imports_the_package(_: Any, x: Tensor) -> Tensor:
+    import values_package.config
+
+    return x * values_package.SCALE
 
 
 def matches(m: Any, x: Tensor) -> Tensor:
@@ -253,11 +266,7 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda _: None,
         lambda m, patch: patch.setattr(Meta, "SCALE", 3.0),
     ),
-    "a class in a closure": (
-        in_a_closure(),
-        lambda _: None,
-        lambda m, patch: patch.setattr(m.local, "SCALE", 3.0),
-    ),
+    "a class in a closure": in_a_closure(),
     "a method of the class of an object": (
         lambda m, x: m.held(x),
         lambda _: Own(),
@@ -400,6 +409,11 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda _: None,
         lambda m, patch: patch.setattr(CONFIG, "SCALE", 3.0),
     ),
+    "a package that an import gives": (
+        imports_the_package,
+        lambda _: None,
+        lambda m, patch: patch.setattr(PACKAGE, "SCALE", 3.0),
+    ),
     "another module by that name": (
         imports,
         lambda _: None,
@@ -460,6 +474,11 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
     ),
     "a global by its name": (
         lambda m, x: x * globals()["NUMBER"],
+        lambda _: None,
+        lambda m, patch: patch.setitem(globals(), "NUMBER", 3.0),
+    ),
+    "globals by their names": (
+        asks_for_globals,
         lambda _: None,
         lambda m, patch: patch.setitem(globals(), "NUMBER", 3.0),
     ),
@@ -554,6 +573,17 @@ def in_a_module_that_it_imports(m: Any, x: Tensor) -> Tensor:
     return x * config.CALLS
 
 
+def in_a_module_that_it_holds(m: Any, x: Tensor) -> Tensor:
+    m.held.CALLS += 1
+    return x * m.held.CALLS
+
+
+def in_a_key(m: Any, x: Tensor) -> Tensor:
+    (key,) = m.held
+    key.calls += 1
+    return x * key.calls
+
+
 def in_a_class(m: Any, x: Tensor) -> Tensor:
     Config.CALLS += 1
     return x * Config.CALLS
@@ -603,6 +633,8 @@ def in_a_new_global(m: Any, x: Tensor) -> Tensor:
 HELD: dict[Forward, Callable[[torch.device], Any]] = {
     behind_a_weak_reference: lambda _: weakref.ref(OWN),
     in_a_parameter: weight,
+    in_a_module_that_it_holds: lambda _: CONFIG,
+    in_a_key: lambda _: {OWN: None},
 }
 COUNTERS = (
     *(in_a_function, in_a_module, in_a_module_of_a_package, in_a_module_that_it_imports, in_a_class),
@@ -655,6 +687,15 @@ def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
     assert torch.equal(model(x), x * 32)
     told = model.forward.cache_info()
     assert (told.captures, told.hits) == (1, 10)
+
+
+def test_what_leads_to_a_dict_is_compared_before_it() -> None:
+    """Before Python 3.12 a dict can't be asked whether it lives: a list might have let go of it."""
+    owner = Own()
+    owner.held = [{"k": [{"k": 1}]}]
+    places = Guards.of_object(owner, "owner", 8, ())._labels["place"]
+
+    assert len(places) == (0 if sys.version_info >= (3, 12) else 2), places
 
 
 def test_a_getter_is_no_state(backend: Backend) -> None:
