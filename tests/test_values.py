@@ -7,6 +7,7 @@ import array
 import builtins
 import collections
 import contextvars
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -687,6 +688,21 @@ def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
     assert torch.equal(model(x), x * 32)
     told = model.forward.cache_info()
     assert (told.captures, told.hits) == (1, 10)
+
+
+def test_a_copy_is_made(backend: Backend) -> None:
+    """Python notes in each class how its objects are copied, when the first one is."""
+
+    class Held:
+        scale = 2.0
+
+    model = cuda_graphed(model_of(lambda m, x: x * getattr(m.held, "sca" + "le"), Held()), sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(3):
+        assert torch.equal(model(x), x * 2)
+        copy.copy(model.held)
+    assert "__slotnames__" in vars(Held)
+    assert model.forward.cache_info().captures == 1
 
 
 def test_what_leads_to_a_dict_is_compared_before_it() -> None:

@@ -103,11 +103,14 @@ Table::Table(PyObject* dict, py::object names) : dict_(dict), names_(std::move(n
 }
 
 bool Table::counts(PyObject* key) const {
-  // torch.compile replaces those of nn.Module, and no forward of what exists already runs them.
-  if (PyUnicode_CheckExact(key) &&
-      (PyUnicode_CompareWithASCIIString(key, "__init__") == 0 ||
-       PyUnicode_CompareWithASCIIString(key, "__setstate__") == 0)) {
-    return false;
+  // torch.compile replaces the first two of nn.Module, and no forward of what exists already runs them;
+  // the others are caches of Python: of what copies and pickles, and of annotations.
+  if (PyUnicode_CheckExact(key)) {
+    for (const auto* name : {"__init__", "__setstate__", "__slotnames__", "__annotations_cache__"}) {
+      if (PyUnicode_CompareWithASCIIString(key, name) == 0) {
+        return false;
+      }
+    }
   }
   return names_.is_none() || !PyUnicode_CheckExact(key) || PySet_Contains(names_.ptr(), key) == 1;
 }
