@@ -6,11 +6,10 @@ global) is watched: the same object must still be there, tensors at the same add
 once; the native guard compares.
 """
 
-import gc
 import sys
+from collections import deque
 from collections.abc import Iterable
-from functools import partial
-from types import MethodType
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,16 +18,19 @@ from torch.nn.modules import module as nn_module
 
 from graphcache import _C
 from graphcache.ops import overrides_dispatch
-from graphcache.reads import (
+from graphcache.places import (
     DEPTH,
-    HEAP_TYPE,
     LONGEST,
     OF_MODULE,
+    Group,
     Place,
-    Reads,
-    attributes_of,
+    classes,
+    groups,
+    is_plain,
+    named_in,
     slots_of,
 )
+from graphcache.reads import Reads
 
 LARGEST_BUFFER = 64 * 2**10  # bytes of a host array that are compared on every call
 # A dict can't be asked whether it lives. Later Pythons tell when one dies; before, only what is held by
@@ -89,13 +91,14 @@ class Guards:
         Returns:
             The guards; `unwatched` holds those of `reached` and `outside` to which no place leads.
         """
-        search = _Search(instance, reads.names)
-        if instance is not None:
-            search.visit(instance, (), DEPTH, "")
-        for place in reads.scopes():
-            label = f"global {place[1]}" if isinstance(place[0], dict) else "a closure"
+        search = _Search(instance, reads.names, reads.users_names)
+        for root in (instance, reads.function):
+            search.visit(root, (), DEPTH, "")
+        search.classes(Tensor)
+        for place, label in reads.scopes():
             search.watch((place,), label)
-            search.visit(place[-1], (place,), DEPTH, label)
+            if len(place) > 2:
+                search.visit(place[2], (), DEPTH, label)
         hooks = [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
         native = search.native((table, False) for table in hooks)
         search.labels["dict"][:0] = ["hooks of every module"] * len(hooks)
@@ -109,7 +112,7 @@ class Guards:
     @classmethod
     def of_object(cls, value: Any, name: str, depth: int, tensors: Iterable[Tensor]) -> "Guards":
         """Finds every place in one object; `unwatched` holds those of `tensors` to which none leads."""
-        search = _Search(None, None)
+        search = _Search(None, None, frozenset())
         search.visit(value, (), depth, name)
         lost = [tensor for tensor in tensors if id(tensor) not in search.tensors]
         return cls(search.native(()), lost, search.labels)
@@ -120,12 +123,14 @@ class _Search:
 
     Attributes:
         names: the attributes that count, or None for all.
+        users: those of them that the user's code names.
         labels: for each kind of what the native guard watches, the names of these, for messages.
     """
 
-    def __init__(self, root: Any, names: frozenset[str] | None) -> None:
+    def __init__(self, root: Any, names: frozenset[str] | None, users: frozenset[str]) -> None:
         self.root = root
         self.names = names
+        self.users = users
         self.modules: list[nn.Module] = []
         self.objects: list[Any] = []
         self.dicts: list[tuple[dict[Any, Any], bool]] = []
@@ -135,7 +140,7 @@ class _Search:
         self.tensors: dict[int, Tensor] = {}
         kinds = ("module", "object", "dict", "list", "buffer", "place", "tensor")
         self.labels: dict[str, list[str]] = {kind: [] for kind in kinds}
-        self._seen: set[int] = set()
+        self._seen: dict[int, int] = {}  # and how deep it was searched
 
     def native(self, more: Iterable[tuple[dict[Any, Any], bool]]) -> _C.Guard:
         """Returns what compares all that was found, and `more` dicts before it."""
@@ -149,6 +154,7 @@ class _Search:
             places=list(self.places.values()),
             tensors=list(self.tensors.values()),
             names=self.names,
+            grads="requires_grad" in self.users,
         )
 
     def watch(self, places: tuple[Place, ...], label: str) -> None:
@@ -159,128 +165,141 @@ class _Search:
                 self.places[key] = place
                 self.labels["place"].append(label)
 
-    def visit(
-        self, value: Any, places: tuple[Place, ...], depth: int, label: str, *, held: bool = True
-    ) -> None:
+    def visit(self, value: Any, leads: tuple[Place, ...], depth: int, label: str) -> None:
         """Looks at one value.
 
         Args:
             value: what to look at.
-            places: those that lead to it and are watched only where it matters.
+            leads: places to be watched where it can't be asked whether it lives: what holds it is
+                compared after it. Places are compared first.
             depth: how many containers deep to look.
             label: its name.
-            held: what holds it is watched, and asked before it is.
         """
-        if isinstance(value, Tensor):
+        if isinstance(value, nn.Module):
+            self._module_tree(value, label)
+        elif isinstance(value, Tensor):
             if _has_address(value) and id(value) not in self.tensors:
                 self.tensors[id(value)] = value
                 self.labels["tensor"].append(label)
-                self.watch(places, label)
-        elif isinstance(value, nn.Module):
-            self._module_tree(value, label, depth)
-            if value is not self.root:
-                self.watch(places, label)
-        elif depth > 0 and id(value) not in self._seen:
-            self._inside(value, places, depth - 1, label, held)
+                self._inside(value, leads, 1, label)
+        elif depth > 0 and not is_plain(value) and self._is_new(value, depth):
+            if (array := _bytes_of(value)) is not None:
+                self.buffers.append(array)
+                self.labels["buffer"].append(label)
+            self._inside(value, leads, depth - 1, label)
 
-    def _module_tree(self, top: nn.Module, label: str, depth: int) -> None:
+    def _is_new(self, value: Any, depth: int) -> bool:
+        """Tells whether it was not searched as deep before."""
+        if self._seen.get(id(value), 0) >= depth:
+            return False
+        self._seen[id(value)] = depth
+        return True
+
+    def _module_tree(self, top: nn.Module, label: str) -> None:
         for name, module in top.named_modules():
-            if id(module) in self._seen:
+            if not self._is_new(module, DEPTH):
                 continue
-            self._seen.add(id(module))
             where = f"{label}.{name}".strip(".")
             self.modules.append(module)
             self.labels["module"].append(where)
-            self._classes(type(module))
+            self._each(Group("items", module, slots_of(module)), DEPTH, where)
+            self.classes(type(module))
             for key, held in [*module._parameters.items(), *module._buffers.items()]:
-                self.visit(held, (), depth, f"{where}.{key}".lstrip("."))
+                self.visit(held, (), DEPTH, f"{where}.{key}".lstrip("."))
             for key, held in list(vars(module).items()):
                 if key not in OF_MODULE and self._counts(key):
-                    self.visit(held, (), depth, f"{where}.{key}".lstrip("."))
+                    self.visit(held, (), DEPTH, f"{where}.{key}".lstrip("."))
 
-    def _inside(self, value: Any, places: tuple[Place, ...], depth: int, label: str, held: bool) -> None:
-        self._seen.add(id(value))
-        if isinstance(value, dict):
-            covered = (held or _TELLS_OF_DEATH) and type(value) is dict and len(value) <= LONGEST
-            if covered:
-                self.dicts.append((value, False))
-                self.labels["dict"].append(label)
-            for key, item in list(dict.items(value)):
-                path = places if covered else (*places, (value, key, item))
-                self.visit(item, path, depth, f"{label}[{key!r}]", held=covered)
-        elif isinstance(value, (list, tuple)):
-            covered = type(value) is list and len(value) <= LONGEST
-            if covered:
-                self.lists.append(value)
-                self.labels["list"].append(label)
-            for index, item in enumerate(value):
-                path = places if covered else (*places, (value, index, item))
-                self.visit(item, path, depth, f"{label}[{index}]", held=False)
-        elif isinstance(value, partial):
-            self.visit(value.args, places, depth, label, held=False)
-            self.visit(value.keywords, places, depth, label, held=False)
-        elif isinstance(value, MethodType):
-            self.visit(value.__self__, places, depth, label, held=False)
-        elif isinstance(value, set):
-            if len(value) <= LONGEST:
-                self.lists.append(value)
-                self.labels["list"].append(label)
-        elif _exports_bytes(value):
-            self.buffers.append(value)
-            self.labels["buffer"].append(label)
-        else:
-            self._attributes(value, places, depth, label, held)
+    def _inside(self, value: Any, leads: tuple[Place, ...], depth: int, label: str) -> None:
+        for group in groups(value):
+            if group.kind == "module":
+                self._each(group._replace(items=named_in(group.container, self.users)), DEPTH, label)
+            elif group.kind in ("items", "extra"):
+                self._each(group, depth, label)
+            elif group.kind in ("fixed", "loose"):
+                for key, item in group.items:
+                    path = leads if group.kind == "fixed" else (_kept(item),)
+                    self.visit(item, path, depth, group.label(label, key))
+            elif group.kind == "class":
+                self._class(group, leads, depth)
+            elif group.kind == "classes":
+                self.classes(group.container, leads, depth)
+            elif group.kind == "table" and hasattr(type(value), "__weakref__"):
+                self.objects.append(value)
+                self.labels["object"].append(label)
+                self._items(group, depth, label)
+            elif len(group.items) > LONGEST and group.kind != "table":
+                self._each(group, depth, label, all_of_it=False)
+            elif group.kind == "list":
+                self._list(group, leads, depth, label)
+            else:
+                self._dict(group, leads, label)
+                self._items(group, depth, label)
 
-    def _attributes(
-        self, value: Any, places: tuple[Place, ...], depth: int, label: str, held: bool
-    ) -> None:
-        for member, item in slots_of(value):
-            place, name = (value, member, item), f"{label}.{member.__name__}".lstrip(".")
-            self.watch((place,), name)
-            self.visit(item, (*places, place), depth, name, held=False)
-        table = attributes_of(value)
-        if table is None:
-            return
-        covered = True
-        if hasattr(type(value), "__weakref__"):
-            self.objects.append(value)
-            self.labels["object"].append(label)
-            self._classes(type(value))
-        elif held or _TELLS_OF_DEATH:
-            self.dicts.append((table, True))
-            self.labels["dict"].append(label)
-        else:
-            covered = False
-        for key, item in list(table.items()):
-            if self._counts(key):
-                path = places if covered else (*places, (table, key, item))
-                self.visit(item, path, depth, f"{label}.{key}".lstrip("."), held=covered)
+    def _each(self, group: Group, depth: int, label: str, *, all_of_it: bool = True) -> None:
+        """Watches items one by one, where no container tells of them."""
+        for key, item in group.items:
+            if self._counts(key) and (all_of_it or not is_plain(item)):
+                name = group.label(label, key)
+                self.watch(((group.container, key, item),), name)
+                self.visit(item, (), depth, name)
+        unset = isinstance(group.container, ContextVar) and not group.items
+        if unset or isinstance(group.container, deque):
+            self.watch(((group.container, len(group.items)),), label)  # nothing is there
 
-    def _classes(self, kind: type) -> None:
-        """Watches the dicts of a class and its bases: their methods and constants."""
-        for base in kind.__mro__:
-            if id(base) not in self._seen and base.__flags__ & HEAP_TYPE:
-                self._seen.add(id(base))
-                (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
-                self.dicts.append((table, True))
-                self.labels["dict"].append(base.__qualname__)
-                for key, item in list(table.items()):
-                    of_python = key.startswith("__")  # annotations lead to docs, made when asked for
-                    if isinstance(item, (Tensor, list, dict)) and self._counts(key) and not of_python:
-                        self.visit(item, (), DEPTH, f"{base.__qualname__}.{key}")
+    def _list(self, group: Group, leads: tuple[Place, ...], depth: int, label: str) -> None:
+        self.lists.append(group.container)
+        self.labels["list"].append(label)
+        for key, item in group.items:
+            place = (group.container, key, item) if isinstance(group.container, list) else _kept(item)
+            path = () if _TELLS_OF_DEATH else (*leads, place)
+            self.visit(item, path, depth, group.label(label, key))
+
+    def _dict(self, group: Group, leads: tuple[Place, ...], label: str) -> None:
+        if not _TELLS_OF_DEATH:
+            self.watch(leads, label)
+        self.dicts.append((group.container, group.kind != "dict"))
+        self.labels["dict"].append(group.name or label)
+
+    def _items(self, group: Group, depth: int, label: str) -> None:
+        for key, item in group.items:
+            if group.kind == "dict" or self._counts(key):
+                self.visit(item, (), depth, group.label(label, key))
+            if group.kind == "dict":
+                self.visit(key, (), depth, label)
+
+    def classes(self, kind: type, leads: tuple[Place, ...] = (), depth: int = DEPTH) -> None:
+        """Looks at a class and its bases."""
+        if self._is_new(kind, depth):
+            for group in classes(kind):
+                self._class(group, leads, depth)
+
+    def _class(self, group: Group, leads: tuple[Place, ...], depth: int) -> None:
+        """Watches the dict of a class: its methods and constants."""
+        if self._is_new(group.container, depth):
+            self._dict(group, leads, group.name)
+            self._items(group, depth, "")
 
     def _counts(self, key: Any) -> bool:
         return self.names is None or type(key) is not str or key in self.names
 
 
-def _exports_bytes(value: Any) -> bool:
-    """Tells whether `value` is an array of numbers on the host, small enough to be compared."""
-    if not isinstance(value, bytearray) and type(value).__module__ not in ("numpy", "array"):
-        return False
+def _kept(item: Any) -> Place:
+    """Returns a place that keeps alive what nothing that is compared before it does."""
+    return (item,), 0, item
+
+
+def _bytes_of(value: Any) -> Any:
+    """Returns what shows the bytes of an array of numbers on the host, if it is small enough."""
+    kind = type(value).__mro__[-2:][0]  # the one of C below all subclasses
+    if kind is not bytearray and kind.__module__ not in ("numpy", "array", "_ctypes"):
+        return None
     try:
-        return 0 < memoryview(value).nbytes <= LARGEST_BUFFER and memoryview(value).contiguous
+        if getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M"):  # times show no bytes
+            value = value.view("i8")
+        return value if 0 < memoryview(value).nbytes <= LARGEST_BUFFER else None
     except (TypeError, ValueError, BufferError):
-        return False
+        return None
 
 
 def _has_address(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graphcache import _C
 from graphcache.errors import CaptureError
 from graphcache.guards import Guards
-from graphcache.reads import HEAP_TYPE, attributes_of, slots_of
+from graphcache.places import HEAP_TYPE, attributes_of, slots_of
 from graphcache.tree import EXACT_TENSORS, Constant, NotATree, constant
 
 DEPTH = 8  # containers and objects inside one that are looked at

@@ -5,55 +5,28 @@ be watched afterwards; what it changes, no replay will change.
 """
 
 import gc
-import logging
 import random
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import (
-    BuiltinFunctionType,
-    CellType,
-    CodeType,
-    FrameType,
-    FunctionType,
-    MemberDescriptorType,
-    ModuleType,
-)
+from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from graphcache.names import Named
 from graphcache.ops import is_library, is_ours
 from graphcache.patches import as_in_a_capture
+from graphcache.places import DEPTH, OF_MODULE, SPECIAL, Place, is_opaque
+from graphcache.snapshot import Snapshot
 
-DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
-LONGEST = 4096  # items of a list, entries of a dict: longer ones are known by their length
-
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: classes written in Python; others can't be changed
-OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
-_TABLES = ("_parameters", "_buffers", "_modules")
-_ALWAYS = OF_MODULE | {"training", "forward"}
-# Code with these may read an attribute that it does not name.
-_DYNAMIC = {"getattr", "vars", "__dict__", "attrgetter", "__getattribute__", "eval", "exec"}
-
-NOT_SEARCHED = (
-    str, bytes, int, float, complex, type, FunctionType, BuiltinFunctionType, ModuleType,
-    logging.Logger, torch.dtype, torch.device, Tensor,
-)  # fmt: skip
-
-# Objects of these keep caches of their own, which change what is fast and not what is right.
-_PACKAGES = ("triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
-_OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file such as cuda_ops.py
-
+_ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
-
-Place = tuple[Any, Any, Any]  # a container or a closure cell, a key, and what is there
-_ABSENT = object()
 
 
 class Reads:
@@ -61,22 +34,26 @@ class Reads:
 
     Args:
         instance: what the forward is bound to, or None.
+        function: the forward; it is not among its own globals.
     """
 
-    def __init__(self, instance: Any) -> None:
-        self._codes: dict[CodeType, dict[str, Any]] = {}  # and the globals of each
+    def __init__(self, instance: Any, function: Any = None) -> None:
+        self.function = function
+        self._seen: set[CodeType] = set()
+        self._named: dict[CodeType, tuple[Named, dict[str, Any]]] = {}  # with globals; not libraries'
+        self._dynamic = False
         self._closures: dict[CodeType, dict[str, Any]] = {}
+        self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
         self.seeded: str | None = None  # what it called of a generator of torch, to set its state
         self.asks = False  # whether a capture is under way
         self.compiled = False  # by torch.compile, in whole or in part
         self.captures = False  # and that makes CUDA graphs of its own
         self._drawn = False
         self._importing = 0  # what a first import runs is none of the forward's
-        self._snapshot = _Snapshot()
+        self._snapshot = Snapshot()
         self._random = _host_random()
-        self._instance = instance
-        if instance is not None:
-            self._snapshot.add(instance, "", DEPTH)
+        for root in (instance, function):
+            self._snapshot.add(root, "", DEPTH)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -113,20 +90,24 @@ class Reads:
             self.compiled = True
             config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
             self.captures = self.captures or bool(config.get("triton.cudagraphs"))
-        if code in self._codes:
+        if code in self._seen:
             return
-        self._codes[code] = frame.f_globals
+        self._seen.add(code)
         if _is_library(code, frame.f_globals):
             return
-        names = frame.f_globals
-        for name in code.co_names:
-            if name in names:
-                self._snapshot.add_entry(names, name, f"global {name}")
+        named, scope = self._named[code] = Named(code), frame.f_globals
+        self._snapshot.add_names(named.attributes)
+        for name in named.scope:
+            self._snapshot.add_entry(scope, name, f"global {name}")
+        for module in named.imports(scope):
+            self._snapshot.add(module, module.__name__, DEPTH)
         if code.co_freevars:
             values = frame.f_locals
             held = {name: values[name] for name in code.co_freevars if name in values}
             if not all(isinstance(value, _CODE) for value in held.values()):
                 self._closures[code] = held
+            else:  # to find their cells takes long
+                self._in_cells.extend(held.items())
             for name, value in held.items():
                 self._snapshot.add(value, name, DEPTH)
 
@@ -142,27 +123,38 @@ class Reads:
     @property
     def names(self) -> frozenset[str] | None:
         """The attributes that the code that ran can read; None where it may read any."""
-        names: set[str] = set(_ALWAYS)
-        for code in self._codes:
-            if not _is_library(code, self._codes[code]) and not _DYNAMIC.isdisjoint(code.co_names):
-                return None
-            names.update(code.co_names)
-            names.update(text for text in code.co_consts if type(text) is str)
-        return frozenset(names)
+        if self._dynamic or any(named.dynamic for named, _ in self._named.values()):
+            return None
+        names = set(_ALWAYS)
+        for code in self._seen:
+            if code not in self._named:
+                names.update(code.co_names)
+                names.update(text for text in code.co_consts if type(text) is str)
+        return self.users_names | names
 
-    def scopes(self) -> Iterator[Place]:
-        """Yields the globals that the code that ran names, and the closure cells of its functions."""
-        seen: set[tuple[int, str]] = set()
-        for code, names in self._codes.items():
-            if _is_library(code, names):
-                continue
-            for name in code.co_names:
-                if name in names and (id(names), name) not in seen:
-                    seen.add((id(names), name))
-                    yield names, name, names[name]
-                    yield from _inside_module(names[name], code)
-        for _, cell, _ in _cells(list(self._closures)):
-            yield cell, None, cell.cell_contents
+    @property
+    def users_names(self) -> frozenset[str]:
+        """The names in code that is no library's: they are looked up in Python modules."""
+        return frozenset().union(*(named.attributes for named, _ in self._named.values()))
+
+    def scopes(self) -> Iterator[tuple[Place, str]]:
+        """Yields where the code that ran finds globals, imports and closures; and their names."""
+        for named, scope in self._named.values():
+            builtin = scope.get("__builtins__")
+            builtin = vars(builtin) if isinstance(builtin, ModuleType) else builtin or {}
+            for name in named.scope:
+                if name in scope:
+                    yield (scope, name, scope[name]), f"global {name}"
+                    continue
+                yield (scope, name), f"global {name}"  # it may be defined later
+                if name in builtin:
+                    yield (builtin, name, builtin[name]), name
+            for module in named.imports(scope):
+                yield (sys.modules, module.__name__, module), module.__name__
+        for _, cell, name in _cells(list(self._closures)):
+            yield (cell, None, cell.cell_contents), f"closure {name}"
+        for name, value in self._in_cells:
+            yield ((value,), 0, value), f"closure {name}"
 
     def changed(self) -> list[str]:
         """Returns the names of what was set, replaced, changed or deleted since the start.
@@ -170,7 +162,8 @@ class Reads:
         Nothing of what was there then is held any more afterwards.
         """
         names = self._snapshot.changed() or sorted(self._rebound())
-        self._snapshot = _Snapshot()
+        self._dynamic = self._snapshot.dynamic
+        self._snapshot = Snapshot()
         for held in self._closures.values():
             held.clear()
         return names
@@ -200,19 +193,7 @@ def _is_below(file: str, frame: FrameType | None) -> bool:
 
 
 def _is_library(code: CodeType, names: dict[str, Any]) -> bool:
-    return is_library(code.co_filename) or _is_opaque(names.get("__name__"))
-
-
-def _is_opaque(module: Any) -> bool:
-    return f"{module}.".startswith(_OPAQUE)
-
-
-def _inside_module(value: Any, code: CodeType) -> Iterator[Place]:
-    if isinstance(value, ModuleType) and not is_library(getattr(value, "__file__", None) or "<"):
-        table = vars(value)
-        for name in code.co_names:
-            if name in table and not isinstance(table[name], (ModuleType, BuiltinFunctionType)):
-                yield table, name, table[name]
+    return is_library(code.co_filename) or is_opaque(names.get("__name__"))
 
 
 def _cells(codes: list[CodeType]) -> Iterator[tuple[FunctionType, CellType, str]]:
@@ -234,140 +215,3 @@ def _host_random() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy.random")
     theirs = None if numpy is None else numpy.get_state(legacy=False)["state"]
     return random.getstate(), None if theirs is None else (theirs["pos"], theirs["key"].tobytes())
-
-
-def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Returns the `__dict__` of an object that has one, and is not known to matter to no forward."""
-    if isinstance(value, NOT_SEARCHED) or _is_opaque(type(value).__module__):
-        return None
-    try:
-        found = getattr(value, "__dict__", None)
-    except Exception:  # a property of that name; what it hides is not found
-        return None
-    return found if type(found) is dict else None
-
-
-def slots_of(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
-    """Returns what finds each of an object's `__slots__`, and what is there."""
-    if isinstance(value, NOT_SEARCHED) or _is_opaque(type(value).__module__):
-        return []
-    return [
-        (member, getattr(value, name))
-        for kind in type(value).__mro__
-        for name, member in vars(kind).items()
-        if isinstance(member, MemberDescriptorType)
-        and kind.__flags__ & HEAP_TYPE
-        and name != "__weakref__"
-        and hasattr(value, name)
-    ]
-
-
-class _Snapshot:
-    """Containers as they were: each with its items then, held so that no address comes again."""
-
-    def __init__(self) -> None:
-        self._containers: dict[int, tuple[Any, list[Any], str]] = {}
-        self._entries: dict[tuple[int, str], tuple[dict[str, Any], Any, str]] = {}
-        self._slots: dict[tuple[int, Any], tuple[Any, Any, str]] = {}
-        self.tensors: dict[int, Tensor] = {}
-        self._generators: list[tuple[Any, str, str]] = []  # numpy's
-
-    def add_module(self, module: nn.Module, name: str) -> None:
-        """Adds one module, without its children."""
-        table = vars(module)
-        self._note(table, name)
-        for key in _TABLES:
-            if isinstance(table.get(key), dict):  # a scripted module has others
-                self._note(table[key], name)
-        for tensor in module._buffers.values():
-            self.add(tensor, name, 0)
-        for key, value in table.items():
-            if key not in OF_MODULE:
-                self.add(value, f"{name}.{key}", DEPTH)
-
-    def add_entry(self, table: dict[str, Any], key: str, label: str) -> None:
-        """Adds one entry of a large dict."""
-        self._entries.setdefault((id(table), key), (table, table[key], label))
-        self.add(table[key], label, DEPTH)
-
-    def add(self, value: Any, label: str, depth: int) -> None:
-        """Adds a value and what it holds, `depth` containers deep."""
-        if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
-                self.tensors[id(value)] = value
-            return
-        if isinstance(value, nn.Module):
-            for name, module in value.named_modules():
-                if id(vars(module)) not in self._containers:
-                    self.add_module(module, f"{label}.{name}".strip("."))
-            return
-        if type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
-            self._generators.append((value, repr(value.bit_generator.state), label))
-            return
-        if depth == 0 or id(value) in self._containers:
-            return
-        if isinstance(value, (dict, list, tuple, set)):
-            container = value
-        else:
-            for member, item in slots_of(value):
-                name = f"{label}.{member.__name__}".lstrip(".")
-                self._slots.setdefault((id(value), member), (value, item, name))
-                self.add(item, name, depth - 1)
-            found = attributes_of(value)
-            if found is None or id(found) in self._containers:
-                return
-            container = found
-        if len(container) > LONGEST:
-            return
-        self._note(container, label)
-        if isinstance(container, dict):
-            for key, item in list(dict.items(container)):
-                self.add(item, f"{label}.{key}", depth - 1)
-        else:
-            for item in list(container):
-                self.add(item, label, depth - 1)
-
-    def _note(self, container: Any, label: str) -> None:
-        self._containers.setdefault(id(container), (container, _items(container), label.lstrip(".")))
-
-    def changed(self) -> list[str]:
-        """Returns the names of what is not as it was."""
-        names = {
-            label
-            for table, before, label in self._entries.values()
-            if table.get(label.removeprefix("global "), _ABSENT) is not before
-        }
-        for generator, state, label in self._generators:
-            if repr(generator.bit_generator.state) != state:
-                names.add(label)
-        for (_, member), (value, before, label) in self._slots.items():
-            if getattr(value, member.__name__, _ABSENT) is not before:
-                names.add(label)
-        for container, before, label in self._containers.values():
-            now = _items(container)
-            if len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True)):
-                continue
-            if isinstance(container, dict):
-                names.update(f"{label}.{key}".lstrip(".") for key in _differing(before, now))
-            else:
-                names.add(label)
-        return sorted(names)
-
-
-def _items(container: Any) -> list[Any]:
-    if isinstance(container, dict):
-        return [item for pair in list(dict.items(container)) for item in pair]
-    return list(container)
-
-
-def _differing(before: list[Any], now: list[Any]) -> set[str]:
-    first, second = dict(_pairs(before)), dict(_pairs(now))
-    return {
-        str(key)
-        for key in first.keys() | second.keys()
-        if first.get(key, _ABSENT) is not second.get(key, _ABSENT)
-    }
-
-
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)

@@ -4,7 +4,6 @@ import gc
 import logging
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import graphcache
 from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
 from graphcache.ops import user_line_of
 from graphcache.signature import Signature
-from tests.conftest import MLP, Backend, Counter, close, eager
+from tests.conftest import MLP, Backend, Counter, close, eager, hidden
 
 
 def reasons(model: nn.Module) -> dict[str, int]:
@@ -248,11 +247,12 @@ def test_fallback_false_raises(backend: Backend, name: str) -> None:
 
 def test_the_process_is_in_good_order_after_a_failed_capture(backend: Backend, mlp: MLP) -> None:
     """The operation is hidden from the first call, so that the capture itself fails."""
-    calls: deque[int] = deque()  # where nothing watches
+    there = hidden()  # where nothing watches
+    calls = next(there)
 
     def sometimes(x: Tensor) -> Tensor:
-        calls.append(1)
-        return x * 2 if len(calls) == 1 else x * x.sum().item()
+        next(there).append(1)
+        return x * 2 if len(next(there)) == 1 else x * x.sum().item()
 
     cuda_graphed(mlp, sizes=(2,), pool=(pool := backend.pool()))
     x = backend.randn(2, 8)
@@ -366,11 +366,12 @@ def test_sizes_that_can_not_be_captured_leave_the_exact_ones(backend: Backend) -
 def test_sizes_that_do_not_fit_into_memory_are_left_out(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs: deque[int] = deque()
+    there = hidden()
+    runs = next(there)
 
     def forward(x: Tensor) -> Tensor:
-        runs.append(1)
-        if x.shape[0] > 2 and len(runs) > 1:
+        next(there).append(1)
+        if x.shape[0] > 2 and len(next(there)) > 1:
             raise torch.OutOfMemoryError("pretended")
         return x * 2
 

@@ -37,7 +37,7 @@ import graphcache
 from graphcache import GraphCacheWarning, cuda_graphed
 from graphcache.pool import Lane
 from graphcache.stats import CacheInfo
-from tests.conftest import Backend, Counter
+from tests.conftest import Backend, Counter, hidden
 from tests.test_launch import on
 from tests.test_state import Capturing
 
@@ -1943,14 +1943,15 @@ def warned_once(
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend, frozen: bool) -> None:
     """A replay appends nothing, and what the capture appended is memory of the graph."""
-    kept: deque[Tensor] = deque()
+    there = hidden()
+    kept = next(there)
 
     def forward(x: Tensor) -> Tensor:
-        kept.append(x * 2)
-        return kept[-1] + 1
+        next(there).append(x * 2)
+        return next(there)[-1] + 1
 
     model = cuda_graphed(forward, sizes=(2, 4))
-    by = "container" if frozen else "deque"
+    by = "container" if frozen else "list"
     with (
         frozen_objects() if frozen else nullcontext(),
         pytest.warns(GraphCacheWarning, match=rf"made \(float32\[2, 8\]\) and that a {by}.* keeps"),
@@ -1965,7 +1966,7 @@ def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend, frozen:
 
 def test_the_capture_itself_changes_a_flag(backend: Backend, x: Tensor) -> None:
     """It runs the forward's Python once more; the graph has what that made of the flag."""
-    runs: deque[None] = deque()
+    runs = Counter()
 
     class Warms(nn.Module):
         def __init__(self) -> None:
@@ -1973,8 +1974,7 @@ def test_the_capture_itself_changes_a_flag(backend: Backend, x: Tensor) -> None:
             self.scale = 1.0
 
         def forward(self, x: Tensor) -> Tensor:
-            runs.append(None)
-            if len(runs) == 2:
+            if runs.add() == 2:
                 self.scale = 3.0
             return x * self.scale
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import _C, GraphCacheWarning, cuda_graphed
 from graphcache.ops import is_library
-from tests.conftest import MLP, Backend, eager
+from tests.conftest import MLP, Backend, eager, hidden
 
 
 def replay_equals_eager(model: nn.Module, x: Tensor) -> None:
@@ -164,10 +164,10 @@ class Hidden:
     """A tensor where no search looks."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._there = deque([tensor])
+        self._there = hidden(tensor)
 
     def get(self) -> Tensor:
-        return self._there[0]
+        return next(self._there)[0]
 
 
 def test_what_cannot_be_watched_runs_eagerly(backend: Backend) -> None:

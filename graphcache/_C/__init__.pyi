@@ -135,9 +135,11 @@ class Guard:
         lists: lists and sets that have to keep their items.
         buffers: arrays on the host that have to keep their bytes.
         places: `(container, key, value)`: `container[key]` has to stay `value`. A closure cell is a
-            container too, its key is ignored; so is an object with slots, its key is the descriptor.
+            container too, its key is ignored; so is an object with slots, its key is the descriptor;
+            and a context variable. `(container, key)`: there has to stay nothing.
         tensors: have to keep their storage, at its address, and their offset in it.
         names: the attributes that count; None for all.
+        grads: whether `tensors` have to keep their `requires_grad`.
     """
 
     def __init__(
@@ -149,9 +151,10 @@ class Guard:
         dicts: Sequence[tuple[dict[Any, Any], bool]] = ...,
         lists: Sequence[list[Any] | set[Any]] = ...,
         buffers: Sequence[object] = ...,
-        places: Sequence[tuple[Any, Any, Any]] = ...,
+        places: Sequence[tuple[Any, ...]] = ...,
         tensors: Sequence[Tensor] = ...,
         names: frozenset[str] | None = ...,
+        grads: bool = ...,
     ) -> None: ...
     def broken(self, grad: bool) -> tuple[str, int, object] | None:
         """Tells what is not as it was: its kind, its index among these, and a key or None."""

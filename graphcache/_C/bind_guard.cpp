@@ -50,7 +50,8 @@ void bind_guard(py::module_& m) {
                       Guard::Objects buffers,
                       Guard::Objects places,
                       Guard::Objects tensors,
-                      py::object names) {
+                      py::object names,
+                      bool grads) {
             return std::make_shared<Guard>(Guard::Watched{
                 std::move(modules),
                 std::move(root),
@@ -60,7 +61,8 @@ void bind_guard(py::module_& m) {
                 std::move(buffers),
                 std::move(places),
                 std::move(tensors),
-                std::move(names)});
+                std::move(names),
+                grads});
           }),
           py::kw_only(),
           py::arg("modules") = Guard::Objects(),
@@ -71,7 +73,8 @@ void bind_guard(py::module_& m) {
           py::arg("buffers") = Guard::Objects(),
           py::arg("places") = Guard::Objects(),
           py::arg("tensors") = Guard::Objects(),
-          py::arg("names") = py::none())
+          py::arg("names") = py::none(),
+          py::arg("grads") = false)
       .def("hold", &Guard::hold, py::arg("grad"))
       .def("broken", &Guard::broken, py::arg("grad"));
 }

@@ -85,7 +85,7 @@ Guard::Place::Place(const py::tuple& place)
       index(0),
       container(place[0]),
       key(place[1]),
-      expected(PyTuple_GET_ITEM(place.ptr(), 2)) {
+      expected(PyTuple_GET_SIZE(place.ptr()) > 2 ? PyTuple_GET_ITEM(place.ptr(), 2) : nullptr) {
   if (is_read_as_dict(container.ptr())) {
     kind = Kind::kDict;
   } else if (PyCell_Check(container.ptr())) {
@@ -95,6 +95,8 @@ Guard::Place::Place(const py::tuple& place)
     index = key.cast<Py_ssize_t>();
   } else if (Py_IS_TYPE(key.ptr(), &PyMemberDescr_Type)) {
     kind = Kind::kSlot;
+  } else if (PyContextVar_CheckExact(container.ptr())) {
+    kind = Kind::kContext;
   }
 }
 
@@ -115,12 +117,19 @@ bool Guard::Place::holds() const {
     case Kind::kCell:
       return expected.is(PyCell_GET(held));
     case Kind::kSlot:
+    case Kind::kContext:
     case Kind::kOther:
       break;
   }
-  const auto found = py::reinterpret_steal<py::object>(
-      kind == Kind::kSlot ? PyMemberDescr_Type.tp_descr_get(key.ptr(), held, nullptr)
-                          : PyObject_GetItem(held, key.ptr()));
+  PyObject* now = nullptr;
+  if (kind == Kind::kContext) {
+    PyContextVar_Get(held, nullptr, &now);
+  } else if (kind == Kind::kSlot) {
+    now = PyMemberDescr_Type.tp_descr_get(key.ptr(), held, nullptr);
+  } else {
+    now = PyObject_GetItem(held, key.ptr());
+  }
+  const auto found = py::reinterpret_steal<py::object>(now);
   if (!found) {
     PyErr_Clear();
   }
@@ -143,6 +152,7 @@ Guard::Address::Address(py::object object_, std::vector<int64_t>& all_strides)
   offset = tensor.storage_offset();
   numel = tensor.numel();
   dims = tensor.strides().size();
+  grad = tensor.requires_grad();
   all_strides.insert(all_strides.end(), tensor.strides().begin(), tensor.strides().end());
 }
 
@@ -205,6 +215,7 @@ Guard::Guard(const Watched& watched) {
       place_numbers_.push_back(index);
     }
   }
+  grads_ = watched.grads;
   for (const auto& tensor : watched.tensors) {
     addresses_.emplace_back(tensor, strides_);
   }
@@ -283,7 +294,7 @@ py::object Guard::broken(bool grad) {
   }
   const auto* strides = strides_.data();
   for (size_t index = 0; index < addresses_.size(); ++index) {
-    if (!addresses_[index].holds(strides) || (grad && addresses_[index].requires_grad())) {
+    if (!holds(addresses_[index], strides, grad)) {
       return found("tensor", index);
     }
     strides += addresses_[index].dims;
@@ -291,11 +302,16 @@ py::object Guard::broken(bool grad) {
   return hold(grad) ? py::object(py::none()) : found("other", 0);
 }
 
+bool Guard::holds(const Address& address, const int64_t* strides, bool grad) const {
+  return address.holds(strides) && !(grad && address.requires_grad()) &&
+      !(grads_ && address.requires_grad() != address.grad);
+}
+
 bool Guard::addresses_hold(bool grad) const {
   try {
     const auto* strides = strides_.data();
     for (const auto& address : addresses_) {
-      if (!address.holds(strides) || (grad && address.requires_grad())) {
+      if (!holds(address, strides, grad)) {
         return false;
       }
       strides += address.dims;

@@ -22,7 +22,8 @@ class Guard {
   // `modules`: their parameters, buffers, children and, of their attributes, those in `names` (None:
   // all); of all but `root` also that they have no hooks. `objects`: the same of other objects that have
   // attributes. `dicts` (with a flag: only `names` count) and `lists` must stay as they are; each is held
-  // by something that is watched before it. `places`: (container, key, value) that have to stay so.
+  // by something that is watched before it. `places`: (container, key, value) that have to stay so, or
+  // (container, key) that have to stay empty; a container may be a context variable, with any key.
   // `tensors` keep their storage, address and layout.
   struct Watched {
     Objects modules;
@@ -34,6 +35,7 @@ class Guard {
     Objects places;
     Objects tensors;
     pybind11::object names;
+    bool grads; // whether it counts which of `tensors` require gradients
   };
   explicit Guard(const Watched& watched);
 
@@ -58,7 +60,7 @@ class Guard {
     PyObject* dict;
   };
 
-  enum class Kind : char { kDict, kList, kTuple, kCell, kSlot, kOther };
+  enum class Kind : char { kDict, kList, kTuple, kCell, kSlot, kContext, kOther };
 
   struct Place {
     explicit Place(const pybind11::tuple& place);
@@ -82,6 +84,7 @@ class Guard {
     int64_t offset;
     int64_t numel;
     size_t dims;
+    bool grad;
   };
 
   // Whose table it is, for `broken`: a kind, and the index among that.
@@ -92,6 +95,7 @@ class Guard {
   bool modules_hold();
   bool places_hold();
   bool addresses_hold(bool grad) const;
+  bool holds(const Address& address, const int64_t* strides, bool grad) const;
 
   std::vector<Module> modules_; // and other objects after them
   std::vector<Table> tables_; // those of each module behind its __dict__, which keeps them alive
@@ -105,6 +109,7 @@ class Guard {
   std::vector<size_t> place_numbers_; // as they were given: those in dicts, then the others
   std::vector<Address> addresses_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
+  bool grads_ = false;
   bool never_ = false; // hooked from the start, or cleared
 };
 

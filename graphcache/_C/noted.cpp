@@ -43,8 +43,9 @@ py::object keeper_of(PyObject* object) {
 
 } // namespace
 
-Noted::Noted(PyObject* object) : address_(object), keeper_(keeper_of(object)) {
-  if (!keeper_ && PyTuple_CheckExact(object)) {
+Noted::Noted(PyObject* object)
+    : address_(object), keeper_(object != nullptr ? keeper_of(object) : py::object()) {
+  if (object != nullptr && !keeper_ && PyTuple_CheckExact(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
       items_.emplace_back(PyTuple_GET_ITEM(object, index));
     }
@@ -76,7 +77,7 @@ int Noted::traverse(visitproc visit, void* arg) const {
 
 // Exact types only: no code of the user's runs here.
 bool Noted::equals(PyObject* object) const {
-  if (keeper_.ptr() != address_ || Py_TYPE(object) != Py_TYPE(address_)) {
+  if (address_ == nullptr || keeper_.ptr() != address_ || Py_TYPE(object) != Py_TYPE(address_)) {
     return false;
   }
   if (PyFloat_CheckExact(object)) {
@@ -102,11 +103,14 @@ Table::Table(PyObject* dict, py::object names) : dict_(dict), names_(std::move(n
 }
 
 bool Table::counts(PyObject* key) const {
-  // torch.compile replaces those of nn.Module, and no forward of what exists already runs them.
-  if (PyUnicode_CheckExact(key) &&
-      (PyUnicode_CompareWithASCIIString(key, "__init__") == 0 ||
-       PyUnicode_CompareWithASCIIString(key, "__setstate__") == 0)) {
-    return false;
+  // torch.compile replaces the first two of nn.Module, and no forward of what exists already runs them;
+  // the others are caches of Python: of what copies and pickles, and of annotations.
+  if (PyUnicode_CheckExact(key)) {
+    for (const auto* name : {"__init__", "__setstate__", "__slotnames__", "__annotations_cache__"}) {
+      if (PyUnicode_CompareWithASCIIString(key, name) == 0) {
+        return false;
+      }
+    }
   }
   return names_.is_none() || !PyUnicode_CheckExact(key) || PySet_Contains(names_.ptr(), key) == 1;
 }
@@ -199,11 +203,22 @@ namespace {
 template <typename Read>
 bool with_bytes(const py::object& array, Read read) {
   Py_buffer view;
-  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_ANY_CONTIGUOUS) != 0) {
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_FULL_RO) != 0) {
     PyErr_Clear();
     return false;
   }
-  const bool result = read(std::string_view(static_cast<const char*>(view.buf), view.len));
+  std::string copied; // of an array with gaps, such as a column
+  const char* bytes = static_cast<const char*>(view.buf);
+  if (PyBuffer_IsContiguous(&view, 'A') == 0) {
+    copied.resize(static_cast<size_t>(view.len));
+    if (PyBuffer_ToContiguous(copied.data(), &view, view.len, 'C') != 0) {
+      PyErr_Clear();
+      PyBuffer_Release(&view);
+      return false;
+    }
+    bytes = copied.data();
+  }
+  const bool result = read(std::string_view(bytes, static_cast<size_t>(view.len)));
   PyBuffer_Release(&view);
   return result;
 }

@@ -15,7 +15,7 @@ namespace graphcache {
 // allow none (lists, dicts) by nothing but their address, and tuples by their items besides.
 class Noted {
  public:
-  explicit Noted(PyObject* object);
+  explicit Noted(PyObject* object); // null: nothing is to be there
 
   // The same object; or, of numbers and texts, one of the same type and value.
   bool is(PyObject* object) const;

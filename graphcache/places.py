@@ -1,0 +1,234 @@
+"""What a Python value leads to: its items, its attributes, those of its class, and what is behind it.
+
+One search for what a forward may change (`Snapshot`) and for what it may read (`Guards`).
+"""
+
+import gc
+import logging
+import operator
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.ops import is_library
+
+DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
+LONGEST = 4096  # items of a list, entries of a dict: longer ones are known by their length
+
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: classes written in Python; others can't be changed
+OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_OPERATORS = [name[2:-2] for name, of in vars(operator).items() if name[:2] == "__" and callable(of)]
+# Methods that Python calls and no code names.
+SPECIAL = frozenset(
+    f"__{name}__"
+    for name in re.findall(
+        r"\w+",
+        "call getattr getattribute setattr delattr get set len bool float int complex iter next "
+        "reversed enter exit hash str repr format missing torch_function divmod round",
+    )
+    + [f"{r}{name}" for name in _OPERATORS for r in ("", "r")]
+)
+
+# Objects of these keep caches of their own, which change what is fast and not what is right.
+_PACKAGES = ("graphcache", "triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
+_OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file such as cuda_ops.py
+
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
+_NOT_SEARCHED = (*_PLAIN, type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger, Tensor)
+_BY_LENGTH = (dict, list, set, deque)
+_VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+
+Place = tuple[Any, ...]  # a container, a key, and what is there; without the third: nothing is
+
+
+class Group(NamedTuple):
+    """Something that a value leads to other values by.
+
+    Attributes:
+        kind: "dict", "list" (or a set), "table" (the `__dict__` of an object), "class" (that of a
+            class), "classes" (see `classes`), "module" (of Python), "extra" (of a function or a tensor),
+            "items" (read one by one: deques, slots, context variables), "fixed" (can't change) or
+            "loose" (can be replaced, which is not noticed: the defaults of a function).
+        container: what holds the items.
+        items: keys, and what is there.
+        name: that of the class.
+    """
+
+    kind: str
+    container: Any
+    items: list[tuple[Any, Any]]
+    name: str = ""
+
+    def label(self, label: str, key: Any) -> str:
+        """Names an item of what has the name `label`."""
+        if self.kind in ("fixed", "loose") or key is None:
+            return label
+        if self.kind == "class":
+            return f"{self.name}.{key}"
+        if self.kind in ("dict", "list") or isinstance(key, int):
+            return f"{label}[{key!r}]"
+        return f"{label}.{getattr(key, '__name__', key)}".lstrip(".")
+
+    def now(self) -> list[tuple[Any, Any]]:
+        """Returns the items as they are at present."""
+        if self.kind in ("class", "extra"):
+            return _own_names(self.container)
+        if self.kind == "items" and not isinstance(self.container, (deque, ContextVar)):
+            return slots_of(self.container)
+        return _items(self.container)
+
+
+def _own_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns entries but those of Python itself: annotations lead to docs, made when asked for."""
+    return [item for item in list(table.items()) if item[0][:2] != "__"]
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    if isinstance(container, dict):
+        return list(dict.items(container))
+    if isinstance(container, ContextVar):
+        try:
+            return [(None, container.get())]
+        except LookupError:
+            return []
+    return list(enumerate(container))
+
+
+def groups(value: Any) -> Iterator[Group]:
+    """Yields what a value, which is no nn.Module, leads to other values by; its own class included."""
+    if isinstance(value, _PLAIN) or is_opaque(type(value).__module__):
+        return
+    if isinstance(value, ModuleType):
+        if not is_opaque(value.__name__):
+            yield Group("module", vars(value), [])  # there may be thousands: take those that are named
+    elif isinstance(value, type):
+        if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
+            yield from classes(value)
+            if type(value) is not type:
+                yield Group("classes", type(value), [])
+    elif isinstance(value, (FunctionType, Tensor)):
+        yield Group("extra", vars(value), _own_names(vars(value)))
+        if isinstance(value, FunctionType):
+            defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            yield Group("loose", value, list(enumerate(defaults)))
+    elif (behind := _behind(value)) is not None:
+        yield Group("fixed", value, behind)
+    else:
+        yield from _own(value)
+
+
+def _own(value: Any) -> Iterator[Group]:
+    if isinstance(value, (dict, list, set)):
+        kind = "dict" if isinstance(value, dict) else "list"
+        yield Group(kind, value, _items(value))
+    elif isinstance(value, (deque, ContextVar)):
+        yield Group("items", value, _items(value))
+    elif isinstance(value, (tuple, frozenset)):
+        yield Group("fixed", value, list(enumerate(value)))
+    if type(value) in (dict, list, set, tuple, frozenset, deque):
+        return
+    slots = slots_of(value)
+    if slots:
+        yield Group("items", value, slots)
+    table = attributes_of(value)
+    if table is not None:
+        yield Group("table", table, list(table.items()))
+    if slots or table is not None:
+        yield Group("classes", type(value), [])
+
+
+def _behind(value: Any) -> list[tuple[Any, Any]] | None:
+    """Returns what an object of C leads to that always leads there; None for any other."""
+    if isinstance(value, partial):
+        return [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
+    if isinstance(value, (MethodType, BuiltinFunctionType)):
+        owner = value.__self__
+        return [] if isinstance(owner, ModuleType) else [("self", owner)]
+    if isinstance(value, (staticmethod, classmethod)):
+        return [("func", value.__func__)]
+    if isinstance(value, MappingProxyType):
+        return [("of", each) for each in gc.get_referents(value)]
+    if isinstance(value, _VIEWS):
+        return [("of", value.mapping)]
+    if isinstance(value, ref):
+        found = value()
+        # Objects and modules are known weakly; other things might be gone when they are compared.
+        weakly = hasattr(type(found), "__weakref__") and not isinstance(found, (Tensor, *_BY_LENGTH))
+        return [("of", found)] if weakly else []
+    return None
+
+
+def classes(kind: type) -> Iterator[Group]:
+    """Yields a class and its bases: their methods and constants."""
+    for base in kind.__mro__:
+        if base.__flags__ & HEAP_TYPE:
+            (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
+            yield Group("class", table, _own_names(table), base.__qualname__)
+
+
+def is_plain(value: Any) -> bool:
+    """Tells whether it leads to nothing, and is known by its value."""
+    return isinstance(value, _PLAIN)
+
+
+def named_in(table: dict[str, Any], names: Any) -> list[tuple[str, Any]]:
+    """Returns what counts of a Python module: of a library's, only what computes or leads on."""
+    found = [(name, table[name]) for name in names if name in table]
+    if not is_library_module(table):
+        return found
+    code = (FunctionType, BuiltinFunctionType, ModuleType, type)
+    return [item for item in found if isinstance(item[1], code)]
+
+
+def is_library_module(table: dict[str, Any]) -> bool:
+    """Tells it of the `__dict__` of a Python module."""
+    file, name = table.get("__file__"), table.get("__name__")
+    return is_library(file) if isinstance(file, str) else name in sys.builtin_module_names
+
+
+def _is_of_library(kind: type) -> bool:
+    module = sys.modules.get(kind.__module__)
+    return is_opaque(kind.__module__) or (module is not None and is_library_module(vars(module)))
+
+
+def is_opaque(module: Any) -> bool:
+    """Tells whether what is of the module of this name is no state of the user's."""
+    return f"{module}.".startswith(_OPAQUE)
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Returns the `__dict__` of an object that has one, and is not known to matter to no forward."""
+    if isinstance(value, _NOT_SEARCHED) or is_opaque(type(value).__module__):
+        return None
+    try:
+        found = getattr(value, "__dict__", None)
+    except Exception:  # a property of that name; what it hides is not found
+        return None
+    return found if type(found) is dict else None
+
+
+def slots_of(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
+    """Returns what finds each of an object's `__slots__`, and what is there."""
+    return [
+        (member, getattr(value, name))
+        for kind in type(value).__mro__
+        if "__slots__" in vars(kind)  # members of classes of C are no state
+        for name, member in vars(kind).items()
+        if isinstance(member, MemberDescriptorType) and name != "__weakref__" and hasattr(value, name)
+    ]
