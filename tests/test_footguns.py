@@ -3253,6 +3253,7 @@ def test_deterministic_algorithms_are_asked_for(backend: Backend) -> None:
     replays(model, x)
 
 
+EINSUM: dict[str, Any] = torch.backends.opt_einsum._get_strategy.__globals__
 FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
     "deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True,
@@ -3281,6 +3282,31 @@ FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
         lambda value: setattr(
             torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", value
         ), False,
+    ),
+    "fp16 accumulation": (
+        lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+        lambda value: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", value), True,
+    ),
+    "matmul precision of CUDA": (  # which makes torch raise where it is asked for that of all devices
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value), "tf32",
+    ),
+    "cudnn.allow_tf32": (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value), False,
+    ),
+    "order of attention kernels": (
+        torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order, [2, 1, 0, 3, 4],
+    ),
+    "fast path of attention": (
+        torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False,
+    ),
+    "order of einsum": (  # where it is: torch lets it be set only where opt_einsum is installed
+        lambda: EINSUM["strategy"], lambda value: EINSUM.update(strategy=value), "optimal",
+    ),
+    "filled memory": (
+        torch._C._get_deterministic_fill_uninitialized_memory,
+        torch._C._set_deterministic_fill_uninitialized_memory, False,
     ),
 }  # fmt: skip
 
