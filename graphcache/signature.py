@@ -1,7 +1,7 @@
 """What a call looks like: its tensors, the role of each, and the key under which its graphs are kept."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +103,14 @@ class Call(NamedTuple):
         return positional, {name: values[name] for name in self.kwargs}
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function; any at all, where it does not tell: builtins of torch."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return inspect.signature(lambda *args, **kwargs: None).parameters
+
+
 class Signature:
     """The parameters of one forward, by which calls in any style are brought into one order.
 
@@ -119,7 +127,7 @@ class Signature:
         self.batch_dim = batch_dim
         self.bind = frozenset(bind)
         self.habits = Habits()
-        parameters = inspect.signature(function).parameters.values()
+        parameters = parameters_of(function).values()
         self.defaults = {
             p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }

@@ -83,6 +83,17 @@ def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
         assert forward.cache_info().eager[reason] == 1
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_a_part_is_scripted(backend: Backend) -> None:
+    """What it reads can't be watched; the reason says what to use instead."""
+    x = backend.randn(2, 8)
+    part = torch.jit.script(nn.Linear(8, 8).to(backend.device))
+    model = cuda_graphed(nn.Sequential(part), sizes=(2,))
+    with pytest.warns(GraphCacheWarning, match=r"a ScriptModule's.*use it as it was before torch\.jit"):
+        model(x)
+    assert close(model(x), part(x))
+
+
 def test_inside_modes_that_watch_operations(backend: Backend, mlp: MLP) -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
