@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphcache import _C
 from graphcache.keepers import Habits, Home, Homes, Passed
-from graphcache.tree import Kept, Node, NotATree, flatten, native, rebuild
+from graphcache.tree import Kept, Node, NotATree, attributes_of_tensor, flatten, native, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 STAGE_LIMIT = 4 * 2**20  # bytes
@@ -247,6 +247,13 @@ class Signature:
         for index, tensor in enumerate(leaves):
             if tensor.layout is not torch.strided:
                 raise Unservable(f"{names[index]} has layout {tensor.layout}")
+            if tensor.is_quantized:
+                raise Unservable(f"{names[index]} is quantised; pass it dequantised")
+            if attributes := attributes_of_tensor(tensor):
+                raise Unservable(
+                    f"{names[index]} is a tensor with attributes ({', '.join(attributes)}); pass them "
+                    "as arguments"
+                )
             shape = tensor.shape
             dim = self._dim(tensor)
             if dim is not None and shape[dim] != batch:

@@ -71,12 +71,16 @@ def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
         return x
 
     x = backend.randn(2, 2)
+    endless: list[Any] = [1]
+    endless.append(endless)
     cases = {
         "no tensor among the arguments": (3, None),
         "no argument has dimension 0 (batch_dim)": (x.sum(), None),
         "x is a tensor subclass of type tests.test_eager.Sub": (x.as_subclass(Sub), None),
         "y is an object of type builtins.object": (x, object()),
         "x has layout torch.sparse_coo": (x.to_sparse(), None),
+        "y has more than 64 containers in each other, or contains itself": (x, endless),
+        "y is a slice of something that is no constant": (x, slice([1], 2)),
     }
     for reason, (first, second) in cases.items():
         assert forward(first, second) is first
