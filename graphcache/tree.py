@@ -9,7 +9,6 @@ import enum
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
@@ -118,13 +117,9 @@ def _keys(layout: Node) -> list[Any]:
 
 def attributes_besides(value: Any, fields: Sequence[str]) -> list[str]:
     """Returns the names of what `value` holds and no field tells: a graph could not give it back."""
-    slots = (
-        name
-        for kind in type(value).__mro__
-        for name, member in vars(kind).items()
-        if isinstance(member, MemberDescriptorType)
-    )
-    return [name for name in (*getattr(value, "__dict__", ()), *slots) if name not in fields]
+    slots = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
+    known = (*fields, "__dict__", "__weakref__")
+    return [name for name in (*getattr(value, "__dict__", ()), *slots) if name not in known]
 
 
 def attributes_of_tensor(tensor: Tensor) -> list[str]:

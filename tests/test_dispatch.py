@@ -1,6 +1,7 @@
 """Sizes, padding and what comes back: every result is compared with eager."""
 
 import dataclasses
+import enum
 import functools
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -173,11 +174,22 @@ def test_equal_constants_of_different_types_differ(backend: Backend) -> None:
     assert zeros.cache_info().captures == 3  # not one for each nan
 
 
+class Loose(enum.Enum):
+    A, B = 1, 2
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loose)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 SAME: dict[str, list[Callable[[], Any]]] = {
     "range": [lambda: range(0, 3, 2), lambda: range(0, 4, 2)],
     "slice": [lambda: slice(0, 2), lambda: slice(0, 2.0), lambda: slice(False, 2)],
     "complex": [lambda: complex(-1, 0.0), lambda: complex(-1, -0.0)],
     "tuple": [lambda: (1, (0.0,)), lambda: (1, (-0.0,)), lambda: (True, (0.0,))],
+    "enum": [lambda: Loose.A, lambda: Loose.B],
     "key": [lambda: {1: 0}, lambda: {1.0: 0}, lambda: {True: 0}],
     "key in a tuple": [lambda: {(1, 2): 0}, lambda: {(1.0, 2): 0}],
     "key in a set": [lambda: {frozenset([1]): 0}, lambda: {frozenset([1.0]): 0}],

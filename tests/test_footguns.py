@@ -3303,7 +3303,7 @@ FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
         torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False,
     ),
     "order of einsum": (  # where it is: torch lets it be set only where opt_einsum is installed
-        lambda: EINSUM["strategy"], lambda value: EINSUM.update(strategy=value), "optimal",
+        torch.backends.opt_einsum._get_strategy, lambda value: EINSUM.update(strategy=value), "optimal",
     ),
     "filled memory": (
         torch._C._get_deterministic_fill_uninitialized_memory,
@@ -3465,13 +3465,23 @@ class Tag(str):
     scale = 1.0
 
 
-def test_a_string_has_attributes(backend: Backend) -> None:
+@dataclass
+class Slotted:
+    __slots__ = ("scale", "x")
+    x: Tensor
+
+
+@pytest.mark.parametrize("make", [lambda x: Tag("same"), Slotted], ids=["string", "slots"])
+def test_an_argument_is_of_a_type_with_attributes(
+    backend: Backend, make: Callable[[Tensor], Any]
+) -> None:
     """Two that are equal are not the same; a graph baked in those of the first."""
-    model, x = cuda_graphed(lambda x, tag: x * tag.scale, sizes=(2,)), backend.randn(2, 8)
+    model = cuda_graphed(lambda x, other: x * getattr(other, "scale", 1.0), sizes=(2,))
+    x = backend.randn(2, 8)
     for scale in (2.0, 3.0):
-        tag = Tag("same")
-        tag.scale = scale
-        same_as_eager(model, x, tag)
+        made = make(x)
+        made.scale = scale
+        same_as_eager(model, x, made)
     assert info(model).hits == 0
 
 
