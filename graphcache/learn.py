@@ -127,13 +127,14 @@ class Observation:
         """Raises `CaptureError` for a tensor that it made and that is more than its data."""
         there = {id(tensor) for tensor in (*self._call.leaves, *self.observer.reached())}
         for tensor in self.tensors:
-            if id(tensor) in there:
+            if id(tensor) in there or tensor.grad_fn is not None:
                 continue
             if attributes := attributes_of_tensor(tensor):
                 what = f"with attributes ({', '.join(attributes)})"
             elif type(tensor) is not Tensor:
                 what = "made an nn.Parameter"
-            elif tensor.requires_grad and tensor.grad_fn is None:
+            # A view of a parameter, made without grad, requires it; replays return such a view too.
+            elif tensor.requires_grad and _C.storage_key(tensor) not in self.observer.external:
                 what = "that requires grad"
             else:
                 continue
