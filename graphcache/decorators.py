@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from graphcache.compiled import ASKED, CompiledCall, is_asked
 from graphcache.errors import GraphCacheWarning, OptionError
@@ -155,6 +156,11 @@ def _warn_of_other_ways_in(module: nn.Module) -> None:
 
 
 def _decorate(target: Any, options: Options) -> Any:
+    if isinstance(target, ScriptModule):
+        raise OptionError(
+            "graphcache: can't decorate a ScriptModule: what it reads can't be watched; decorate the "
+            "Module that it was made of, as it was before torch.jit"
+        )
     if isinstance(target, nn.Module):
         own = vars(target).get("forward", None)
         if isinstance(own, InstanceForward):

@@ -17,7 +17,7 @@ from graphcache.runtime import inlining
 from graphcache.signature import BOUND, Call, Unservable
 from graphcache.staging import Pad
 from graphcache.state import kept_as_is
-from graphcache.tree import flatten
+from graphcache.tree import attributes_of_tensor, flatten
 from graphcache.verify import same
 
 logger = logging.getLogger(__name__)
@@ -127,12 +127,30 @@ class Observation:
         """Raises `CaptureError` if a graph can't do what the forward did."""
         if self.observer.blocker is not None:
             raise CaptureError(self.observer.blocker)
+        self._check_result()
         if self._reads.captures:
             raise CaptureError(COMPILED_TO_GRAPHS)
         if self._reads.seeded:
             raise CaptureError(f"it sets the state of a random generator ({self._reads.seeded})")
         if self._reads.drew_on_the_host():
             raise CaptureError("it draws random numbers of Python's or numpy's, which a graph freezes")
+
+    def _check_result(self) -> None:
+        """Raises `CaptureError` for a tensor that it made and that is more than its data."""
+        there = {id(tensor) for tensor in (*self._call.leaves, *self.observer.reached())}
+        for tensor in self.tensors:
+            if id(tensor) in there or tensor.grad_fn is not None:
+                continue
+            if attributes := attributes_of_tensor(tensor):
+                what = f"with attributes ({', '.join(attributes)})"
+            elif type(tensor) is not Tensor:
+                what = "made an nn.Parameter"
+            # A view of a parameter, made without grad, requires it; replays return such a view too.
+            elif tensor.requires_grad and _C.storage_key(tensor) not in self.observer.external:
+                what = "that requires grad"
+            else:
+                continue
+            raise CaptureError(f"it returns a tensor {what}, which no graph makes ({describe(tensor)})")
 
     @cached_property
     def changed(self) -> list[str]:

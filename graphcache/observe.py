@@ -180,6 +180,9 @@ class Observer(TorchDispatchMode):
         key = _C.storage_key(tensor)
         if key in self._made:
             return  # a view that no operation made, such as x.data
+        if tensor.is_quantized:
+            self.blocked(f"a quantised tensor is read at {user_line()}")
+            return
         self._reached[id(tensor)] = ref(tensor)
         if key not in self._inputs:
             self._hold(key, tensor)
@@ -209,6 +212,9 @@ class Observer(TorchDispatchMode):
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
             self.blocked(f"{kind} is made at {user_line()}")
+            return
+        if tensor.is_quantized:
+            self.blocked(f"a quantised tensor is made at {user_line()}")
             return
         if id(tensor) not in self._reached:
             self._known[id(tensor)] = ref(tensor)

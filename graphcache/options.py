@@ -1,13 +1,12 @@
 """The keywords of `cuda_graphed`, checked."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from graphcache.buckets import check_sizes
 from graphcache.errors import OptionError
 from graphcache.pool import GraphPool, Stale
-from graphcache.signature import top_name
+from graphcache.signature import parameters_of, top_name
 from graphcache.staging import Pad
 
 
@@ -43,7 +42,7 @@ class Options(NamedTuple):
             batch_dim=_integer(batch_dim),
             sizes=None if sizes is None else check_sizes(sizes),
             pad=_check_pad(pad),
-            bind=(bind,) if isinstance(bind, str) else tuple(bind),
+            bind=_names(bind),
             stale=_one_of("stale", stale, ("error", "copy")),
             pool=_instance_of("pool", pool, GraphPool),
             fallback=fallback,
@@ -53,7 +52,7 @@ class Options(NamedTuple):
 
     def check_names(self, function: Callable[..., Any]) -> None:
         """Raises `OptionError` if an option names an argument that `function` does not take."""
-        parameters = inspect.signature(function).parameters
+        parameters = parameters_of(function)
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
         pads = self.pad if isinstance(self.pad, dict) else {}
@@ -61,19 +60,30 @@ class Options(NamedTuple):
             for name in names:
                 if top_name(name) not in parameters:
                     raise OptionError(
-                        f"graphcache: {option} names {name!r}, and {function.__qualname__} takes "
+                        f"graphcache: {option} names {name!r}, and "
+                        f"{getattr(function, '__qualname__', function)} takes "
                         f"{', '.join(parameters)}"
                     )
 
 
 def _check_pad(pad: Any) -> Pad:
-    for fill in pad.values() if isinstance(pad, dict) else (pad,):
-        if not ((fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))):
-            raise OptionError(
-                f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
-                "again), for all arguments or in a dictionary by argument name"
-            )
+    names, fills = (list(pad), list(pad.values())) if isinstance(pad, dict) else ([], [pad])
+    if not all(isinstance(name, str) for name in names) or not all(
+        (fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))
+        for fill in fills
+    ):
+        raise OptionError(
+            f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
+            "again), for all arguments or in a dictionary by argument name"
+        )
     return pad  # type: ignore[no-any-return]
+
+
+def _names(bind: Any) -> tuple[str, ...]:
+    names = (bind,) if isinstance(bind, str) or not isinstance(bind, Iterable) else tuple(bind)
+    if not all(isinstance(name, str) for name in names):
+        raise OptionError(f"graphcache: bind={bind!r}; give the names of arguments, such as bind=('x',)")
+    return names
 
 
 def _integer(batch_dim: Any) -> int:

@@ -1,7 +1,7 @@
 """What a call looks like: its tensors, the role of each, and the key under which its graphs are kept."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphcache import _C
 from graphcache.keepers import Habits, Home, Homes, Passed
-from graphcache.tree import Kept, Node, NotATree, flatten, native, rebuild
+from graphcache.tree import Kept, Node, NotATree, attributes_of_tensor, flatten, native, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 STAGE_LIMIT = 4 * 2**20  # bytes
@@ -123,6 +123,14 @@ class Call(NamedTuple):
         return positional, {name: values[name] for name in self.kwargs}
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function; any at all, where it does not tell: builtins of torch."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return inspect.signature(lambda *args, **kwargs: None).parameters
+
+
 class Signature:
     """The parameters of one forward, by which calls in any style are brought into one order.
 
@@ -139,7 +147,7 @@ class Signature:
         self.batch_dim = batch_dim
         self.bind = frozenset(bind)
         self.habits = Habits()
-        parameters = inspect.signature(function).parameters.values()
+        parameters = parameters_of(function).values()
         self.defaults = {
             p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }
@@ -262,6 +270,13 @@ class Signature:
         for index, tensor in enumerate(leaves):
             if tensor.layout is not torch.strided:
                 raise Unservable(f"{names[index]} has layout {tensor.layout}")
+            if tensor.is_quantized:
+                raise Unservable(f"{names[index]} is quantised; pass it dequantised")
+            if attributes := attributes_of_tensor(tensor):
+                raise Unservable(
+                    f"{names[index]} is a tensor with attributes ({', '.join(attributes)}); pass them "
+                    "as arguments"
+                )
             shape = tensor.shape
             dim = self._dim(tensor)
             if dim is not None and shape[dim] != batch:

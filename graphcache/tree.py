@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_PLAIN = (bool, int, str, bytes, type(None), complex, range, slice, type(Ellipsis), enum.Enum)
-_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Of exactly these types: an instance of a subclass may have attributes, which no comparison sees.
+_PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis))
+_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 EXACT_TENSORS = (Tensor, torch.nn.Parameter)
+MAX_DEPTH = 64  # containers inside containers
 
 
 class NotATree(TypeError):
@@ -40,7 +42,7 @@ class Constant(NamedTuple):
     text: Any
     value: Any
 
-    # `value` stays out of it: of floats, the text tells -0.0 from 0.0 and nan equals itself.
+    # `value` stays out of it: the text tells -0.0 from 0.0, and range(0, 3, 2) from range(0, 4, 2).
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constant) and self[:2] == other[:2]
 
@@ -52,7 +54,10 @@ class Constant(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A container: its type, its keys or field names (None for a sequence) and what it holds."""
+    """A container: its type, its keys or field names (None for a sequence) and what it holds.
+
+    Keys that are no strings are `Constant`s: {1: x} and {1.0: x} are two layouts.
+    """
 
     kind: type
     keys: tuple[Any, ...] | None
@@ -84,17 +89,52 @@ def constant(value: Any) -> Constant | None:
     kind = type(value)
     if kind is float:
         return Constant(kind, value.hex(), value)
-    if isinstance(value, _PLAIN) and not dataclasses.is_dataclass(value):
-        if isinstance(value, slice):  # hashable from Python 3.12 only
-            return Constant(kind, (value.start, value.stop, value.step), value)
+    if kind is complex:
+        return Constant(kind, (value.real.hex(), value.imag.hex()), value)
+    if kind in (range, slice):
+        parts = tuple(constant(part) for part in (value.start, value.stop, value.step))
+        return None if None in parts else Constant(kind, parts, value)
+    if kind in _PLAIN or kind in _TORCH_VALUES:
         return Constant(kind, value, value)
-    if isinstance(value, _TORCH_VALUES) or kind is torch.Size:
-        return Constant(kind, value, value)
+    if isinstance(value, enum.Enum):  # there is one object for each member
+        return Constant(kind, id(value), value)
     return None
 
 
+def _key(key: Any) -> Any:
+    """Returns the key of a dictionary as a `Node` has it: equal where it is the very same."""
+    kind = type(key)
+    if kind is str:
+        return key
+    if kind in (tuple, frozenset):
+        return Constant(kind, kind(_key(part) for part in key), key)
+    return constant(key) or Constant(kind, id(key), key)
+
+
+def _keys(layout: Node) -> list[Any]:
+    return [key.value if isinstance(key, Constant) else key for key in layout.keys or ()]
+
+
+def attributes_besides(value: Any, fields: Sequence[str]) -> list[str]:
+    """Returns the names of what `value` holds and no field tells: a graph could not give it back."""
+    slots = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
+    known = (*fields, "__dict__", "__weakref__")
+    return [name for name in (*getattr(value, "__dict__", ()), *slots) if name not in known]
+
+
+def attributes_of_tensor(tensor: Tensor) -> list[str]:
+    """Returns the names of what Python code has set on a tensor, but for marks of torch.compile."""
+    marks = [name for name in tensor.__dict__ if "_dynamo_" in name or name == "_specialize_on"]
+    return [name for name in tensor.__dict__ if name not in marks]
+
+
 def flatten(
-    value: Any, leaves: list[Tensor], names: list[str], name: str = "", other: Other | None = None
+    value: Any,
+    leaves: list[Tensor],
+    names: list[str],
+    name: str = "",
+    other: Other | None = None,
+    depth: int = MAX_DEPTH,
 ) -> Any:
     """Appends the tensors of `value` to `leaves`, their paths to `names`, and returns the layout.
 
@@ -104,13 +144,21 @@ def flatten(
         names: see above.
         name: its own path.
         other: given a value that is none of these, and its path, returns the layout of it, or None.
+        depth: how many containers it may lie in.
 
     Raises:
         NotATree: for an object that a graph can neither read from nor bake in.
     """
 
     def part(item: Any, path: str) -> Any:
-        return flatten(item, leaves, names, path, other)
+        return flatten(item, leaves, names, path, other, depth - 1)
+
+    def check(fields: Sequence[str]) -> None:
+        if besides := attributes_besides(value, fields):
+            raise NotATree(
+                f"{name or 'the result'} has attributes that are no fields ({', '.join(besides)}), of "
+                f"type {kind.__module__}.{kind.__qualname__}"
+            )
 
     kind = type(value)
     if kind in EXACT_TENSORS:
@@ -120,22 +168,32 @@ def flatten(
     plain = constant(value)
     if plain is not None:
         return plain
+    if depth == 0:
+        where = name.partition("[")[0] or "the result"
+        raise NotATree(f"{where} has more than {MAX_DEPTH} containers in each other, or contains itself")
     if kind in (list, tuple) or _is_namedtuple(kind):
+        if kind not in (list, tuple):
+            check(())
         items = tuple(part(item, f"{name}[{index}]") for index, item in enumerate(value))
         return Node(kind, None, items)
     if dataclasses.is_dataclass(kind):
         # transformers' ModelOutput is a dictionary too, of those fields that are not None
         extra = tuple(value.keys()) if isinstance(value, dict) else None
         fields = tuple(field.name for field in dataclasses.fields(value))
+        check(fields)
         items = tuple(part(getattr(value, field, None), f"{name}.{field}") for field in fields)
         return Node(kind, fields, items, extra)
     if kind in (dict, OrderedDict, defaultdict):
         extra = value.default_factory if kind is defaultdict else None
+        if kind is OrderedDict:
+            check(())
         items = tuple(part(item, f"{name}[{key!r}]") for key, item in value.items())
-        return Node(kind, tuple(value), items, extra)
+        return Node(kind, tuple(map(_key, value)), items, extra)
     found = other(value, name) if other is not None else None
     if found is not None:
         return found
+    if kind is slice:
+        raise NotATree(f"{name or 'the result'} is a slice of something that is no constant")
     what = "a tensor subclass" if isinstance(value, Tensor) else "an object"
     raise NotATree(f"{name or 'the result'} is {what} of type {kind.__module__}.{kind.__qualname__}")
 
@@ -153,8 +211,8 @@ def rebuild(layout: Any, leaves: Iterator[Any], kept: Sequence[Any] = ()) -> Any
 
 def _assemble(layout: Node, items: list[Any]) -> Any:
     kind: Any = layout.kind
-    keys, extra = layout.keys, layout.extra
-    if keys is None:
+    keys, extra = _keys(layout), layout.extra
+    if layout.keys is None:
         return kind._make(items) if _is_namedtuple(kind) else kind(items)
     if dataclasses.is_dataclass(kind):
         new: Any = kind.__new__
@@ -186,4 +244,4 @@ def native(layout: Any, kept: Sequence[Any] = ()) -> tuple[Any, ...]:
     codes = {list: 2, tuple: 3, dict: 4, OrderedDict: 7, defaultdict: 7}
     code = codes.get(kind, 5 if keys is None else 6)
     parts = tuple(native(child, kept) for child in children)
-    return code, kind, keys or (), parts, extra, partial(_assemble, layout)
+    return code, kind, _keys(layout), parts, extra, partial(_assemble, layout)

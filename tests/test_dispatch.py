@@ -1,7 +1,10 @@
 """Sizes, padding and what comes back: every result is compared with eager."""
 
 import dataclasses
+import enum
+import functools
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,6 +178,55 @@ def test_equal_constants_of_different_types_differ(backend: Backend) -> None:
         assert [zeros(x + 1, z)[0].item() for z in (0.0, -0.0)] == [float("inf"), -float("inf")]
         assert zeros(x + 1, float("nan")).isnan().all()
     assert zeros.cache_info().captures == 3  # not one for each nan
+
+
+class Loose(enum.Enum):
+    A, B = 1, 2
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loose)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+SAME: dict[str, list[Callable[[], Any]]] = {
+    "range": [lambda: range(0, 3, 2), lambda: range(0, 4, 2)],
+    "slice": [lambda: slice(0, 2), lambda: slice(0, 2.0), lambda: slice(False, 2)],
+    "complex": [lambda: complex(-1, 0.0), lambda: complex(-1, -0.0)],
+    "tuple": [lambda: (1, (0.0,)), lambda: (1, (-0.0,)), lambda: (True, (0.0,))],
+    "enum": [lambda: Loose.A, lambda: Loose.B],
+    "key": [lambda: {1: 0}, lambda: {1.0: 0}, lambda: {True: 0}],
+    "key in a tuple": [lambda: {(1, 2): 0}, lambda: {(1.0, 2): 0}],
+    "key in a set": [lambda: {frozenset([1]): 0}, lambda: {frozenset([1.0]): 0}],
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_equal_constants_that_are_not_the_same_differ(backend: Backend, name: str) -> None:
+    """The key compared them by ==, and the second was served by the graph of the first."""
+    model = cuda_graphed(lambda x, value: x * sum(repr(value).encode()), sizes=(2,))
+    x, makers = torch.ones(2, 1, device=backend.device), SAME[name]
+    for _ in range(4):
+        results = [model(x, make())[0].item() for make in makers]
+        assert results == [sum(repr(make()).encode()) for make in makers]
+    told = model.cache_info()
+    assert told.captures == len(makers)
+    assert told.hits == 4 * len(makers) - 2 * len(makers) + 1
+
+
+def test_functions_without_a_signature(backend: Backend) -> None:
+    """Builtins of torch tell none, which ended in an error of `inspect`."""
+    x = backend.randn(2, 4)
+    relu = cuda_graphed(torch.relu, sizes=(2, 4))
+    double = cuda_graphed(functools.partial(torch.mul, other=2), sizes=(2, 4))
+    for _ in range(3):
+        assert torch.equal(relu(x), torch.relu(x))
+        assert torch.equal(double(x), x * 2)
+        assert torch.equal(double(x, other=3), x * 3)
+        assert torch.equal(double(input=x), x * 2)
+    assert relu.cache_info().hits == 2
+    assert double.cache_info().hits > 2
 
 
 def test_wrong_arguments_raise_what_eager_raises(backend: Backend, mlp: MLP) -> None:

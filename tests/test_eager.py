@@ -70,16 +70,31 @@ def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
         return x
 
     x = backend.randn(2, 2)
+    endless: list[Any] = [1]
+    endless.append(endless)
     cases = {
         "no tensor among the arguments": (3, None),
         "no argument has dimension 0 (batch_dim)": (x.sum(), None),
         "x is a tensor subclass of type tests.test_eager.Sub": (x.as_subclass(Sub), None),
         "y is an object of type builtins.object": (x, object()),
         "x has layout torch.sparse_coo": (x.to_sparse(), None),
+        "y has more than 64 containers in each other, or contains itself": (x, endless),
+        "y is a slice of something that is no constant": (x, slice([1], 2)),
     }
     for reason, (first, second) in cases.items():
         assert forward(first, second) is first
         assert forward.cache_info().eager[reason] == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_a_part_is_scripted(backend: Backend) -> None:
+    """What it reads can't be watched; the reason says what to use instead."""
+    x = backend.randn(2, 8)
+    part = torch.jit.script(nn.Linear(8, 8).to(backend.device))
+    model = cuda_graphed(nn.Sequential(part), sizes=(2,))
+    with pytest.warns(GraphCacheWarning, match=r"a ScriptModule's.*use it as it was before torch\.jit"):
+        model(x)
+    assert close(model(x), part(x))
 
 
 def test_inside_modes_that_watch_operations(backend: Backend, mlp: MLP) -> None:

@@ -20,13 +20,14 @@ import sys
 import threading
 import time
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -3245,6 +3246,7 @@ def test_deterministic_algorithms_are_asked_for(backend: Backend) -> None:
     replays(model, x)
 
 
+EINSUM: dict[str, Any] = torch.backends.opt_einsum._get_strategy.__globals__
 FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
     "deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True,
@@ -3273,6 +3275,31 @@ FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
         lambda value: setattr(
             torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", value
         ), False,
+    ),
+    "fp16 accumulation": (
+        lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+        lambda value: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", value), True,
+    ),
+    "matmul precision of CUDA": (  # which makes torch raise where it is asked for that of all devices
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value), "tf32",
+    ),
+    "cudnn.allow_tf32": (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value), False,
+    ),
+    "order of attention kernels": (
+        torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order, [2, 1, 0, 3, 4],
+    ),
+    "fast path of attention": (
+        torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False,
+    ),
+    "order of einsum": (  # where it is: torch lets it be set only where opt_einsum is installed
+        torch.backends.opt_einsum._get_strategy, lambda value: EINSUM.update(strategy=value), "optimal",
+    ),
+    "filled memory": (
+        torch._C._get_deterministic_fill_uninitialized_memory,
+        torch._C._set_deterministic_fill_uninitialized_memory, False,
     ),
 }  # fmt: skip
 
@@ -3376,3 +3403,135 @@ def test_a_module_is_quantised_dynamically(net: Net, x: Tensor) -> None:
     packed = net.up.packed
     survives(net, lambda: setattr(net.up, "packed", (packed[0] * 2, packed[1])), x)
     replays(net, x)
+
+
+@dataclass
+class Scaled:
+    x: Tensor
+    scale = 1.0  # without an annotation: no field
+
+
+class ScaledPair(NamedTuple("ScaledPair", [("x", Tensor), ("y", Tensor)])):
+    scale = 1.0
+
+
+CARRIERS: dict[str, Callable[[Tensor], Any]] = {
+    "dataclass": Scaled,
+    "named tuple": lambda x: ScaledPair(x, x),
+    "ordered dict": lambda x: OrderedDict(x=x),
+    "tensor": lambda x: x.clone(),
+}
+
+
+@pytest.mark.parametrize("name", CARRIERS)
+def test_an_argument_has_an_attribute_that_is_no_field(backend: Backend, name: str) -> None:
+    """Graphs saw none of it: later calls got what the first had there, or what new objects have."""
+    x, make = backend.randn(2, 8), CARRIERS[name]
+
+    def tagged(scale: float) -> Any:
+        made = make(x)
+        made.scale = scale
+        return made
+
+    first_plain, first_tagged = (
+        cuda_graphed(lambda x, other: x * getattr(other, "scale", 1.0), sizes=(2,)) for _ in range(2)
+    )
+    replays(first_plain, x, make(x))
+    for model in (first_plain, first_tagged):
+        for scale in (2.0, 3.0):
+            same_as_eager(model, x, tagged(scale))
+        replays(model, x, make(x))
+        (why,) = (why for why in info(model).eager if "attributes" in why)
+        assert "(scale)" in why
+
+
+def test_attributes_of_a_tensor_that_torch_compile_set(backend: Backend) -> None:
+    """They say nothing to the forward, and replays stay."""
+    x = backend.randn(2, 8)
+    model = cuda_graphed(lambda x: x * 2, sizes=(2,))
+    torch._dynamo.mark_dynamic(x, 0)
+    replays(model, x)
+
+
+class Tag(str):
+    scale = 1.0
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("scale", "x")
+    x: Tensor
+
+
+@pytest.mark.parametrize("make", [lambda x: Tag("same"), Slotted], ids=["string", "slots"])
+def test_an_argument_is_of_a_type_with_attributes(
+    backend: Backend, make: Callable[[Tensor], Any]
+) -> None:
+    """Two that are equal are not the same; a graph baked in those of the first."""
+    model = cuda_graphed(lambda x, other: x * getattr(other, "scale", 1.0), sizes=(2,))
+    x = backend.randn(2, 8)
+    for scale in (2.0, 3.0):
+        made = make(x)
+        made.scale = scale
+        same_as_eager(model, x, made)
+    assert info(model).hits == 0
+
+
+def tag(made: Any) -> Any:
+    made.scale = 7.0
+    return made
+
+
+RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "dataclass": (lambda x: tag(Scaled(x * 2)), r"the result has attributes that .* \(scale\)"),
+    "named tuple": (lambda x: tag(ScaledPair(x * 2, x)), "attributes that are no fields"),
+    "tensor": (lambda x: tag(x * 2), r"it returns a tensor with attributes \(scale\)"),
+    "view of an argument": (lambda x: tag(x[:]), "it returns a tensor with attributes"),
+    "requires grad": (lambda x: (x * 2).requires_grad_(), "it returns a tensor that requires grad"),
+    "parameter": (
+        lambda x: nn.Parameter(x * 2, requires_grad=False), "it returns a tensor made an nn.Parameter",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_is_more_than_its_data(backend: Backend, name: str) -> None:
+    """Replays returned tensors and dataclasses without what the forward had set on them."""
+    forward, why = RESULTS[name]
+    model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
+    want = forward(x)
+    with pytest.warns(GraphCacheWarning, match=why):
+        model(x)
+    for _ in range(2):
+        got = model(x)
+        assert type(got) is type(want)
+        assert getattr(got, "scale", None) == getattr(want, "scale", None)
+        assert getattr(got, "requires_grad", None) == getattr(want, "requires_grad", None)
+
+
+def test_a_parameter_with_attributes_is_returned(backend: Backend) -> None:
+    """What is handed on as it is keeps all of it, in replays too."""
+    net = nn.Linear(8, 8).to(backend.device)
+    net.weight.scale = 7.0
+    model, x = cuda_graphed(lambda x: (net.weight, x * 2), sizes=(2,)), backend.randn(2, 8)
+    replays(model, x)
+    assert model(x)[0] is net.weight
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantised_tensor(backend: Backend) -> None:
+    """Emulation copied its bytes over those of others, and crashed; elsewhere it failed inside torch."""
+    x = torch.ones(2, 8)
+    quantised = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).to(backend.device)
+    x = x.to(backend.device)
+    made = cuda_graphed(
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize(), sizes=(2,)
+    )
+    with pytest.warns(GraphCacheWarning, match="a quantised tensor is made at .*test_footguns.py"):
+        same_as_eager(made, x)
+    held = cuda_graphed(lambda x: x + quantised.dequantize(), sizes=(2,))
+    with pytest.warns(GraphCacheWarning, match="a quantised tensor is read at .*test_footguns.py"):
+        same_as_eager(held, x)
+    passed = cuda_graphed(lambda x, q: x + q.dequantize(), sizes=(2,))
+    same_as_eager(passed, x, quantised)
+    assert info(passed).eager["q is quantised; pass it dequantised"] == 3

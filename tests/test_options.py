@@ -28,6 +28,9 @@ def forward(x: Tensor, slots: Tensor) -> Tensor:
         ({"pad": {"slots": None}}, "a padded row holds a number"),
         ({"pad": {"slot": -1}}, "pad names 'slot', and forward takes x, slots"),
         ({"bind": ["cache"]}, "bind names 'cache', and forward takes x, slots"),
+        ({"bind": (1,)}, r"bind=\(1,\); give the names of arguments, such as bind=\('x',\)"),
+        ({"bind": 1}, "bind=1; give the names of arguments"),
+        ({"pad": {1: 0}}, "in a dictionary by argument name"),
         ({"stale": "clone"}, "stale='clone'; give one of error, copy"),
         ({"pool": "cuda"}, "pool='cuda'; give a GraphPool"),
     ],
@@ -37,11 +40,14 @@ def test_options(options: dict[str, Any], message: str) -> None:
         cuda_graphed(forward, **options)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_targets() -> None:
     with pytest.raises(OptionError, match=r"can't decorate 0; .*cuda_graphed\(batch_dim=0\)"):
         cuda_graphed(0)
     with pytest.raises(OptionError, match="int has no forward to decorate"):
         cuda_graphed(int)
+    with pytest.raises(OptionError, match=r"can't decorate a ScriptModule.* before torch\.jit"):
+        cuda_graphed(torch.jit.script(nn.Linear(2, 2)))
     assert issubclass(OptionError, ValueError)
     assert issubclass(OptionError, graphcache.GraphCacheError)
 

@@ -30,7 +30,8 @@ PyObject* table(PyObject* attributes, const char* name) {
   auto* dict = PyDict_GetItemString(attributes, name);
   if (dict == nullptr || !PyDict_Check(dict)) {
     throw py::type_error(
-        "graphcache: a module whose " + std::string(name) + " is no dict can't be watched");
+        "graphcache: a module whose " + std::string(name) +
+        " is no dict (a ScriptModule's) can't be watched; use it as it was before torch.jit");
   }
   return dict;
 }

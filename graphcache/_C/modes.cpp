@@ -1,5 +1,7 @@
 #include "modes.h"
 
+#include "dict_watch.h"
+
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -9,33 +11,112 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/forward_grad.h>
 
+#include <algorithm>
+#include <array>
 #include <tuple>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace graphcache {
 namespace {
 
-uint32_t kernel_switches() {
-  const auto& context = at::globalContext();
-  uint32_t all = 0;
+uint64_t kernel_switches(at::Context& context) {
+  uint64_t all = 0;
   for (const bool on :
        {context.userEnabledCuDNN(),
         context.benchmarkCuDNN(),
         context.deterministicCuDNN(),
         context.deterministicAlgorithms(),
         context.deterministicAlgorithmsWarnOnly(),
+        context.deterministicFillUninitializedMemory(),
         context.userEnabledFlashSDP(),
         context.userEnabledMemEfficientSDP(),
         context.userEnabledMathSDP(),
         context.userEnabledCuDNNSDP(),
         context.userEnabledMkldnn(),
         context.allowFP16BF16ReductionMathSDP(),
-        static_cast<int>(context.allowFP16ReductionCuBLAS()) != 0,
-        static_cast<int>(context.allowBF16ReductionCuBLAS()) != 0}) {
-    all = all << 1 | static_cast<uint32_t>(on);
+        context.allowFP16AccumulationCuBLAS()}) {
+    all = all << 1 | static_cast<uint64_t>(on);
+  }
+  return all << 32 | static_cast<uint32_t>(context.benchmarkLimitCuDNN());
+}
+
+uint64_t kernel_choices(at::Context& context) {
+  using Backend = at::Float32Backend;
+  using Operation = at::Float32Op;
+  uint64_t all = 0;
+  for (const auto choice :
+       // Not `float32MatmulPrecision`, which raises where a program sets these one by one.
+       {static_cast<uint64_t>(context.float32Precision(Backend::CUDA, Operation::MATMUL)),
+        static_cast<uint64_t>(context.float32Precision(Backend::CUDA, Operation::CONV)),
+        static_cast<uint64_t>(context.float32Precision(Backend::CUDA, Operation::RNN)),
+        static_cast<uint64_t>(context.float32Precision(Backend::MKLDNN, Operation::MATMUL)),
+        static_cast<uint64_t>(context.allowFP16ReductionCuBLAS()),
+        static_cast<uint64_t>(context.allowBF16ReductionCuBLAS()),
+        static_cast<uint64_t>(context.linalgPreferredBackend()),
+        static_cast<uint64_t>(context.blasPreferredBackend())}) {
+    all = all << 4 | (choice & 0xF);
+  }
+  for (const auto backend : context.sDPPriorityOrder()) {
+    all = all << 4 | (static_cast<uint64_t>(backend) & 0xF);
   }
   return all;
+}
+
+// The switches that torch keeps in globals of Python; read again when anything in those files is set.
+class PythonSwitches {
+ public:
+  // Returns the number of the values that they have.
+  size_t now() {
+    if (!files_.clean() || known_.empty()) {
+      read();
+    }
+    return now_;
+  }
+
+ private:
+  using Values = std::array<py::object, 3>;
+
+  void read() {
+    if (known_.empty()) {
+      for (auto* globals : {mha(), einsum()}) {
+        files_.add(globals);
+      }
+    }
+    files_.rearm();
+    const Values values{
+        value(mha(), "_is_fastpath_enabled"), value(einsum(), "enabled"), value(einsum(), "strategy")};
+    const auto found = std::find_if(known_.begin(), known_.end(), [&](const Values& known) {
+      return std::equal(known.begin(), known.end(), values.begin(), [](const auto& a, const auto& b) {
+        return a.equal(b);
+      });
+    });
+    now_ = found - known_.begin();
+    if (found == known_.end()) {
+      known_.push_back(values);
+    }
+  }
+
+  static PyObject* globals_of(const char* file, const char* function) {
+    return py::object(py::module_::import(file).attr(function).attr("__globals__")).ptr();
+  }
+  static PyObject* mha() { return globals_of("torch.backends.mha", "get_fastpath_enabled"); }
+  static PyObject* einsum() { return globals_of("torch.backends.opt_einsum", "_get_strategy"); }
+
+  static py::object value(PyObject* globals, const char* name) {
+    auto* found = PyDict_GetItemString(globals, name);
+    return found == nullptr ? py::none() : py::reinterpret_borrow<py::object>(found);
+  }
+
+  DictGroup files_;
+  std::vector<Values> known_;
+  size_t now_ = 0;
+};
+
+size_t switches_in_python() {
+  static auto* const switches = new PythonSwitches; // Python may be gone when the process ends
+  return switches->now();
 }
 
 } // namespace
@@ -55,6 +136,7 @@ std::optional<Modes> Modes::now(const py::object& device_mode) {
   }
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   const auto& autograd = c10::AutogradState::get_tls_state();
+  auto& context = at::globalContext();
   return Modes{
       keys.included_.raw_repr(),
       keys.excluded_.raw_repr(),
@@ -63,8 +145,9 @@ std::optional<Modes> Modes::now(const py::object& device_mode) {
       at::autocast::get_autocast_dtype(at::kCUDA),
       at::autocast::get_autocast_dtype(at::kCPU),
       c10::get_default_dtype_as_scalartype(),
-      static_cast<int>(at::globalContext().float32MatmulPrecision()),
-      kernel_switches(),
+      kernel_switches(context),
+      kernel_choices(context),
+      switches_in_python(),
       default_device};
 }
 
@@ -79,8 +162,9 @@ auto all(const Modes& modes) {
       modes.autocast_cuda,
       modes.autocast_cpu,
       modes.default_dtype,
-      modes.matmul_precision,
       modes.switches,
+      modes.choices,
+      modes.python_switches,
       modes.default_device);
 }
 
@@ -99,8 +183,9 @@ py::tuple Modes::key() const {
       static_cast<int>(autocast_cuda),
       static_cast<int>(autocast_cpu),
       static_cast<int>(default_dtype),
-      matmul_precision,
       switches,
+      choices,
+      python_switches,
       py::cast(default_device));
 }
 

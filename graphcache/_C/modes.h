@@ -5,6 +5,7 @@
 #include <c10/core/ScalarType.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -18,8 +19,9 @@ struct Modes {
   c10::ScalarType autocast_cuda;
   c10::ScalarType autocast_cpu;
   c10::ScalarType default_dtype;
-  int matmul_precision;
-  uint32_t switches; // of torch.backends: which kernels may be taken
+  uint64_t switches; // of torch.backends: which kernels may be taken
+  uint64_t choices; // likewise, where there are more than two
+  size_t python_switches; // likewise, those that torch keeps in Python; by number
 
   c10::Device default_device; // torch.set_default_device
 

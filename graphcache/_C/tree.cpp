@@ -1,5 +1,7 @@
 #include "tree.h"
 
+#include <torch/csrc/Device.h>
+#include <torch/csrc/Size.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
@@ -9,7 +11,20 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-// Equal as keys and as constants: of the same type, so that 1, 1.0 and True differ.
+bool same(PyObject* mine, PyObject* theirs);
+
+bool same_bits(double mine, double theirs) {
+  return std::memcmp(&mine, &theirs, sizeof(mine)) == 0;
+}
+
+bool same_attribute(PyObject* mine, PyObject* theirs, const char* name) {
+  const auto a = py::reinterpret_steal<py::object>(PyObject_GetAttrString(mine, name));
+  const auto b = py::reinterpret_steal<py::object>(PyObject_GetAttrString(theirs, name));
+  return same(a.ptr(), b.ptr());
+}
+
+// The same as keys and as constants, in every respect: 1, 1.0 and True differ, and so do 0.0 and -0.0. Of
+// types that are not known to be told apart by ==, an object is the same as itself only.
 bool same(PyObject* mine, PyObject* theirs) {
   if (mine == theirs) {
     return true;
@@ -17,11 +32,47 @@ bool same(PyObject* mine, PyObject* theirs) {
   if (Py_TYPE(mine) != Py_TYPE(theirs)) {
     return false;
   }
+  if (PyFloat_CheckExact(mine)) {
+    return same_bits(PyFloat_AS_DOUBLE(mine), PyFloat_AS_DOUBLE(theirs));
+  }
+  if (PyComplex_CheckExact(mine)) {
+    const auto a = PyComplex_AsCComplex(mine);
+    const auto b = PyComplex_AsCComplex(theirs);
+    return same_bits(a.real, b.real) && same_bits(a.imag, b.imag);
+  }
+  if (PyTuple_CheckExact(mine)) {
+    const auto size = PyTuple_GET_SIZE(mine);
+    bool all = size == PyTuple_GET_SIZE(theirs);
+    for (Py_ssize_t index = 0; all && index < size; ++index) {
+      all = same(PyTuple_GET_ITEM(mine, index), PyTuple_GET_ITEM(theirs, index));
+    }
+    return all;
+  }
+  if (PySlice_Check(mine) || PyRange_Check(mine)) {
+    return same_attribute(mine, theirs, "start") && same_attribute(mine, theirs, "stop") &&
+        same_attribute(mine, theirs, "step");
+  }
+  if (!PyLong_CheckExact(mine) && !PyUnicode_CheckExact(mine) && !PyBytes_CheckExact(mine) &&
+      !THPDevice_Check(mine) && !THPSize_Check(mine)) {
+    return false;
+  }
   const int equal = PyObject_RichCompareBool(mine, theirs, Py_EQ);
   if (equal < 0) {
     PyErr_Clear(); // what can't be compared is another signature
   }
   return equal == 1;
+}
+
+// The `__dict__` of an object; null where it has none, or none yet.
+PyObject* attributes_of(PyObject* object) {
+  auto** slot = _PyObject_GetDictPtr(object);
+  return slot == nullptr ? nullptr : *slot;
+}
+
+// No layout has them: with any, Python looks closer.
+bool has_attributes(PyObject* object) {
+  auto* attributes = attributes_of(object);
+  return attributes != nullptr && PyDict_GET_SIZE(attributes) != 0;
 }
 
 } // namespace
@@ -56,14 +107,14 @@ Tree::Tree(const py::handle& layout) {
 
 bool Tree::match(PyObject* value, Leaves& leaves) const {
   if (kind_ == Slot) {
-    if (!THPVariable_CheckExact(value)) {
+    if (!THPVariable_CheckExact(value) || has_attributes(value)) {
       return false;
     }
     leaves.add(value);
     return true;
   }
   if (kind_ == Constant) {
-    return match_constant(value);
+    return same(extra_.ptr(), value);
   }
   if (kind_ == Kept) {
     return keeper_->serves(value);
@@ -75,7 +126,8 @@ bool Tree::match(PyObject* value, Leaves& leaves) const {
     case List:
     case Tuple:
     case NamedTuple: {
-      if (PySequence_Fast_GET_SIZE(value) != static_cast<Py_ssize_t>(children_.size())) {
+      if (PySequence_Fast_GET_SIZE(value) != static_cast<Py_ssize_t>(children_.size()) ||
+          (kind_ == NamedTuple && has_attributes(value))) {
         return false;
       }
       for (size_t index = 0; index < children_.size(); ++index) {
@@ -106,21 +158,9 @@ bool Tree::match(PyObject* value, Leaves& leaves) const {
   }
 }
 
-bool Tree::match_constant(PyObject* value) const {
-  PyObject* mine = extra_.ptr();
-  if (value == mine) {
-    return true;
-  }
-  if (PyFloat_CheckExact(mine) && PyFloat_CheckExact(value)) {
-    // By bits: a graph bakes in -0.0 or 0.0, whichever it saw.
-    const double a = PyFloat_AS_DOUBLE(mine);
-    const double b = PyFloat_AS_DOUBLE(value);
-    return std::memcmp(&a, &b, sizeof(a)) == 0;
-  }
-  return !PyComplex_CheckExact(mine) && same(mine, value);
-}
-
 bool Tree::match_fields(PyObject* value, Leaves& leaves) const {
+  auto* attributes = attributes_of(value);
+  Py_ssize_t besides = attributes == nullptr ? 0 : PyDict_GET_SIZE(attributes);
   for (size_t index = 0; index < children_.size(); ++index) {
     auto item = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, keys_[index].ptr()));
     if (!item) {
@@ -131,6 +171,10 @@ bool Tree::match_fields(PyObject* value, Leaves& leaves) const {
       return false;
     }
     leaves.owned.push_back(std::move(item));
+    besides -= attributes != nullptr && PyDict_Contains(attributes, keys_[index].ptr()) == 1;
+  }
+  if (besides != 0) {
+    return false;
   }
   // transformers' ModelOutput is a dictionary too
   if (extra_.is_none()) {
@@ -147,7 +191,7 @@ bool Tree::match_fields(PyObject* value, Leaves& leaves) const {
 // OrderedDict keeps an order of its own beside that of the dict, defaultdict a factory.
 bool Tree::match_mapping(PyObject* value, Leaves& leaves) const {
   const auto keys = py::reinterpret_steal<py::object>(PySequence_Fast(value, ""));
-  if (!keys) {
+  if (!keys || has_attributes(value)) {
     PyErr_Clear();
     return false;
   }

@@ -35,7 +35,6 @@ class Tree {
  private:
   enum Kind { Slot, Constant, List, Tuple, Dict, NamedTuple, Fields, Mapping, Kept };
 
-  bool match_constant(PyObject* value) const;
   bool match_fields(PyObject* value, Leaves& leaves) const;
   bool match_mapping(PyObject* value, Leaves& leaves) const;
 
