@@ -49,6 +49,7 @@ def learn(
     """Decides from an observed eager call how its signature is served, and captures it."""
     try:
         _leave_changed(graphs, call)
+        _check_arguments(graphs, call)
         seen.layout()
         made = seen.made(call)  # what the caller gets, whatever is observed again
         seen = as_captured(function, instance, call, seen)
@@ -109,6 +110,23 @@ def _leave_changed(graphs: Graphs, call: Call) -> None:
     graphs.signature.habits.note(call.kept)
     if (why := graphs.signature.habits.known(call.kept)) is not None:
         raise Unservable(why)
+
+
+def _check_arguments(graphs: Graphs, call: Call) -> None:
+    """Raises `CaptureError` where the call changed its arguments, other than by values in tensors."""
+    try:
+        now = graphs.signature.read(call.args, call.kwargs, call.key[1], graphs.written)
+    except Unservable as reason:
+        raise CaptureError(f"it changes an argument, which no graph replays: {reason}") from None
+    layouts = zip(call.layout.keys, call.layout.children, now.layout.children, strict=True)
+    changed = [name for name, before, after in layouts if before != after]
+    if not changed and now.key == call.bare_key:
+        pairs = zip(call.names, call.leaves, now.leaves, strict=True)
+        changed = [name for name, before, after in pairs if before is not after]
+        if not changed and now.batch == call.batch:
+            return
+    names = ", ".join(changed) or "the shape of a tensor"
+    raise CaptureError(f"it changes an argument, which no graph replays: {names}")
 
 
 def _leave_unsettled(graphs: Graphs, changed: list[str]) -> None:

@@ -39,19 +39,9 @@ def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore:
     reads = Reads(instance, function)
     suspects = [*reads.tensors, *(tensor for passed in call.kept for tensor in passed.tensors)]
     observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=suspects)
-    given = call.contents()
     with inlining(), observer.watch(), reads.watch():
         result = function(*call.args, **call.kwargs)
-    changed = reads.changed() or _differing(given, call.contents())
-    return Observation(result, observer, reads, call, changed)
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"argument {name}"
-        for name, (layout, tensors) in before.items()
-        if now[name][0] != layout or any(a is not b for a, b in zip(tensors, now[name][1], strict=True))
-    ]
+    return Observation(result, observer, reads, call)
 
 
 def as_captured(
@@ -91,15 +81,13 @@ class Observation:
         tensors: those of the result, once `layout` was asked for.
     """
 
-    def __init__(
-        self, result: Any, observer: Observer, reads: Reads, call: Call, changed: list[str]
-    ) -> None:
+    def __init__(self, result: Any, observer: Observer, reads: Reads, call: Call) -> None:
         self.result = result
         self.observer = observer
         self.tensors: list[Tensor] = []
         self._reads = reads
         self._call = call
-        self._changed = changed
+        self._changed = reads.changed()  # at once: it lets go of what was there before
 
     def layout(self) -> Any:
         """Returns the shape of the result's containers.

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -78,18 +77,6 @@ class Call(NamedTuple):
         except NotATree as error:
             raise Unservable(str(error)) from None
         return self._replace(homes=found, key=(*self.key, *found))
-
-    def contents(self) -> dict[str, tuple[Any, list[Tensor]]]:
-        """Returns what each argument holds at present, but for what is in `kept`."""
-        found: dict[str, tuple[Any, list[Tensor]]] = {}
-        for name, value in chain(zip(self.layout.keys, self.args, strict=False), self.kwargs.items()):
-            tensors: list[Tensor] = []
-            try:
-                layout = flatten(value, tensors, [], other=self.place)
-            except NotATree as error:
-                layout = str(error)
-            found[name] = layout, tensors
-        return found
 
     @property
     def form(self) -> tuple[Any, ...]:
