@@ -89,8 +89,9 @@ class Guards:
             The guards; `unwatched` holds those of `reached` to which no place leads.
         """
         search = _Search(instance, reads.names, reads.users_names)
-        for root in (instance, reads.function):
-            search.visit(root, (), DEPTH, "")
+        search.visit(instance, (), DEPTH, "")
+        for code in reads.code:
+            search.visit(code, (_kept(code),), DEPTH, getattr(code, "__qualname__", ""))
         search.classes(Tensor)
         for place, label in reads.scopes():
             search.watch((place,), label)

@@ -182,6 +182,24 @@ def classes(kind: type) -> Iterator[Group]:
             yield Group("class", table, _own_names(table), base.__qualname__)
 
 
+def code_in(value: Any, depth: int = 2 * DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yields the classes of an argument and of what it holds, and functions in it.
+
+    The rest of it is compared at each call, as it may be another object then.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, (type, FunctionType)):
+        yield value
+    elif depth > 0 and not isinstance(value, (Tensor, nn.Module, *_PLAIN)) and id(value) not in seen:
+        seen.add(id(value))
+        for group in groups(value):
+            if group.kind == "classes":
+                yield group.container
+            elif group.kind != "module":
+                for _, item in group.items:
+                    yield from code_in(item, depth - 1, seen)
+
+
 def is_plain(value: Any) -> bool:
     """Tells whether it leads to nothing, and is known by its value."""
     return isinstance(value, _PLAIN)
