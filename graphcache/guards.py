@@ -211,7 +211,7 @@ class _Search:
             if group.kind == "module":
                 self._each(group._replace(items=named_in(group.container, self.users)), DEPTH, label)
             elif group.kind in ("items", "extra"):
-                self._each(group, depth, label)
+                self._each(group, depth, label, all_of_it=len(group.items) <= LONGEST)
             elif group.kind in ("fixed", "loose"):
                 for key, item in group.items:
                     path = leads if group.kind == "fixed" else (_kept(item),)
@@ -225,7 +225,8 @@ class _Search:
                 self.labels["object"].append(label)
                 self._items(group, depth, label)
             elif len(group.items) > LONGEST and group.kind != "table":
-                self._each(group, depth, label, all_of_it=False)
+                if not isinstance(value, set):
+                    self._each(group, depth, label, all_of_it=False)
             elif group.kind == "list":
                 self._list(group, leads, depth, label)
             else:

@@ -17,10 +17,12 @@ import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import wrapt
 from torch import Tensor, nn
 
 from graphcache import GraphCacheWarning, cuda_graphed
@@ -744,6 +746,31 @@ def test_what_an_argument_has_of_its_class(backend: Backend, monkeypatch: Patch,
             assert model.cache_info().hits == 2
             change(monkeypatch)
         assert torch.equal(model(x, argument), x * (2 if step < 3 else 3))
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {Key() for _ in range(5000)},
+        collections.deque(range(5000)),
+        mock.Mock(spec=helper),
+        mock.MagicMock(spec=dict),
+        wrapt.ObjectProxy(helper),
+        weakref.proxy(OWN),
+        weakref.ref(Key),
+        weakref.ref(Key()),
+    ],
+    ids=["set", "deque", "function", "dict", "wrapper", "proxy", "class", "gone"],
+)
+def test_what_is_hard_to_search(backend: Backend, held: object) -> None:
+    """It does no harm, and no other guard breaks by it: a profile function may not raise."""
+    model = cuda_graphed(model_of(lambda m, x: x * (2 if m.held is not None else 3), held), sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(3):
+        assert torch.equal(model(x), x * 2)
+    assert model.forward.cache_info().hits == 2
+    model.held = None
+    assert torch.equal(model(x), x * 3)
 
 
 def test_a_copy_is_made(backend: Backend) -> None:
