@@ -92,8 +92,9 @@ class Guards:
             The guards; `unwatched` holds those of `reached` and `outside` to which no place leads.
         """
         search = _Search(instance, reads.names, reads.users_names)
-        for root in (instance, reads.function):
-            search.visit(root, (), DEPTH, "")
+        search.visit(instance, (), DEPTH, "")
+        for code in reads.code:
+            search.visit(code, (_kept(code),), DEPTH, getattr(code, "__qualname__", ""))
         search.classes(Tensor)
         for place, label in reads.scopes():
             search.watch((place,), label)
@@ -215,7 +216,7 @@ class _Search:
             if group.kind == "module":
                 self._each(group._replace(items=named_in(group.container, self.users)), DEPTH, label)
             elif group.kind in ("items", "extra"):
-                self._each(group, depth, label)
+                self._each(group, depth, label, all_of_it=len(group.items) <= LONGEST)
             elif group.kind in ("fixed", "loose"):
                 for key, item in group.items:
                     path = leads if group.kind == "fixed" else (_kept(item),)
@@ -229,7 +230,8 @@ class _Search:
                 self.labels["object"].append(label)
                 self._items(group, depth, label)
             elif len(group.items) > LONGEST and group.kind != "table":
-                self._each(group, depth, label, all_of_it=False)
+                if not isinstance(value, set):
+                    self._each(group, depth, label, all_of_it=False)
             elif group.kind == "list":
                 self._list(group, leads, depth, label)
             else:

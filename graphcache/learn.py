@@ -36,7 +36,7 @@ GIVE_PAD = (
 
 def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore: bool) -> "Observation":
     """Runs the forward under observation; with `restore`, what it wrote is put back."""
-    reads = Reads(instance, function)
+    reads = Reads(instance, function, (call.args, call.kwargs))
     suspects = [*reads.tensors, *(tensor for passed in call.kept for tensor in passed.tensors)]
     observer = Observer(call.leaves[0].device, call.leaves, restore=restore, outside=suspects)
     with inlining(), observer.watch(), reads.watch():

@@ -112,19 +112,20 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
 
 def groups(value: Any) -> Iterator[Group]:
     """Yields what a value, which is no nn.Module, leads to other values by; its own class included."""
-    if isinstance(value, _PLAIN) or is_opaque(type(value).__module__):
+    kind = type(value)  # not isinstance: proxies and mocks claim to be what they are not
+    if issubclass(kind, _PLAIN) or is_opaque(kind.__module__):
         return
-    if isinstance(value, ModuleType):
+    if issubclass(kind, ModuleType):
         if not is_opaque(value.__name__):
             yield Group("module", vars(value), [])  # there may be thousands: take those that are named
-    elif isinstance(value, type):
+    elif issubclass(kind, type):
         if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
             yield from classes(value)
-            if type(value) is not type:
-                yield Group("classes", type(value), [])
-    elif isinstance(value, (FunctionType, Tensor)):
+            if kind is not type:
+                yield Group("classes", kind, [])
+    elif issubclass(kind, (FunctionType, Tensor)):
         yield Group("extra", vars(value), _own_names(vars(value)))
-        if isinstance(value, FunctionType):
+        if kind is FunctionType:
             defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
             yield Group("loose", value, list(enumerate(defaults)))
     elif (behind := _behind(value)) is not None:
@@ -134,14 +135,14 @@ def groups(value: Any) -> Iterator[Group]:
 
 
 def _own(value: Any) -> Iterator[Group]:
-    if isinstance(value, (dict, list, set)):
-        kind = "dict" if isinstance(value, dict) else "list"
-        yield Group(kind, value, _items(value))
-    elif isinstance(value, (deque, ContextVar)):
+    kind = type(value)
+    if issubclass(kind, (dict, list, set)):
+        yield Group("dict" if issubclass(kind, dict) else "list", value, _items(value))
+    elif issubclass(kind, (deque, ContextVar)):
         yield Group("items", value, _items(value))
-    elif isinstance(value, (tuple, frozenset)):
+    elif issubclass(kind, (tuple, frozenset)):
         yield Group("fixed", value, list(enumerate(value)))
-    if type(value) in (dict, list, set, tuple, frozenset, deque):
+    if kind in (dict, list, set, tuple, frozenset, deque):
         return
     slots = slots_of(value)
     if slots:
@@ -150,23 +151,24 @@ def _own(value: Any) -> Iterator[Group]:
     if table is not None:
         yield Group("table", table, list(table.items()))
     if slots or table is not None:
-        yield Group("classes", type(value), [])
+        yield Group("classes", kind, [])
 
 
 def _behind(value: Any) -> list[tuple[Any, Any]] | None:
     """Returns what an object of C leads to that always leads there; None for any other."""
-    if isinstance(value, partial):
+    kind = type(value)
+    if issubclass(kind, partial):
         return [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
-    if isinstance(value, (MethodType, BuiltinFunctionType)):
+    if issubclass(kind, (MethodType, BuiltinFunctionType)):
         owner = value.__self__
         return [] if isinstance(owner, ModuleType) else [("self", owner)]
-    if isinstance(value, (staticmethod, classmethod)):
+    if issubclass(kind, (staticmethod, classmethod)):
         return [("func", value.__func__)]
-    if isinstance(value, MappingProxyType):
+    if issubclass(kind, MappingProxyType):
         return [("of", each) for each in gc.get_referents(value)]
-    if isinstance(value, _VIEWS):
+    if issubclass(kind, _VIEWS):
         return [("of", value.mapping)]
-    if isinstance(value, ref):
+    if issubclass(kind, ref):
         found = value()
         # Objects and modules are known weakly; other things might be gone when they are compared.
         weakly = hasattr(type(found), "__weakref__") and not isinstance(found, (Tensor, *_BY_LENGTH))
@@ -180,6 +182,24 @@ def classes(kind: type) -> Iterator[Group]:
         if base.__flags__ & HEAP_TYPE:
             (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
             yield Group("class", table, _own_names(table), base.__qualname__)
+
+
+def code_in(value: Any, depth: int = 2 * DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yields the classes of an argument and of what it holds, and functions in it.
+
+    The rest of it is compared at each call, as it may be another object then.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, (type, FunctionType)):
+        yield value
+    elif depth > 0 and not isinstance(value, (Tensor, nn.Module, *_PLAIN)) and id(value) not in seen:
+        seen.add(id(value))
+        for group in groups(value):
+            if group.kind == "classes":
+                yield group.container
+            elif group.kind != "module":
+                for _, item in group.items:
+                    yield from code_in(item, depth - 1, seen)
 
 
 def is_plain(value: Any) -> bool:

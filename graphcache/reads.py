@@ -20,7 +20,7 @@ from torch import Tensor
 from graphcache.names import Named
 from graphcache.ops import is_library, is_ours
 from graphcache.patches import as_in_a_capture
-from graphcache.places import DEPTH, OF_MODULE, SPECIAL, Place, is_opaque
+from graphcache.places import DEPTH, OF_MODULE, SPECIAL, Place, code_in, is_opaque
 from graphcache.snapshot import Snapshot
 
 _ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
@@ -35,10 +35,14 @@ class Reads:
     Args:
         instance: what the forward is bound to, or None.
         function: the forward; it is not among its own globals.
+        arguments: what it is given.
+
+    Attributes:
+        code: what there is to run besides: the forward, and classes and functions in the arguments.
     """
 
-    def __init__(self, instance: Any, function: Any = None) -> None:
-        self.function = function
+    def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
+        self.code = [function, *code_in(arguments)]
         self._seen: set[CodeType] = set()
         self._named: dict[CodeType, tuple[Named, dict[str, Any]]] = {}  # with globals; not libraries'
         self._dynamic = False
@@ -52,7 +56,7 @@ class Reads:
         self._importing = 0  # what a first import runs is none of the forward's
         self._snapshot = Snapshot()
         self._random = _host_random()
-        for root in (instance, function):
+        for root in (instance, *self.code):
             self._snapshot.add(root, "", DEPTH)
 
     @property

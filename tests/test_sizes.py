@@ -235,19 +235,19 @@ def test_eager_runs_out_of_memory_where_the_graph_does_not(
     expected = eager(mlp, x)
     for _ in range(3):
         mlp(x)
-    relu, full = torch.relu, []
+    linear, full = nn.functional.linear, []  # which no code of the user's names, so nothing watches
 
-    def fails(tensor: Tensor) -> Tensor:
+    def fails(*_: Tensor) -> Tensor:
         full.append(1)
         raise torch.OutOfMemoryError("pretended")
 
-    monkeypatch.setattr(torch, "relu", fails)
+    monkeypatch.setattr(nn.functional, "linear", fails)
     served = mlp.forward.cache_info().hits
     try:
         for _ in range(timing.AFTER + 2 * timing.SETTLED):
             assert close(mlp(x), expected)
     finally:
-        monkeypatch.setattr(torch, "relu", relu)
+        monkeypatch.setattr(nn.functional, "linear", linear)
     assert full
     assert mlp.forward.cache_info().hits == served + timing.AFTER + 2 * timing.SETTLED
 

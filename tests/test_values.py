@@ -17,10 +17,12 @@ import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import wrapt
 from torch import Tensor, nn
 
 from graphcache import GraphCacheWarning, cuda_graphed
@@ -100,6 +102,18 @@ class AttrDict(dict):
 
 class List(list):
     pass
+
+
+class Cache:
+    SCALE = 2.0
+    config = types.SimpleNamespace(scale=2.0)
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.ones(2, 3, device=device)
+        self.kind, self.function = Config, helper
+
+    def double(self, x: Tensor) -> Tensor:
+        return x * 2
 
 
 class Key:
@@ -631,6 +645,12 @@ def in_a_new_global(m: Any, x: Tensor) -> Tensor:
     return x * CALLS
 
 
+def in_the_class_of_an_argument(m: Any, x: Tensor, c: Cache) -> Tensor:
+    Counted = type(c)
+    Counted.calls += 1
+    return x * c.calls
+
+
 HELD: dict[Forward, Callable[[torch.device], Any]] = {
     behind_a_weak_reference: lambda _: weakref.ref(OWN),
     in_a_parameter: weight,
@@ -664,6 +684,16 @@ def test_what_counts_its_calls(backend: Backend, monkeypatch: Patch, forward: Fo
     contextvars.copy_context().run(count, backend, forward)
 
 
+def test_the_class_of_an_argument_counts(backend: Backend) -> None:
+    class Counted(Cache):
+        calls = 0
+
+    model = cuda_graphed(model_of(in_the_class_of_an_argument, None), sizes=(2,))
+    x, argument = torch.ones(2, 3, device=backend.device), Counted(backend.device)
+    with pytest.warns(GraphCacheWarning, match="it changes attributes"):
+        assert [model(x, argument)[0, 0].item() for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
 def reads_all_kinds(m: Any, x: Tensor) -> Tensor:
     known = Config.SCALE * CONFIG.SCALE * PACKAGE.config.SCALE * helper.scale * m.held.scale
     return FIRST((x * m.held * known, torch.nn.functional.relu(x)))
@@ -688,6 +718,59 @@ def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
     assert torch.equal(model(x), x * 32)
     told = model.forward.cache_info()
     assert (told.captures, told.hits) == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("read", "change"),
+    [
+        (lambda x, c: x * c.SCALE, lambda patch: patch.setattr(Cache, "SCALE", 3.0)),
+        (
+            lambda x, c: x * c.config.scale,
+            lambda patch: patch.setattr(Cache.config, "scale", 3.0),
+        ),
+        (
+            lambda x, c: c.double(x),
+            lambda patch: patch.setattr(Cache, "double", lambda _, x: x * 3),
+        ),
+        (lambda x, c: x * c.kind.SCALE, lambda patch: patch.setattr(Config, "SCALE", 3.0)),
+        (lambda x, c: c.function(x), lambda patch: patch.setattr(helper, "scale", 3.0)),
+    ],
+    ids=["constant", "object", "method", "class", "function"],
+)
+def test_what_an_argument_has_of_its_class(backend: Backend, monkeypatch: Patch, read, change) -> None:
+    """The object is part of the key, by what it holds itself."""
+    model = cuda_graphed(read, sizes=(2,))
+    x, argument = backend.randn(2, 3), Cache(backend.device)
+    for step in range(6):
+        if step == 3:
+            assert model.cache_info().hits == 2
+            change(monkeypatch)
+        assert torch.equal(model(x, argument), x * (2 if step < 3 else 3))
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {Key() for _ in range(5000)},
+        collections.deque(range(5000)),
+        mock.Mock(spec=helper),
+        mock.MagicMock(spec=dict),
+        wrapt.ObjectProxy(helper),
+        weakref.proxy(OWN),
+        weakref.ref(Key),
+        weakref.ref(Key()),
+    ],
+    ids=["set", "deque", "function", "dict", "wrapper", "proxy", "class", "gone"],
+)
+def test_what_is_hard_to_search(backend: Backend, held: object) -> None:
+    """It does no harm, and no other guard breaks by it: a profile function may not raise."""
+    model = cuda_graphed(model_of(lambda m, x: x * (2 if m.held is not None else 3), held), sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(3):
+        assert torch.equal(model(x), x * 2)
+    assert model.forward.cache_info().hits == 2
+    model.held = None
+    assert torch.equal(model(x), x * 3)
 
 
 def test_a_copy_is_made(backend: Backend) -> None:
