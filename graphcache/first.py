@@ -120,13 +120,13 @@ def _check_arguments(graphs: Graphs, call: Call) -> None:
         raise CaptureError(f"it changes an argument, which no graph replays: {reason}") from None
     layouts = zip(call.layout.keys, call.layout.children, now.layout.children, strict=True)
     changed = [name for name, before, after in layouts if before != after]
-    if not changed and now.key == call.bare_key:
+    if not changed:
         pairs = zip(call.names, call.leaves, now.leaves, strict=True)
         changed = [name for name, before, after in pairs if before is not after]
-        if not changed and now.batch == call.batch:
-            return
-    names = ", ".join(changed) or "the shape of a tensor"
-    raise CaptureError(f"it changes an argument, which no graph replays: {names}")
+    if not changed and (now.key != call.bare_key or now.batch != call.batch):
+        changed = ["the shape of a tensor"]
+    if changed:
+        raise CaptureError(f"it changes an argument, which no graph replays: {', '.join(changed)}")
 
 
 def _leave_unsettled(graphs: Graphs, changed: list[str]) -> None:
