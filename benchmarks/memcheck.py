@@ -46,12 +46,18 @@ def errors(text: str) -> int:
     return sum(map(int, found))
 
 
-def run(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    """Runs the tests and the script above; returns the errors of each, and how many tests passed."""
-    log = folder / "memcheck.log"
+def run(folder: Path, options: Sequence[str], log: Path) -> dict[str, Any]:
+    """Runs the tests and the script above; returns the errors of each, and how many tests passed.
+
+    Args:
+        folder: for the report of the tests.
+        options: more of pytest.
+        log: where the output goes.
+    """
+    # It takes the place of torch's profiler.
+    options = ["-k", "cuda and not profile", *options]
     with log.open("w") as stdout:
-        tests = record.run_tests(folder, ["-k", "cuda", *options], prefix=SANITIZER, stdout=stdout)
-    print(log.read_text())
+        tests = record.run_tests(folder, options, prefix=SANITIZER, stdout=stdout)
     canary = subprocess.run(
         [*SANITIZER, sys.executable, "-c", READS_FREED_MEMORY],
         cwd=record.ROOT,
@@ -60,19 +66,21 @@ def run(folder: Path, options: Sequence[str]) -> dict[str, Any]:
         check=False,
     )
     found = {"errors": errors(log.read_text()), "errors_of_a_faulty_script": errors(canary.stdout)}
-    wrong = tests["status"] or found["errors"] or not found["errors_of_a_faulty_script"]
+    wrong = found["errors"] or not found["errors_of_a_faulty_script"]
     return {**found, "counts": tests["counts"], "status": int(bool(wrong))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the record; 1 if memory errors were found, a test failed, or nothing is ever found."""
+    """Writes the record; 1 if memory errors were found, or if none is ever found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
     parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
+    parser.add_argument("--log", type=Path, help="where the output of the tests goes")
     args = parser.parse_args(argv)
     short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
     with tempfile.TemporaryDirectory() as temporary:
-        figures = run(Path(temporary), args.pytest.split())
+        folder = Path(temporary)
+        figures = run(folder, args.pytest.split(), args.log or folder / "memcheck.log")
     record.write(args.out / f"memcheck-{short}.json", "memcheck", figures, emulated=False)
     return int(figures["status"])
 

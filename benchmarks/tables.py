@@ -59,7 +59,11 @@ def memcheck(figures: dict[str, Any]) -> str:
         ("errors of memory", f"{figures['errors']:,}"),
         ("errors of a script that reads freed memory", f"{figures['errors_of_a_faulty_script']:,}"),
     ]
-    return "The CUDA tests under `compute-sanitizer --tool memcheck`.\n\n" + table(rows)
+    return (
+        "The CUDA tests under `compute-sanitizer --tool memcheck`, but for those that count launches by "
+        "torch's profiler, whose place it takes. A test may fail there for want of time (programs that "
+        "tests start take minutes), which is no error of memory.\n\n" + table(rows)
+    )
 
 
 def fuzz(figures: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from graphcache.entry import Entry
 from graphcache.errors import CaptureError
 from graphcache.graphs import Graphs
 from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, as_captured, observe
-from graphcache.modes import refuse_where_profiled
+from graphcache.modes import modes_of, refuse_where_profiled
 from graphcache.observe import Observer
 from graphcache.signature import Call, Unservable
 from graphcache.tree import NotATree
@@ -62,7 +62,7 @@ def learn(
         guards = seen.guards(instance)
         for passed, home in zip(call.kept, call.homes, strict=True):
             home.lend(passed, observer.device)
-        call = _bind_written(graphs, call, observer)
+        call = _read_again(graphs, instance, call, observer)
         entry = graphs.entries.get(call.key) or Entry()
         graphs.withdraw(entry)
         entry.guards = guards
@@ -144,14 +144,18 @@ def _drop_empty_homes(graphs: Graphs) -> None:
         graphs.drop(graphs.entries.pop(key))
 
 
-def _bind_written(graphs: Graphs, call: Call, observer: Observer) -> Call:
-    """Returns the call read again, with the arguments that the forward wrote to bound."""
+def _read_again(graphs: Graphs, instance: Any, call: Call, observer: Observer) -> Call:
+    """Returns the call with the arguments bound that the forward wrote to, under the modes of now.
+
+    Switches of torch may have moved: the first attention of a process sets the order of its kernels.
+    """
     written = frozenset(observer.written_of(call.leaves))
     known = graphs.written.get(call.form, frozenset())
-    if written <= known:
+    modes = modes_of(instance)
+    if written <= known and modes == call.key[1]:
         return call
     graphs.written[call.form] = written | known
-    again = graphs.signature.read(call.args, call.kwargs, call.key[1], graphs.written)
+    again = graphs.signature.read(call.args, call.kwargs, modes, graphs.written)
     return again.at_home(graphs.pool_for(call).homes)
 
 

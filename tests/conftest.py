@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from typing import Any
 
 import pytest
 import torch
@@ -80,9 +80,22 @@ class Counter:
         return len(next(self._added))
 
 
-def hidden(*items: object) -> repeat[list]:
-    """A list, by `next` whenever asked, where nothing looks for it: behind an iterator."""
-    return repeat(list(items))
+def hidden(*items: object) -> Hidden:
+    """A list, by `next` whenever asked, where nothing looks for it: behind what counts as a library."""
+    return Hidden(list(items))
+
+
+class Hidden:
+    __module__ = "torch._hidden"
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __next__(self) -> list[Any]:
+        return self.items
+
+    def __reduce__(self) -> Any:
+        return hidden, tuple(self.items)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -169,8 +170,9 @@ def test_a_profiler_is_on_at_the_first_call(backend: Backend, mlp: MLP, profiler
     profile: Any = (
         cProfile.Profile() if profiler == "cProfile" else torch.profiler.profile(with_stack=True)
     )
-    with profile, warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        stack.enter_context(profile)
         before = sys.getprofile()
         same_as_eager(mlp, x)
         mlp.forward.warmup(backend.randn(2, 8, dtype=torch.float64)[:, :8].float())
@@ -262,3 +264,20 @@ def test_the_forward_of_the_class_is_patched_after_an_instance_was_decorated(bac
     model.forward.warmup(backend.randn(4, 4))
     model.forward.cache_clear()
     equal(model(x), x * 3)
+
+
+def test_the_first_call_moves_a_switch_of_torch(backend: Backend) -> None:
+    """The first attention of a process sets the order of its kernels; later calls see that."""
+
+    def forward(x: Tensor) -> Tensor:
+        torch.set_float32_matmul_precision("high")
+        return x * 2
+
+    before = torch.get_float32_matmul_precision()
+    model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 4)
+    try:
+        for _ in range(3):
+            equal(model(x), x * 2)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert info(model).hits == 2

@@ -2616,6 +2616,52 @@ def test_sampling_with_a_seed(backend: Backend) -> None:
     assert info(model).hits >= 8
 
 
+@on("cuda", "cuda-portable")
+def test_a_capture_has_not_begun_on_the_device_when_its_graph_runs(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stream of a capture torch notes that nothing was drawn, and no replay waits for that."""
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        torch.cuda._sleep(10**8)
+        begin(*args, **kwargs)
+
+    def sample(x: Tensor) -> Tensor:
+        torch.cuda._sleep(3 * 10**8)
+        return x + torch.rand_like(x)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    model, x = cuda_graphed(sample, sizes=(4,)), backend.randn(4, 8)
+    equal(seeded(model, x, times=3), seeded(sample, x, times=3))
+    assert info(model).hits == 2
+
+
+@on("cuda", "cuda-portable")
+def test_graphs_that_draw_run_on_two_streams(backend: Backend) -> None:
+    """torch tells all graphs in one place what was drawn before: one reads what another was told."""
+
+    def sample(x: Tensor) -> Tensor:
+        torch.cuda._sleep(10**8)
+        return x + torch.rand_like(x)
+
+    def run(calls: list[Any]) -> list[Tensor]:
+        torch.manual_seed(7)
+        drawn = []
+        for _ in range(4):
+            for call, stream in zip(calls, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    drawn.append(call(x).clone())
+        torch.cuda.synchronize()
+        return drawn
+
+    x, streams = backend.randn(4, 8), [torch.cuda.current_stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    models = [cuda_graphed(sample, sizes=(4,), pool=backend.pool()) for _ in range(2)]
+    equal(run(models), run([sample, sample]))
+    assert all(info(model).hits == 3 for model in models)
+
+
 def test_sampling_by_multinomial(backend: Backend) -> None:
     """It looks at its input on the host, on some devices."""
     forward = lambda logits: torch.multinomial(logits.softmax(-1), 1)  # noqa: E731

@@ -1,6 +1,7 @@
 """Graphs of the CUDA driver, through `torch.cuda.CUDAGraph`."""
 
 import gc
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,32 @@ RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, i
 _IDLE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
+class _Turn:
+    """Whose turn it is to use the numbers that a generator hands to graphs.
+
+    torch keeps them in one place for all graphs of a device. It writes them at the start of a capture,
+    on the stream of that, and before each replay, on the current one; kernels read them as they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.RLock()
+        self._last: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        current = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != current:
+            current.wait_stream(self._last)
+        self._last = current
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_TURNS: dict[torch.device, _Turn] = {}
+
+
 def _handle(pool: torch.cuda.MemPool) -> Any:
     return pool.id  # torch types what it gives and what it takes here differently
 
@@ -33,6 +60,7 @@ class CudaArena:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.turn = _TURNS.setdefault(device, _Turn(device))
         with torch.cuda.device(device):
             self.pool = torch.cuda.MemPool()
             # cuBLAS keeps a workspace for each stream, for ever. Used again, a stream costs one, and
@@ -53,7 +81,7 @@ class CudaArena:
         graph = torch.cuda.CUDAGraph()
         scratch = torch.zeros(1, device=self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self.turn:
             graph.capture_begin(pool=_handle(self.pool), capture_error_mode="thread_local")
             scratch.zero_()
             graph.capture_end()
@@ -109,10 +137,12 @@ class CudaGraph:
 
     graph: torch.cuda.CUDAGraph
     node: _C.StageNode | None
+    turn: _Turn
 
     def replay(self) -> None:
         """Launches the graph the way of torch, which advances the random generators."""
-        self.graph.replay()
+        with self.turn:
+            self.graph.replay()
 
 
 class CudaRuntime:
@@ -173,7 +203,11 @@ class CudaRuntime:
         graph = torch.cuda.CUDAGraph(keep_graph=node is not None)
         arena.stream.wait_stream(torch.cuda.current_stream(arena.device))
         # The outer context brings the thread back to its stream even if ending the capture raises.
-        with torch.cuda.device(arena.device), torch.cuda.stream(arena.stream):
+        with (
+            torch.cuda.device(arena.device),
+            torch.cuda.stream(arena.stream),
+            arena.turn,
+        ):
             # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
             graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
             try:
@@ -192,7 +226,7 @@ class CudaRuntime:
                 graph.instantiate()
                 node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
         self._check_reserve(arena.device)
-        return CudaGraph(graph, node), result
+        return CudaGraph(graph, node, arena.turn), result
 
     def _check_reserve(self, device: torch.device) -> None:
         """Leaves memory for what runs eagerly, unless there was little before and little was taken."""
