@@ -66,6 +66,7 @@ class GraphCache(Graphs):
             self.native.count(call.batch)
             if (why := self.signature.habits.known(call.kept)) is not None:
                 raise Unservable(why)
+            self._refuse_known(call)  # before homes are looked for, which takes longer
             with pool.lock:
                 call = call.at_home(pool.homes)
                 entry = self._serving(call, instance)
@@ -88,6 +89,13 @@ class GraphCache(Graphs):
             self.counts.eager[str(reason)] += 1
             return function(*args, **kwargs)
 
+    def _refuse_known(self, call: Call) -> None:
+        """Raises `Unservable` for a kind of calls that was refused for good."""
+        entry = self.entries.get(call.bare_key)
+        if entry is not None and entry.eager is not None:
+            entry.last = self.native.calls
+            raise Unservable(entry.eager)
+
     def _serving(self, call: Call, instance: Any) -> Entry | None:
         """Returns the entry that serves `call`; None if there is none, or no more.
 
@@ -99,11 +107,9 @@ class GraphCache(Graphs):
         grad = torch.is_grad_enabled()
         if grad and any(tensor.requires_grad for tensor in call.leaves):
             raise Unservable(NEEDS_GRAD)
-        entry = self.entries.get(call.key) or self.entries.get(call.bare_key)
+        entry = self.entries.get(call.key)
         if entry is not None:
             entry.last = self.native.calls
-            if entry.eager is not None:
-                raise Unservable(entry.eager)
             if not entry.guards.hold(grad=grad):
                 self._note_recapture(entry, grad=grad)
                 self.drop(self.entries.pop(call.key))
@@ -212,6 +218,7 @@ class GraphCache(Graphs):
             call = self.signature.read(args, kwargs, modes_of(instance), self.written)
             if call.kept:
                 raise Unservable(f"it may change {call.kept[0].name}; call the forward itself instead")
+            self._refuse_known(call)
             self.entries.is_due(call.bare_key)  # it is asked for
             with self.pool_for(call).lock:
                 entry = self._serving(call, instance)
