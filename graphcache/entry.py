@@ -21,7 +21,7 @@ WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
 MAX_SIGHTED = 256
 MAX_ALIKE = 3
 CHANGE_IN_PLACE = (
-    "it runs eagerly now. Change tensors in place (copy_), or pass what changes as an argument"
+    "it runs eagerly now. Pass what changes as an argument, and change tensors in place (copy_)"
 )
 MANY_WAYS = (
     f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such "

@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any
 
 import wrapt
@@ -61,6 +61,12 @@ def _name(function: Callable[..., Any], instance: Any) -> str:
     if instance is None:
         return str(getattr(function, "__qualname__", function))
     return f"{type(instance).__qualname__}.{getattr(function, '__name__', 'forward')}"
+
+
+def _bound_to(function: Callable[..., Any]) -> Any:
+    """Returns what a function is bound to, or None; functions of C call their module that."""
+    owner = getattr(function, "__self__", None)
+    return None if isinstance(owner, ModuleType) else owner
 
 
 class _Inspectable:
@@ -155,11 +161,11 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
 
         super().__init__(function, dispatch)
         self._self_caches = caches
-        self._self_served = caches.served(getattr(function, "__self__", None))
+        self._self_served = caches.served(_bound_to(function))
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
-        return self.__wrapped__, getattr(self.__wrapped__, "__self__", None)
+        return self.__wrapped__, _bound_to(self.__wrapped__)
 
     def _cache(self) -> GraphCache:
         caches: _Caches = self._self_caches

@@ -113,7 +113,8 @@ class Reads:
             else:  # to find their cells takes long
                 self._in_cells.extend(held.items())
             for name, value in held.items():
-                self._snapshot.add(value, name, DEPTH)
+                if not _is_local_to_a_caller(frame, name, value):
+                    self._snapshot.add(value, name, DEPTH)
 
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
@@ -188,6 +189,16 @@ class Reads:
         """Tells whether Python's or numpy's random numbers were drawn, which a graph would freeze."""
         before, now = self._random, _host_random()
         return self._drawn or before[0] != now[0] or (before[1] is not None and before[1] != now[1])
+
+
+def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:
+    """Tells whether a closure variable is of a call that is under way inside the forward."""
+    caller = frame.f_back
+    while caller is not None and not is_ours(caller):
+        if name in caller.f_code.co_cellvars and caller.f_locals.get(name) is value:
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _is_below(file: str, frame: FrameType | None) -> bool:

@@ -65,7 +65,7 @@ class Snapshot:
     def add(self, value: Any, label: str, depth: int) -> None:
         """Adds a value and what it holds, `depth` containers deep."""
         if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
+            if type(value) is Tensor or not isinstance(value, nn.Parameter):  # that takes long to ask
                 self.tensors[id(value)] = value
         elif isinstance(value, nn.Module):
             for name, module in value.named_modules():

@@ -8,7 +8,8 @@ import dataclasses
 import enum
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
+from inspect import getattr_static
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis))
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 EXACT_TENSORS = (Tensor, torch.nn.Parameter)
+# What torch.compile and transformers note on tensors; no forward reads it.
+_MARKS = ("_specialize_on", "_is_hf_initialized", "_is_buffer", "persistent")
 MAX_DEPTH = 64  # containers inside containers
 
 
@@ -108,6 +111,13 @@ def _key(key: Any) -> Any:
         return key
     if kind in (tuple, frozenset):
         return Constant(kind, kind(_key(part) for part in key), key)
+    if _is_namedtuple(kind):
+        return Constant(kind, tuple(_key(part) for part in key), key)
+    if dataclasses.is_dataclass(kind) and not isinstance(key, type):
+        fields = dataclasses.fields(key)
+        return Constant(kind, tuple(_key(getattr(key, field.name)) for field in fields), key)
+    if kind.__module__ == "numpy" and kind.__name__ != "void" and hasattr(key, "item"):
+        return Constant(kind, (key.dtype.str, constant(key.item())), key)
     return constant(key) or Constant(kind, id(key), key)
 
 
@@ -118,14 +128,17 @@ def _keys(layout: Node) -> list[Any]:
 def attributes_besides(value: Any, fields: Sequence[str]) -> list[str]:
     """Returns the names of what `value` holds and no field tells: a graph could not give it back."""
     slots = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
-    known = (*fields, "__dict__", "__weakref__")
-    return [name for name in (*getattr(value, "__dict__", ()), *slots) if name not in known]
+    known = (*fields, "__dict__", "__weakref__", "__orig_class__")
+    return [
+        name
+        for name in (*getattr(value, "__dict__", ()), *slots)
+        if name not in known and not isinstance(getattr_static(type(value), name, None), cached_property)
+    ]
 
 
 def attributes_of_tensor(tensor: Tensor) -> list[str]:
-    """Returns the names of what Python code has set on a tensor, but for marks of torch.compile."""
-    marks = [name for name in tensor.__dict__ if "_dynamo_" in name or name == "_specialize_on"]
-    return [name for name in tensor.__dict__ if name not in marks]
+    """Returns the names of what Python code has set on a tensor, but for marks of libraries."""
+    return [name for name in tensor.__dict__ if name not in _MARKS and "_dynamo_" not in name]
 
 
 def flatten(

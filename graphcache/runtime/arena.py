@@ -81,6 +81,9 @@ def _extent(tensor: Tensor) -> int:
 
 def copy_memory(target: Tensor, source: Tensor) -> None:
     """Copies `source` over `target`, which has the same strides, even where elements overlap."""
+    if source._is_zerotensor():  # without memory
+        target.zero_()
+        return
     extent = _extent(source)
     _C.alias(target, (extent,), (1,), int(target.storage_offset())).copy_(
         _C.alias(source, (extent,), (1,), int(source.storage_offset()))
