@@ -51,12 +51,17 @@ def test_attributes_are_asked_for_by_names_that_are_written_out(
     equal(model(x), x * 3 * (3.0 if kind is Gets else 1.0))
 
 
+def _ask(get: Callable[[Any, str], Any], model: Any, _: str, name: str) -> Any:
+    return get(model, name)
+
+
 COMPUTED: dict[str, Callable[[Any], Any]] = {
     "of a variable": lambda m, n="scale": getattr(m, n),
     "with a text as the default": lambda m, n="scale": getattr(m, n, "none"),
     "of a list": lambda m: next(getattr(m, n) for n in ("scale",)),
     "by map": lambda m: next(map(getattr, (m,), ("scale",))),
     "by star": lambda m: getattr(*(m, "scale")),
+    "passed on to another": lambda m, n="scale": _ask(getattr, m, "step", n),
     "of an expression": lambda m: getattr(m, "sca" + "le"[:2]),
 }
 
