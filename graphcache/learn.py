@@ -12,7 +12,7 @@ from graphcache.errors import CaptureError, describe
 from graphcache.guards import Guards
 from graphcache.observe import Observer
 from graphcache.patches import as_in_a_capture
-from graphcache.reads import Reads
+from graphcache.reads import Reads, uncollected
 from graphcache.runtime import inlining
 from graphcache.signature import BOUND, Call, Unservable
 from graphcache.staging import Pad
@@ -34,6 +34,7 @@ GIVE_PAD = (
 )
 
 
+@uncollected()
 def observe(function: Callable[..., Any], instance: Any, call: Call, *, restore: bool) -> "Observation":
     """Runs the forward under observation; with `restore`, what it wrote is put back."""
     reads = Reads(instance, function, (call.args, call.kwargs))

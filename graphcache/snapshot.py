@@ -113,7 +113,8 @@ class Snapshot:
                     self._add_group(each, label, depth)
         elif len(group.items) <= LONGEST and self._note(group, label):
             for key, item in group.items:
-                self.add(item, group.label(label, key), depth)
+                if not is_plain(item):
+                    self.add(item, group.label(label, key), depth)
                 if group.kind == "dict" and not is_plain(key):
                     self.add(key, label, depth)
 
