@@ -16,8 +16,8 @@ from graphcache.graphs import Graphs
 from graphcache.learn import GIVE_PAD, PAD_IS_MISSING, Observation, as_captured, observe
 from graphcache.modes import modes_of, refuse_where_profiled
 from graphcache.observe import Observer
-from graphcache.reads import uncollected
 from graphcache.signature import Call, Unservable
+from graphcache.state import uncollected
 from graphcache.tree import NotATree
 from graphcache.verify import Sample
 

@@ -12,11 +12,11 @@ from graphcache.errors import CaptureError, describe
 from graphcache.guards import Guards
 from graphcache.observe import Observer
 from graphcache.patches import as_in_a_capture
-from graphcache.reads import Reads, uncollected
+from graphcache.reads import Reads
 from graphcache.runtime import inlining
 from graphcache.signature import BOUND, Call, Unservable
 from graphcache.staging import Pad
-from graphcache.state import kept_as_is
+from graphcache.state import kept_as_is, uncollected
 from graphcache.tree import attributes_of_tensor, flatten
 from graphcache.verify import same
 

@@ -29,18 +29,6 @@ _ASKS = as_in_a_capture.before.__code__
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keeps the garbage collector off: a search makes many objects, and a run looks at all there are."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 class Reads:
     """Notes, while a forward runs, which functions run; and what was there when each began.
 
@@ -78,15 +66,16 @@ class Reads:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Watches what runs inside the block, in this thread."""
+        """Watches what runs inside the block, in this thread; the collector has to be off.
+
+        Finalizers and gc.callbacks that run just now would be taken for code of the forward.
+        """
         before = sys.getprofile()
-        # Finalizers and gc.callbacks that run just now would be taken for code of the forward.
-        with uncollected():
-            sys.setprofile(self._called)
-            try:
-                yield
-            finally:
-                sys.setprofile(before)
+        sys.setprofile(self._called)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "c_call":

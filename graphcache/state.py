@@ -1,5 +1,6 @@
 """State around a forward: what was written is put back, what would outlive a capture is kept out."""
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,3 +71,15 @@ def uncompiled() -> AbstractContextManager[Any]:
     except RuntimeError:  # refused between the graphs of a compiled caller
         return nullcontext()
     return stance
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keeps the garbage collector off: a search makes many objects, and a run looks at all there are."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

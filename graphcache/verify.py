@@ -56,13 +56,12 @@ class Sample:
         return self._are_unlike(call, "edge") or self._are_unlike(call, pad) or self._can_be_halved()
 
     def _are_unlike(self, call: Call, pad: Pad) -> bool:
-        joined = zip(call.names, self.rows, self._joined(call, call.batch), strict=True)
-        return any(
-            bool((rows != (rows.narrow(held[0], 0, 1) if fill == "edge" else fill)).any())
-            for name, held, rows in joined
-            if held is not None
-            for fill in (fill_of(pad, name),)
-        )
+        for name, held, rows in zip(call.names, self.rows, self._joined(call, call.batch), strict=True):
+            if held is not None:
+                fill = fill_of(pad, name)
+                if bool((rows != (rows.narrow(held[0], 0, 1) if fill == "edge" else fill)).any()):
+                    return True
+        return False
 
     def _can_be_halved(self) -> bool:
         return any(held is not None and bool((_half(held[1]) != held[1]).any()) for held in self.rows)

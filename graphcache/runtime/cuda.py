@@ -1,6 +1,5 @@
 """Graphs of the CUDA driver, through `torch.cuda.CUDAGraph`."""
 
-import gc
 import threading
 import warnings
 import weakref
@@ -15,6 +14,7 @@ from torch import Tensor
 from graphcache import _C
 from graphcache.runtime import PoolMemory, Result
 from graphcache.runtime.nvrtc import stage_kernel
+from graphcache.state import uncollected
 
 RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, if that is more
 _IDLE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
@@ -175,15 +175,10 @@ class CudaRuntime:
         with large libraries loaded.
         """
         torch.cuda.synchronize(device)
-        collecting = gc.isenabled()
-        gc.disable()
-        torch.cuda.empty_cache()
-        self._free_before = torch.cuda.mem_get_info(device)[0]
-        try:
+        with uncollected():
+            torch.cuda.empty_cache()
+            self._free_before = torch.cuda.mem_get_info(device)[0]
             yield
-        finally:
-            if collecting:
-                gc.enable()
 
     def prepare(self, stage: _C.Stage, device: torch.device) -> _C.StageKernel:
         """Compiles the staging kernel for `device`, once."""
