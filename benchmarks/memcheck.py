@@ -1,6 +1,6 @@
 """Run the CUDA tests under compute-sanitizer's memcheck, and record what it found.
 
-python -m benchmarks.memcheck --out benchmarks/results --pytest "-n 8"
+python -m benchmarks.memcheck --out benchmarks/results --pytest "-n 8 --dist load --maxschedchunk 1"
 """
 
 from __future__ import annotations

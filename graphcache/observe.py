@@ -8,6 +8,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 from weakref import ref
 
@@ -32,6 +33,7 @@ from graphcache.state import SavedState, kept_as_is, uncached_autocast, uncompil
 
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+_TAKES_STORAGE = (_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset)
 
 
 def _holder(tensor: Tensor, seen_in: list[Any], references: int) -> str | None:
@@ -49,6 +51,16 @@ def _holder(tensor: Tensor, seen_in: list[Any], references: int) -> str | None:
             return kind
     # What was frozen is not told of: then any other reference counts.
     return "container (frozen by gc.freeze)" if references > 0 and gc.get_freeze_count() else None
+
+
+def _has_storage(value: Any) -> bool:
+    """Tells whether `value` is a tensor that lies in one storage."""
+    return (
+        issubclass(type(value), Tensor)  # not isinstance: some objects warn when they are asked
+        and torch._C._has_storage(value)
+        and value.layout is torch.strided
+        and not overrides_dispatch(value)
+    )
 
 
 class _Report(HostReads):
@@ -165,10 +177,24 @@ class Observer(TorchDispatchMode):
                 self.note_read(tensor)
         for tensor in written_by(func, args, kwargs):
             self._note_written(tensor)
+        there = self._storages_before if func in _TAKES_STORAGE else None
         result = func(*args, **kwargs)
         for tensor in tensors_in(result):
+            if there is not None:
+                self._note_taken_over(tensor, there)
             self._note_made(tensor)
         return result
+
+    def _note_taken_over(self, tensor: Tensor, there: set[int]) -> None:
+        """Notes a storage that no operation read: so cuDNN takes over the one of all its weights."""
+        key = _C.storage_key(tensor)
+        if key in there and key not in self._made and key not in self._inputs:
+            self._hold(key, tensor)
+
+    @cached_property
+    def _storages_before(self) -> set[int]:
+        """Keys of the storages of all tensors that there were when one first took over a storage."""
+        return {_C.storage_key(value) for value in gc.get_objects() if _has_storage(value)}
 
     def note_read(self, tensor: Tensor) -> None:
         """Notes a tensor that the forward has got hold of."""
@@ -267,9 +293,7 @@ class Observer(TorchDispatchMode):
         for tensor in objects:
             references = sys.getrefcount(tensor) - usual
             if (
-                issubclass(type(tensor), Tensor)  # not isinstance: some objects warn when they are asked
-                and tensor.layout is torch.strided
-                and not overrides_dispatch(tensor)
+                _has_storage(tensor)
                 and _C.storage_key(tensor) in keys
                 and (holder := _holder(tensor, objects, references)) is not None
             ):

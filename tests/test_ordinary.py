@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -157,6 +159,58 @@ def test_a_tensor_without_memory_is_made(backend: Backend) -> None:
     model = cuda_graphed(lambda x: x + torch._efficientzerotensor((4,), device=x.device), sizes=(2,))
     for _ in range(3):
         equal(model(x), x)
+
+
+def test_a_tensor_takes_over_the_storage_of_a_weight(backend: Backend) -> None:
+    """The storage came from outside, and no operation reads the weight itself."""
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.new_empty(0).set_(self.weight.untyped_storage())
+
+    model = cuda_graphed(Takes().to(backend.device), sizes=(2,))
+    x = backend.randn(2, 4)
+    for _ in range(2):
+        for _ in range(3):
+            equal(model(x), x * model.weight)
+        model.weight.data = backend.randn(4)
+    assert info(model).hits == 4
+
+
+def test_a_tensor_takes_over_a_storage_that_is_new(backend: Backend) -> None:
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return copy.deepcopy(x) * copy.deepcopy(self.scale)
+
+    replays(cuda_graphed(Copies().to(backend.device), sizes=(2,)), backend.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("in_one_piece", [True, False])
+def test_a_recurrent_layer(backend: Backend, kind: type[nn.RNNBase], in_one_piece: bool) -> None:
+    """cuDNN takes the storage of all weights, before it looks at any."""
+    layer = kind(4, 6, num_layers=2, bidirectional=True).to(backend.device).eval()
+    if not in_one_piece:
+        layer = copy.deepcopy(layer)
+    for inference in (nullcontext(), torch.inference_mode()):
+        with inference:
+            plain, graphed = copy.deepcopy(layer), cuda_graphed(copy.deepcopy(layer), batch_dim=1)
+            if in_one_piece:
+                plain.flatten_parameters()
+                graphed.flatten_parameters()
+            for batch in (3, 2, 3, 2, 1):
+                x = backend.randn(5, batch, 4)
+                equal(graphed(x)[0], plain(x)[0])
+        assert info(graphed).hits >= 2, info(graphed)
 
 
 def test_a_module_holds_many_objects(backend: Backend) -> None:
