@@ -1,11 +1,12 @@
 """Run the CUDA tests under compute-sanitizer's memcheck, and record what it found.
 
-python -m benchmarks.memcheck --out benchmarks/results --pytest "-n 8 --dist load --maxschedchunk 1"
+python -m benchmarks.memcheck --out benchmarks/results --pytest "-n 8 --dist worksteal"
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ SANITIZER = (
     *("compute-sanitizer", "--tool", "memcheck", "--target-processes", "all"),
     *("--report-api-errors", "no", "--show-backtrace", "no"),
 )
+# Each process takes long to start, and Inductor would start one for each core.
+FEW_PROCESSES = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # What it has to report, or a run without errors would tell nothing.
 READS_FREED_MEMORY = """
 import torch
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
     parser.add_argument("--log", type=Path, help="where the output of the tests goes")
     args = parser.parse_args(argv)
+    os.environ.update(FEW_PROCESSES)
     short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 MAX_EMPTY_HOMES = 4
+CHANGES = "it changes attributes, which no graph replays: {}"
 
 
 def first_call(
@@ -56,11 +57,13 @@ def learn(
         made = seen.made(call)  # what the caller gets, whatever is observed again
         seen = as_captured(function, instance, call, seen)
         observer, layout = seen.observer, seen.layout()
+        if seen.changed:
+            _leave_unsettled(graphs)
         seen.check()
         if any(tensor.grad_fn is not None for tensor in seen.tensors):
             return  # something that is no parameter wants gradients
         if seen.changed:
-            _leave_unsettled(graphs, seen.changed)
+            raise CaptureError(CHANGES.format(", ".join(seen.changed[:3])))
         guards = seen.guards(instance)
         for passed, home in zip(call.kept, call.homes, strict=True):
             home.lend(passed, observer.device)
@@ -92,7 +95,8 @@ def learn(
         _capture(graphs, job, entry, layout, seen.tensors, exactly=exactly)
         _leave_changed(graphs, call)  # a capture runs the forward's Python
         if not guards.hold(grad=False):
-            _leave_unsettled(graphs, [guards.broken(grad=False)])
+            _leave_unsettled(graphs)
+            raise CaptureError(CHANGES.format(guards.broken(grad=False)))
     except Unservable:
         return  # with its written arguments bound, or unsettled, or hooked
     except Exception as error:  # whatever it is, the caller has a result, and gets it
@@ -131,13 +135,14 @@ def _check_arguments(graphs: Graphs, call: Call) -> None:
         raise CaptureError(f"it changes an argument, which no graph replays: {', '.join(changed)}")
 
 
-def _leave_unsettled(graphs: Graphs, changed: list[str]) -> None:
-    """Leaves a forward that changes Python values for its next call: perhaps it does so once."""
+def _leave_unsettled(graphs: Graphs) -> None:
+    """Leaves a forward that changes Python values for its next call: perhaps it does so once.
+
+    What fills a cache may well do what no graph can hold, such as a copy from the host.
+    """
     graphs.unsettled += 1
     if graphs.unsettled < MAX_UNSETTLED:
         raise Unservable("it changed attributes")
-    names = ", ".join(changed[:3])
-    raise CaptureError(f"it changes attributes, which no graph replays: {names}")
 
 
 def _drop_empty_homes(graphs: Graphs) -> None:

@@ -34,12 +34,15 @@ BACKENDS = [*RUNTIMES, *(f"{runtime}-portable" for runtime in RUNTIMES)]
 LONG = ("test_examples", "test_fuzz", "test_cycles")  # minutes each, under a sanitizer
 
 
+@pytest.hookimpl(trylast=True)  # of what is left to run
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts long tests first, each before a short one: parallel workers get them in pairs."""
+    """Has each parallel worker start with one of the long tests: each gets an equal share in order."""
     long = [item for item in items if item.path.stem in LONG]
-    short = [item for item in items if item.path.stem not in LONG]
-    pairs = zip(long, short, strict=False)
-    items[:] = [*(item for pair in pairs for item in pair), *long[len(short) :], *short[len(long) :]]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = len(items) // workers
+    items[:] = [item for item in items if item.path.stem not in LONG]
+    for number, item in enumerate(long):
+        items.insert(number % workers * share, item)
 
 
 @dataclass

@@ -329,12 +329,17 @@ def test_names_of_temporary_files_are_no_random_numbers_of_the_forward(backend: 
     assert model.cache_info().hits == 2
 
 
-def test_attributes_that_the_first_call_fills_are_fine(backend: Backend) -> None:
+@pytest.mark.parametrize("on_the_host", [False, True])
+def test_attributes_that_the_first_call_fills_are_fine(backend: Backend, on_the_host: bool) -> None:
+    """timm's ConViT fills one with what no graph can hold: a table that is copied from the host."""
+
     class Lazy(nn.Module):
         table: Tensor | None = None
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.table is None:
+            if self.table is None and on_the_host:
+                self.table = torch.tensor([0.0, 1.0, 2.0], device=x.device)
+            elif self.table is None:
                 self.table = torch.arange(3.0, device=x.device)
             return x + self.table
 
@@ -343,6 +348,25 @@ def test_attributes_that_the_first_call_fills_are_fine(backend: Backend) -> None
         x = backend.randn(2, 3)
         assert torch.equal(model(x), x + torch.arange(3.0, device=backend.device))
     assert model.forward.cache_info().hits == 2
+
+
+def test_a_forward_that_changes_attributes_each_time_says_what_else_is_in_the_way(
+    backend: Backend,
+) -> None:
+    class Logs(nn.Module):
+        norm = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm = x.norm().item()
+            return x + 1
+
+    model = cuda_graphed(Logs(), sizes=(2,))
+    x = backend.randn(2, 3)
+    model(x)
+    model(x)
+    with pytest.warns(GraphCacheWarning, match="hands a value to the host"):
+        model(x)
+    assert model.forward.cache_info().hits == 0
 
 
 def test_lists_that_the_forward_appends_to_are_noticed(backend: Backend) -> None:
