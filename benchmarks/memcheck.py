@@ -1,6 +1,10 @@
 """Run the CUDA tests under compute-sanitizer's memcheck, and record what it found.
 
-python -m benchmarks.memcheck --out benchmarks/results --pytest "-n 8 --dist worksteal"
+    python -m benchmarks.memcheck tests --out benchmarks/results --pytest "-n 20 --dist worksteal"
+    python -m benchmarks.memcheck programs --out benchmarks/results --pytest "-n 8 --dist worksteal"
+
+The second is of the few that launch most: each launch is waited for, and processes on one GPU wait for
+each other besides. So more workers are not faster, and these are best run on a GPU of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +29,12 @@ SANITIZER = (
 )
 # Each process takes long to start, and Inductor would start one for each core.
 FEW_PROCESSES = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+# The profiler is what memcheck takes the place of.
+PROGRAMS = "(test_examples or test_fuzz)"
+PARTS = {
+    "tests": f"cuda and not profile and not {PROGRAMS}",
+    "programs": f"cuda and {PROGRAMS}",
+}
 # What it has to report, or a run without errors would tell nothing.
 READS_FREED_MEMORY = """
 import torch
@@ -49,16 +59,16 @@ def errors(text: str) -> int:
     return sum(map(int, found))
 
 
-def run(folder: Path, options: Sequence[str], log: Path) -> dict[str, Any]:
+def run(part: str, folder: Path, options: Sequence[str], log: Path) -> dict[str, Any]:
     """Runs the tests and the script above; returns the errors of each, and how many tests passed.
 
     Args:
+        part: which tests; see `PARTS`.
         folder: for the report of the tests.
         options: more of pytest.
         log: where the output goes.
     """
-    # It takes the place of torch's profiler.
-    options = ["-k", "cuda and not profile", *options]
+    options = ["-k", PARTS[part], *options]
     with log.open("w") as stdout:
         tests = record.run_tests(folder, options, prefix=SANITIZER, stdout=stdout)
     canary = subprocess.run(
@@ -70,12 +80,13 @@ def run(folder: Path, options: Sequence[str], log: Path) -> dict[str, Any]:
     )
     found = {"errors": errors(log.read_text()), "errors_of_a_faulty_script": errors(canary.stdout)}
     wrong = found["errors"] or not found["errors_of_a_faulty_script"]
-    return {**found, "counts": tests["counts"], "status": int(bool(wrong))}
+    return {"part": part, **found, "counts": tests["counts"], "status": int(bool(wrong))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the record; 1 if memory errors were found, or if none is ever found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("part", choices=PARTS, help="which tests")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
     parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
     parser.add_argument("--log", type=Path, help="where the output of the tests goes")
@@ -84,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        figures = run(folder, args.pytest.split(), args.log or folder / "memcheck.log")
-    record.write(args.out / f"memcheck-{short}.json", "memcheck", figures, emulated=False)
+        figures = run(args.part, folder, args.pytest.split(), args.log or folder / "memcheck.log")
+    record.write(args.out / f"memcheck-{args.part}-{short}.json", "memcheck", figures, emulated=False)
     return int(figures["status"])
 
 

@@ -54,15 +54,22 @@ def memcheck(figures: dict[str, Any]) -> str:
     counts = figures["counts"].values()
     passed, failed = (sum(count.get(key, 0) for count in counts) for key in ("passed", "failed"))
     rows = [
-        ("`python -m benchmarks.memcheck`", ""),
+        (f"`python -m benchmarks.memcheck {figures['part']}`", ""),
         ("CUDA tests passed, failed", f"{passed:,}, {failed:,}"),
         ("errors of memory", f"{figures['errors']:,}"),
         ("errors of a script that reads freed memory", f"{figures['errors_of_a_faulty_script']:,}"),
     ]
+    left_out = (
+        "but for those that count launches by torch's profiler, whose place it takes, and for the "
+        "examples and the fuzzer, which are the other part"
+    )
+    which = {
+        "tests": f"The CUDA tests, {left_out},",
+        "programs": "The examples and the fuzzer, on CUDA,",
+    }
     return (
-        "The CUDA tests under `compute-sanitizer --tool memcheck`, but for those that count launches by "
-        "torch's profiler, whose place it takes. A test may fail there for want of time (programs that "
-        "tests start take minutes), which is no error of memory.\n\n" + table(rows)
+        f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`. A test may fail there for "
+        "want of time, which is no error of memory.\n\n" + table(rows)
     )
 
 
