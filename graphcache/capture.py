@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from graphcache import _C, config, tree
 from graphcache.errors import CaptureError
+from graphcache.host import Constants, Key
 from graphcache.observe import Observer
-from graphcache.ops import FillsNumbers, user_line_of
+from graphcache.ops import user_line_of
 from graphcache.outputs import Output, Place, Result
 from graphcache.pool import GraphPool, Lane, Stale
 from graphcache.runtime import Graph, inlining
@@ -37,7 +38,7 @@ class Job(NamedTuple):
         reached: the tensors themselves, by identity, as far as somebody holds them.
         written: a tensor for each storage that it writes to and did not make.
         draws: whether it draws random numbers.
-        fills: whether it makes tensors of numbers, on the device.
+        constants: what it makes of numbers and lists on the device; None where it makes nothing of any.
         compiled: whether `torch.compile` makes some of it, which has to be done before a capture.
         pool, pad, stale, progress: see `cuda_graphed`.
     """
@@ -49,7 +50,7 @@ class Job(NamedTuple):
     reached: dict[int, Tensor]
     written: list[Tensor]
     draws: bool
-    fills: bool
+    constants: dict[Key, Tensor] | None
     compiled: bool
     pool: GraphPool
     pad: Pad
@@ -78,6 +79,7 @@ class Bucket:
         launch: how that reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
         timing: what its calls take.
         exact_only: captured for batches of exactly this size.
+        constants: what its graph reads of `Constants`.
     """
 
     size: int
@@ -89,6 +91,7 @@ class Bucket:
     launch: str
     timing: Timing = field(default_factory=Timing)
     exact_only: bool = False
+    constants: list[Tensor] = field(default_factory=list)
 
     def replay(self, call: Call, number: int) -> Any:
         """Serves call `number`, with the lock of the pool held."""
@@ -129,7 +132,7 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     kernel, native = _staging(job, inputs, max(sizes))
     lane = job.pool.lane()
     buckets: list[Bucket] = []
-    with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast(), _filled(job):
+    with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast(), _constants(job):
         for size in _progress(job, sorted(sizes, reverse=True)):
             static = inputs.at(size)
             stage = native_stage(static, job.call, job.pad) if native else None
@@ -144,9 +147,11 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     return buckets
 
 
-def _filled(job: Job) -> AbstractContextManager[Any]:
+def _constants(job: Job) -> AbstractContextManager[Any]:
     # Compiled code is compiled without such a mode, and knows its constants.
-    return FillsNumbers() if job.fills and not job.compiled else nullcontext()
+    if job.constants is None or job.compiled:
+        return nullcontext()
+    return Constants(job.pool.device, job.constants)
 
 
 def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.StageKernel | None, bool]:
@@ -192,7 +197,8 @@ def _bucket(
     )
     native.time_at = AFTER
     launch = "torch" if stage is None else "copies" if graph.node is None else "node"
-    return Bucket(size, graph, lane, static, result, native, launch)
+    constants = list((job.constants or {}).values())
+    return Bucket(size, graph, lane, static, result, native, launch, constants=constants)
 
 
 def capture_or_warm_up(job: Job, sizes: Sequence[int]) -> list[Bucket]:

@@ -82,7 +82,7 @@ def learn(
             {id(tensor): tensor for tensor in observer.reached()},
             observer.written_outside(),
             observer.draws,
-            observer.fills,
+            observer.constants,
             seen.compiled,
             graphs.pool_for(call),
             graphs.options.pad,

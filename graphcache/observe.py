@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache import _C
 from graphcache.errors import describe
 from graphcache.fingerprint import Fingerprints
+from graphcache.host import Constants, HostReads, Key
 from graphcache.ops import (
-    HostReads,
     obstacle,
     overrides_dispatch,
     take_apart,
@@ -91,7 +91,7 @@ class Observer(TorchDispatchMode):
         written: keys of the storages written to that the forward did not make.
         blocker: the first thing that a graph can't hold, with file and line, or None.
         draws: whether random numbers were drawn.
-        fills: whether a tensor was filled with the number that it is made of; see `FillsNumbers`.
+        constants: what it made of numbers and lists on the device, or None; see `Constants`.
         saved: with `restore`, the state to put back; see `SavedState`.
     """
 
@@ -109,7 +109,7 @@ class Observer(TorchDispatchMode):
         self.written: set[int] = set()
         self.blocker: str | None = None
         self.draws = False
-        self.fills = False
+        self.constants: dict[Key, Tensor] | None = None
         self.saved = SavedState() if restore else None
         given = list(inputs)
         self._suspects = [*given, *outside]
@@ -131,12 +131,13 @@ class Observer(TorchDispatchMode):
         before, host_before = self._random_state(), torch.get_rng_state()
         bytes_before = Fingerprints(t for t in self._suspects if t.device == self.device)
         host = _Report(self)
+        constants = Constants(self.device, read=self.note_read, learned=self._note_constant)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
-            with uncached_autocast(), uncompiled(), host, self:
+            with uncached_autocast(), uncompiled(), constants, host, self:
                 yield
         finally:
-            self.fills = host.filled
+            self.constants = constants.made if constants.used else None
             self.draws = not torch.equal(before, self._random_state())
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
                 self.blocked("it draws random numbers from the generator of the CPU")
@@ -212,6 +213,11 @@ class Observer(TorchDispatchMode):
         self._reached[id(tensor)] = ref(tensor)
         if key not in self._inputs:
             self._hold(key, tensor)
+
+    def _note_constant(self, tensor: Tensor) -> None:
+        """Notes a tensor that is ours, and which the forward sees copies of."""
+        self._inputs.add(_C.storage_key(tensor))
+        self._known[id(tensor)] = ref(tensor)
 
     def _hold(self, key: int, tensor: Tensor) -> None:
         if key not in self.external:

@@ -14,11 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from graphcache.errors import CaptureError
-from graphcache.patches import without_mode
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision lies beside it
 _OURS = str(Path(__file__).parent) + os.sep
@@ -181,94 +177,3 @@ def user_line_of(error: BaseException) -> str:
             theirs = here
         trace = trace.tb_next
     return place or theirs or "an unknown line"
-
-
-class FillsNumbers(TorchFunctionMode):
-    """Fills a tensor on a device with the number that it is made of, which is the same tensor.
-
-    `torch.tensor(0.0, device=...)` is a copy from the host, and no graph can hold that. The first call
-    has to be what eager is, and so not to notice this mode.
-
-    Attributes:
-        filled: whether there was such a tensor.
-    """
-
-    filled = False
-
-    def __enter__(self) -> "FillsNumbers":
-        _unseen.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        _unseen.__exit__(*error)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if is_filled(func, args, kwargs):
-            self.filled = True
-            return torch.full((), *args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def is_filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tells whether this call of `func` makes a tensor of a number on a device that is named."""
-    if func is not torch.tensor or len(args) != 1 or "device" not in kwargs:
-        return False
-    return type(args[0]) in (bool, int, float, complex) and kwargs.keys() <= {"device", "dtype"}
-
-
-class HostReads(FillsNumbers):
-    """Sees the calls that exchange values with the host below, or without, an operation.
-
-    Args:
-        device: tensors on it count. On the CPU, where emulation makes it the device, naming "cpu" is
-            taken for the host, and `x.to(y.device)` for what it is on a GPU: nothing.
-    """
-
-    _READS = (
-        Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__,
-        Tensor.__format__, Tensor.__dlpack__,
-    )  # fmt: skip
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and not is_filled(func, args, kwargs):
-            target = kwargs.get("device")
-            on_device = target is not None and torch.device(target).type == self._device.type
-            if on_device and not isinstance(args[0] if args else kwargs.get("data"), Tensor):
-                self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
-        elif func in self._READS and args[0].device == self._device:
-            self.found(f"{func.__name__} copies to the host")
-        elif func is Tensor.data_ptr and args[0].device == self._device:
-            if not is_library(sys._getframe(1).f_code.co_filename):
-                self.addressed(args[0])
-        elif func is Tensor.to and args[0].device == self._device and _names_the_host(args, kwargs):
-            self.found("to('cpu') copies to the host")
-        return super().__torch_function__(func, types, args, kwargs)
-
-    def found(self, what: str) -> None:
-        """Called with what was seen; raises by default."""
-        raise CaptureError(f"{what} at {user_line()}")
-
-    def addressed(self, tensor: Tensor) -> None:
-        """Called where code past torch's operators gets the address of `tensor`, such as Triton's."""
-        if self._device.type == "cpu":
-            self.found("data_ptr() leads past the operators, where emulation sees nothing,")
-
-
-_unseen = without_mode(FillsNumbers)
-
-
-def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    given = (*args[1:2], kwargs.get("device"))
-    return any(isinstance(to, str) and to == "cpu" for to in given)

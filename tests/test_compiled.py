@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -57,6 +58,22 @@ class Counting(MLP):
 
 
 # Compiled code
+
+
+def test_lists_in_compiled_code(backend: Backend) -> None:
+    """They become constants of what is compiled, where no mode of ours may be; captured or not."""
+
+    class Picks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, [2, 0]] * torch.tensor([0.5, 2.0], device=x.device)
+
+    model = cuda_graphed(torch.compile(Picks(), backend=compiler), sizes=(2,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphCacheWarning)
+        for _ in range(4):
+            x = backend.randn(2, 3)
+            assert close(model(x), Picks()(x))
+    assert compiled_graphs
 
 
 def test_a_module_that_was_never_called_is_compiled_before_its_capture(backend: Backend) -> None:

@@ -4,6 +4,7 @@ import gc
 import logging
 import threading
 import warnings
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -153,9 +154,9 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "host copy": (lambda x: x.cpu().to(x.device) * 2, "copies"),
     "to cpu": (lambda x: x + x.to("cpu").to(x.device), "copies"),
     "tolist": (lambda x: x * x[0].tolist()[0], "host|copies"),
-    "from the host": (lambda x: x + torch.tensor([1.0, 2.0], device=x.device), "copies"),
-    "index by a list": (lambda x: x[:, [1, 0]] + 1, "takes its index from a list"),
-    "writes by a list": (lambda x: x.clone().__setitem__((slice(None), [1]), 2.0), "from a list"),
+    "from the host": (lambda x: x + torch.tensor(array("f", [1, 2]), device=x.device), "copies"),
+    "index by a list": (lambda x: x[:, [[1, 0]]] + 1, "takes its index from a list"),
+    "writes by a list": (lambda x: x.clone().__setitem__((slice(None), [[1]]), 2.0), "from a list"),
     "equal": (lambda x: x * torch.equal(x, x), "hands a value to the host"),
     "generator": (
         lambda x: x + torch.rand(x.shape, generator=GENERATORS[x.device.type], device=x.device),

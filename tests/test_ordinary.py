@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import cuda_graphed
-from tests.conftest import Backend
+from graphcache import CaptureError, GraphCacheWarning, cuda_graphed
+from graphcache.host import Constants
+from tests.conftest import Backend, hidden
 from tests.test_footguns import equal, info, replays
 
 
@@ -237,3 +239,145 @@ def test_a_module_holds_many_objects(backend: Backend) -> None:
         del gc.callbacks[-1]
     assert gc.isenabled()
     replays(model, x)
+
+
+WEIGHTS = [[0.5, 1.0, -2.0, float("nan")], [1, True, -0.0, 3]]
+OF_LISTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tensor": lambda x: x * torch.tensor([0.5, 1.0, -0.0, 2.0], device=x.device),
+    "as_tensor": lambda x: x * torch.as_tensor((1, 2, 3, 4), device=x.device, dtype=torch.float64),
+    "new_tensor": lambda x: x * x.new_tensor([1, 2, 3, 4]),
+    "in each other": lambda x: x[:, None] * torch.tensor(WEIGHTS, device=x.device),
+    "of a range": lambda x: x + torch.tensor(range(4), device=x.device),
+    "made on the host": lambda x: x + torch.arange(4.0).to(x.device, torch.float64),
+    "nothing": lambda x: torch.cat([x, torch.tensor([], device=x.device).expand(len(x), 0)], 1),
+    "written to": lambda x: x + torch.tensor([1.0, 2, 3, 4], device=x.device).mul_(2),
+    "index": lambda x: x[:, [2, -1, 0]],
+    "index alone": lambda x: x.t()[[2, 0]].t(),
+    "indices": lambda x: x.t()[[2, 0], ..., None].squeeze(-1).t(),
+    "write": lambda x: _written(x, (slice(None), [1, 3])),
+    "as many as rows": lambda x: x + torch.tensor([[float(i)] for i in range(len(x))], device=x.device),
+}
+
+
+def _written(x: Tensor, index: Any) -> Tensor:
+    y = x.clone()
+    y[index] = 7.0
+    y[index] += x[index]
+    return y
+
+
+@pytest.mark.parametrize("name", OF_LISTS)
+def test_a_list_is_made_a_tensor(backend: Backend, name: str) -> None:
+    """A copy from the host, which no graph can hold: it is copied once, and from there on the device."""
+    model = cuda_graphed(OF_LISTS[name], sizes=(2, 4))
+    others: list[Tensor] = []
+    for batch in (4, 2, 3, 4, 2, 3, 2):
+        others += [torch.full((size,), 9, device=backend.device) for size in (1, 4, 8, 16) * 8]
+        x = backend.randn(batch, 4)
+        torch.testing.assert_close(model(x), OF_LISTS[name](x), rtol=0, atol=0, equal_nan=True)
+    assert info(model).hits >= 3, info(model)
+
+
+def test_a_list_that_is_made_a_tensor_is_returned(backend: Backend) -> None:
+    """Each call has a tensor of its own."""
+    model = cuda_graphed(lambda x: (x + 1, torch.tensor([1.0, 2.0], device=x.device)), sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(4):
+        got = model(x)[1]
+        assert got.tolist() == [1.0, 2.0]
+        got.zero_()
+    assert info(model).hits == 3
+
+
+def test_a_list_that_is_made_a_tensor_changes(backend: Backend) -> None:
+    class Weighs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = [1.0, 2.0, 3.0]
+            self.order = [0, 1, 2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, self.order] * torch.tensor(self.weights, device=x.device)
+
+    model = cuda_graphed(Weighs(), sizes=(2,))
+    x = backend.randn(2, 3)
+
+    def agrees() -> None:
+        for _ in range(3):
+            equal(model(x), x[:, model.order] * torch.tensor(model.weights, device=x.device))
+
+    agrees()
+    model.weights[1] = 5.0
+    agrees()
+    model.order = [2, 0, 1]
+    agrees()
+    model.order.reverse()
+    agrees()
+    assert info(model).hits >= 8
+
+
+def test_a_list_that_is_made_a_tensor_is_another_at_each_call(backend: Backend) -> None:
+    """Where nothing is watched; the capture meets other values than the first call did."""
+    numbers = hidden()
+
+    def forward(x: Tensor) -> Tensor:
+        items = next(numbers)
+        items.append(float(len(items)))
+        return x + torch.tensor(items[-1:], device=x.device)
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 3)
+    with pytest.warns(
+        GraphCacheWarning, match="copies other values from the host than at first, at .*py:"
+    ):
+        equal(model(x), x)
+    ran = len(next(numbers))
+    for more in range(3):
+        equal(model(x), x + float(ran + more))
+    assert info(model).hits == 0
+
+
+def test_a_tensor_on_the_host_is_copied(backend: Backend) -> None:
+    """Its values may change where nothing is watched, so it is no constant."""
+
+    class Offsets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset = torch.zeros(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.offset.to(x.device)
+
+    model, x = Offsets(), backend.randn(2, 3)
+    cuda_graphed(model, sizes=(2,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphCacheWarning)
+        for step in range(4):
+            model.offset.fill_(step)
+            equal(model(x), x + step)
+
+
+def test_copies_from_the_host_are_told_apart_by_bytes() -> None:
+    """On a device other than that of emulation, which holds no values here."""
+    there, read = torch.device("meta"), []
+    first = Constants(there, read=read.append)
+
+    def made() -> list[Tensor]:
+        numbers = torch.arange(3)
+        return [numbers.to(there), numbers.to(torch.float64).to("meta"), numbers.to(there, torch.int32)]
+
+    with first:
+        tensors = [*made(), torch.tensor([0, 1, 2], device=there), torch.tensor([-0.0], device=there)]
+    assert [t.dtype for t in tensors[:3]] == [torch.int64, torch.float64, torch.int32]
+    assert {t.device for t in tensors} == {there}
+    assert len(read) == 3
+    assert len(first.made) == 4  # the list has the bytes of the first
+    with Constants(there, first.made):
+        assert (
+            made()[0] is not first.made[torch.int64, torch.Size([3]), torch.arange(3).numpy().tobytes()]
+        )
+        with pytest.raises(CaptureError, match="other values from the host"):
+            torch.tensor([0.0], device=there)
+    with Constants(there) as other:
+        assert torch.zeros(2, 3).t().to(there).stride() == (1, 3)
+    assert not other.made  # its bytes alone don't tell what it is

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
 from graphcache.errors import CaptureError
-from graphcache.ops import HostReads, obstacle, take_apart, tensors_in, user_line, written_by
+from graphcache.host import HostReads
+from graphcache.ops import obstacle, take_apart, tensors_in, user_line, written_by
 from graphcache.patches import as_in_a_capture
 from graphcache.runtime import Result
 from graphcache.runtime.arena import EmulatedArena, copy_memory
