@@ -19,6 +19,7 @@ from graphcache.ops import is_library, user_line
 from graphcache.patches import without_mode
 
 _NUMBERS = (bool, int, float, complex)
+_LISTS = (list, tuple, torch.Size)
 _MAKES = (torch.tensor, torch.as_tensor)
 _INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 Key = tuple[torch.dtype, torch.Size, bytes]
@@ -197,7 +198,7 @@ def _is_on(there: Any, device: torch.device) -> bool:
 
 def _is_numbers(data: Any) -> bool:
     kind = type(data)
-    return kind in (*_NUMBERS, range) or (kind in (list, tuple) and all(map(_is_numbers, data)))
+    return kind in (*_NUMBERS, range) or (kind in _LISTS and all(map(_is_numbers, data)))
 
 
 def _leaves_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:

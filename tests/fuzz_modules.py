@@ -183,7 +183,8 @@ class Makes(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         ones = torch.ones(3, device=x.device)
         steps = torch.arange(WIDTH, device=x.device)
-        return ones, steps * 2, x + steps, torch.zeros((), device=x.device) + 1.5
+        listed = torch.tensor([0.5, 2.0], device=x.device)
+        return ones, steps * 2, x + steps, torch.zeros((), device=x.device) + 1.5, x[..., [1, 0]], listed
 
 
 class Constants(nn.Module):
@@ -362,7 +363,7 @@ class Settings(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.scale + self.plain.to(x)
         x = x * self.options["factor"] + self.options["bias"].to(x)
-        x = x * self.options["list"][1] + self.options["list"][0].to(x)
+        x = x * torch.tensor([self.options["list"][1]], device=x.device) + self.options["list"][0].to(x)
         x = x * self.config.scale + self.config.shift.to(x)
         x = x * x if self.config.flags["square"] else x
         return x / 2 if self.inner.flag else x

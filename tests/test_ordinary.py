@@ -247,6 +247,7 @@ OF_LISTS: dict[str, Callable[[Tensor], Tensor]] = {
     "as_tensor": lambda x: x * torch.as_tensor((1, 2, 3, 4), device=x.device, dtype=torch.float64),
     "new_tensor": lambda x: x * x.new_tensor([1, 2, 3, 4]),
     "in each other": lambda x: x[:, None] * torch.tensor(WEIGHTS, device=x.device),
+    "of a shape": lambda x: x / torch.tensor(x.shape[1:], device=x.device),
     "of a range": lambda x: x + torch.tensor(range(4), device=x.device),
     "made on the host": lambda x: x + torch.arange(4.0).to(x.device, torch.float64),
     "nothing": lambda x: torch.cat([x, torch.tensor([], device=x.device).expand(len(x), 0)], 1),
