@@ -193,7 +193,12 @@ def _on_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 
 def _is_on(there: Any, device: torch.device) -> bool:
-    return there is not None and torch.device(there) in (device, torch.device(device.type))
+    if there is None or torch.device(there).type != device.type:
+        return False
+    index: int | None = torch.device(there).index
+    if index is None and device.index is not None and device.type != "cpu":
+        index = torch.get_device_module(device).current_device()
+    return index == device.index
 
 
 def _is_numbers(data: Any) -> bool:
@@ -207,7 +212,7 @@ def _leaves_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], devic
     if device.type == "cpu" or tensor.device.type != "cpu" or not _is_plain(tensor):
         return False
     if func is Tensor.cuda:
-        return len(args) == 1 and not kwargs
+        return len(args) == 1 and not kwargs and _is_on("cuda", device)
     try:
         there, _, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
     except (TypeError, RuntimeError):

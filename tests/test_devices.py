@@ -1,11 +1,12 @@
 """Several GPUs in one process: each has its pool, and none is the current one by right."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 
-from graphcache import cuda_graphed, default_pool
+from graphcache import GraphCacheWarning, cuda_graphed, default_pool
 from tests.conftest import MLP, close
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -66,3 +67,20 @@ def test_tensors_on_two_devices_run_eagerly() -> None:
         x, y = torch.randn(2, 8, device="cuda:0"), torch.randn(2, 8, device="cuda:1")
         assert close(model(x, y), x + y.to("cuda:0"))
     assert model.cache_info().eager == {"tensors on several devices": 3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["its own", "the current one"])
+def test_lists_are_made_tensors_on_the_device_that_is_named(name: str) -> None:
+    there = torch.device("cuda", 1)
+    device = there if name == "its own" else "cuda"
+    model = cuda_graphed(lambda x: (x * 2, torch.tensor([1.0, 2.0], device=device)), sizes=(2,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphCacheWarning)
+        for _ in range(3):
+            x = torch.randn(2, 8, device=there)
+            doubled, listed = model(x)
+            assert torch.equal(doubled, x * 2)
+            assert listed.device == (there if name == "its own" else torch.device("cuda", 0))
+            assert listed.tolist() == [1.0, 2.0]
+    assert model.cache_info().hits == (2 if name == "its own" else 0)
