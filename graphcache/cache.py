@@ -79,7 +79,7 @@ class GraphCache(Graphs):
                 if bucket.lane.native.is_held_elsewhere():
                     raise Unservable("another thread holds an output of its lane")
                 if call.batch != bucket.size and bucket.native.trusted <= 0:
-                    if entry.is_ambiguous(call):
+                    if entry.is_ambiguous(call) and not self.signature.names_batch(call):
                         return first_call(self, function, instance, call, exactly=True)
                     return self._compared(function, call, entry, bucket)
                 if bucket.native.replays >= bucket.native.time_at:

@@ -19,6 +19,7 @@ from graphcache.forwards import (
 )
 from graphcache.options import Options
 from graphcache.pool import GraphPool, Stale
+from graphcache.signature import BatchDim
 from graphcache.staging import Pad
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def cuda_graphed(
     target: M,
     *,
-    batch_dim: int = ...,
+    batch_dim: BatchDim = ...,
     sizes: Iterable[int] | None = ...,
     pad: Pad = ...,
     bind: Iterable[str] = ...,
@@ -44,7 +45,7 @@ def cuda_graphed(
 def cuda_graphed(
     target: F,
     *,
-    batch_dim: int = ...,
+    batch_dim: BatchDim = ...,
     sizes: Iterable[int] | None = ...,
     pad: Pad = ...,
     bind: Iterable[str] = ...,
@@ -58,7 +59,7 @@ def cuda_graphed(
 def cuda_graphed(
     target: None = ...,
     *,
-    batch_dim: int = ...,
+    batch_dim: BatchDim = ...,
     sizes: Iterable[int] | None = ...,
     pad: Pad = ...,
     bind: Iterable[str] = ...,
@@ -71,7 +72,7 @@ def cuda_graphed(
 def cuda_graphed(
     target: Any = None,
     *,
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     sizes: Iterable[int] | None = None,
     pad: Pad = None,
     bind: Iterable[str] = (),
@@ -90,9 +91,10 @@ def cuda_graphed(
     Args:
         target: a forward in the body of a class, a `Module` class (its forward is replaced), a
             `Module` (likewise), or a function. Without it, a decorator is returned.
-        batch_dim: the dimension of the arguments that carries the batch. The first tensor argument
-            that has it, and is not bound, tells the batch; tensors of another length there are taken
-            to carry none. Which dimensions of the outputs carry it is learned.
+        batch_dim: the dimension of the arguments that carries the batch, or a dictionary of such by
+            argument name: None for an argument without a batch, 0 for one that is not named. The first
+            tensor argument that has it, and is not bound, tells the batch; tensors of another length
+            there are taken to carry none. Which dimensions of the outputs carry it is learned.
         sizes: the batch sizes to capture. Without them: 1, 2, 4, then multiples of 8, as far as the
             batches that come. Larger batches run eagerly where sizes are given.
         pad: what padded rows hold: a number, "edge" (the last row again), or either by argument name;

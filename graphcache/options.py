@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 from graphcache.buckets import check_sizes
 from graphcache.errors import OptionError
 from graphcache.pool import GraphPool, Stale
-from graphcache.signature import parameters_of, top_name
+from graphcache.signature import BatchDim, parameters_of, top_name
 from graphcache.staging import Pad
 
 
 class Options(NamedTuple):
     """The keywords of `cuda_graphed`; see there."""
 
-    batch_dim: int = 0
+    batch_dim: BatchDim = 0
     sizes: tuple[int, ...] | None = None
     pad: Pad = None
     bind: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Options(NamedTuple):
     def checked(
         cls,
         *,
-        batch_dim: int,
+        batch_dim: Any,
         sizes: Iterable[int] | None,
         pad: Any,
         bind: str | Iterable[str],
@@ -39,7 +39,7 @@ class Options(NamedTuple):
     ) -> "Options":
         """Returns the options, or raises `OptionError` for one that makes no sense."""
         return cls(
-            batch_dim=_integer(batch_dim),
+            batch_dim=_check_dims(batch_dim),
             sizes=None if sizes is None else check_sizes(sizes),
             pad=_check_pad(pad),
             bind=_names(bind),
@@ -56,7 +56,8 @@ class Options(NamedTuple):
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
         pads = self.pad if isinstance(self.pad, dict) else {}
-        for option, names in (("pad", pads), ("bind", self.bind)):
+        dims = self.batch_dim if isinstance(self.batch_dim, dict) else {}
+        for option, names in (("batch_dim", dims), ("pad", pads), ("bind", self.bind)):
             for name in names:
                 if top_name(name) not in parameters:
                     raise OptionError(
@@ -86,10 +87,16 @@ def _names(bind: Any) -> tuple[str, ...]:
     return names
 
 
-def _integer(batch_dim: Any) -> int:
-    if type(batch_dim) is not int:
-        raise OptionError(f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension")
-    return batch_dim
+def _check_dims(batch_dim: Any) -> BatchDim:
+    by_name = isinstance(batch_dim, dict)
+    dims = [dim for dim in batch_dim.values() if dim is not None] if by_name else [batch_dim]
+    names = batch_dim if by_name else ()
+    if not all(type(dim) is int for dim in dims) or not all(isinstance(name, str) for name in names):
+        raise OptionError(
+            f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension, for all arguments or "
+            "in a dictionary by argument name, where None stands for no batch"
+        )
+    return dict(batch_dim) if by_name else batch_dim
 
 
 def _share(min_gain: Any) -> float | None:

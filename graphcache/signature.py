@@ -12,6 +12,7 @@ from graphcache.keepers import Habits, Home, Homes, Passed
 from graphcache.tree import Kept, Node, NotATree, attributes_of_tensor, flatten, native, rebuild
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
+BatchDim = int | dict[str, int | None]
 STAGE_LIMIT = 4 * 2**20  # bytes
 
 BATCHED, WHOLE, BOUND = "batched", "whole", "bound"
@@ -123,14 +124,15 @@ class Signature:
 
     Args:
         function: the forward, bound where it is a method.
-        batch_dim: the dimension of the arguments that carries the batch; negative counts from the end.
+        batch_dim: the dimension of the arguments that carries the batch, or that of each by its name;
+            negative ones count from the end.
         bind: names of parameters that are bound by address.
 
     Attributes:
         habits: what the forward does to objects that it is passed.
     """
 
-    def __init__(self, function: Callable[..., Any], batch_dim: int, bind: Iterable[str]) -> None:
+    def __init__(self, function: Callable[..., Any], batch_dim: BatchDim, bind: Iterable[str]) -> None:
         self.batch_dim = batch_dim
         self.bind = frozenset(bind)
         self.habits = Habits()
@@ -162,8 +164,8 @@ class Signature:
                 )
             )
         leaves = []
-        for tensor, leaf in zip(call.leaves, call.roles, strict=True):
-            dim = self._dim(tensor)
+        for tensor, name, leaf in zip(call.leaves, call.names, call.roles, strict=True):
+            dim = self._dim(tensor, name)
             carries = dim is not None and tensor.shape[dim] == call.batch
             weak = leaf.role is WHOLE and _nbytes(tensor) > STAGE_LIMIT
             role = (BATCHED, WHOLE, BOUND).index(leaf.role)
@@ -251,7 +253,7 @@ class Signature:
             for index, name in enumerate(names)
             if index in by_address or (self.bind and top_name(name) in self.bind)
         }
-        batch = self._batch(leaves, bound)
+        batch = self._batch(leaves, names, bound)
         roles: list[Leaf] = []
         key: list[Any] = [layout, modes, leaves[0].device, same]
         for index, tensor in enumerate(leaves):
@@ -265,7 +267,7 @@ class Signature:
                     "as arguments"
                 )
             shape = tensor.shape
-            dim = self._dim(tensor)
+            dim = self._dim(tensor, names[index])
             if dim is not None and shape[dim] != batch:
                 dim = None
             weak = _C.is_weak(tensor)
@@ -292,15 +294,27 @@ class Signature:
                 key.append((BATCHED, tensor.dtype, (*shape[:dim], -1, *shape[dim + 1 :]), order))
         return Call(args, kwargs, layout, leaves, names, roles, same, batch, tuple(key), kept)
 
-    def _dim(self, tensor: Tensor) -> int | None:
-        dim = self.batch_dim if self.batch_dim >= 0 else self.batch_dim + tensor.dim()
-        return dim if 0 <= dim < tensor.dim() else None
+    def names_batch(self, call: Call) -> bool:
+        """Tells whether `batch_dim` names every argument that carries the batch."""
+        carriers = (
+            name for name, leaf in zip(call.names, call.roles, strict=True) if leaf.role is BATCHED
+        )
+        return isinstance(self.batch_dim, dict) and all(
+            name in self.batch_dim or top_name(name) in self.batch_dim for name in carriers
+        )
 
-    def _batch(self, leaves: list[Tensor], bound: set[int]) -> int:
+    def _dim(self, tensor: Tensor, name: str) -> int | None:
+        dims = self.batch_dim
+        dim = dims.get(name, dims.get(top_name(name), 0)) if isinstance(dims, dict) else dims
+        if dim is not None and dim < 0:
+            dim += tensor.dim()
+        return dim if dim is not None and 0 <= dim < tensor.dim() else None
+
+    def _batch(self, leaves: list[Tensor], names: list[str], bound: set[int]) -> int:
         if not leaves:
             raise Unservable("no tensor among the arguments")
         for index, tensor in enumerate(leaves):
-            dim = self._dim(tensor)
+            dim = self._dim(tensor, names[index])
             if dim is not None and index not in bound:
                 return tensor.shape[dim]
         raise Unservable(f"no argument has dimension {self.batch_dim} (batch_dim)")

@@ -1,5 +1,6 @@
 """Sizes, padding and what comes back: every result is compared with eager."""
 
+import copy
 import dataclasses
 import enum
 import functools
@@ -122,6 +123,45 @@ def test_any_batch_dim(backend: Backend, dim: int) -> None:
         assert out.stride() == x.stride()
         out.view(-1)  # eager gives a contiguous result at every batch
     assert info(model).hits == 6
+
+
+def test_the_batch_is_in_another_dimension_of_each_argument(backend: Backend) -> None:
+    """As with `batch_first`: the state has it in its second one."""
+    layer = nn.LSTM(4, 6, num_layers=2, batch_first=True).to(backend.device)
+    plain = copy.deepcopy(layer).to(backend.device)
+    model = cuda_graphed(layer, sizes=(2, 4), batch_dim={"input": 0, "hx": 1})
+    for batch in (3, 4, 2, 1, 3, 4, 3, 1):
+        given = backend.randn(batch, 5, 4), (backend.randn(2, batch, 6), backend.randn(2, batch, 6))
+        (out, (h, c)), (want, (want_h, want_c)) = model(*given), plain(*given)
+        assert close(out, want)
+        assert close(h, want_h)
+        assert close(c, want_c)
+    assert info(model).hits == 5
+    assert set(info(model).sizes) == {2, 4}
+
+
+def test_an_argument_has_no_batch(backend: Backend) -> None:
+    """It is as long as the batch by chance."""
+    table = backend.randn(4, 8)
+    model = cuda_graphed(lambda x, table: x @ table, sizes=(2, 4), batch_dim={"table": None})
+    for batch in (4, 4, 3, 2, 4):
+        x = backend.randn(batch, 4)
+        assert close(model(x, table), x @ table)
+    assert model.cache_info().hits >= 3
+    assert set(model.cache_info().sizes) == {2, 4}
+
+
+def test_a_path_names_one_tensor_of_an_argument(backend: Backend) -> None:
+    model = cuda_graphed(
+        lambda batch: batch["rows"] + batch["columns"].t(),
+        sizes=(4,),
+        batch_dim={"batch": 0, "batch['columns']": 1},
+    )
+    for rows in (3, 3, 3):
+        given = {"rows": backend.randn(rows, 5), "columns": backend.randn(5, rows)}
+        assert torch.equal(model(given), given["rows"] + given["columns"].t())
+    assert model.cache_info().hits == 1  # and one was compared: which argument has the batch is known
+    assert model.cache_info().sizes == (4,)
 
 
 def test_inputs_that_are_not_contiguous(backend: Backend, mlp: MLP) -> None:
