@@ -303,6 +303,18 @@ class Norm(nn.Module):
         return self.norm(x)
 
 
+class Recurrent(nn.Module):
+    """Its state has the batch in the second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = state * 0.5 + self.mix(x)
+        return state.sum(0), state
+
+
 class Remembers(nn.Module):
     """Changes attributes: what no graph replays."""
 
@@ -480,7 +492,7 @@ class Kind:
     parts: Callable[[Any], Sequence[nn.Module]] = itself
     pads: tuple[Any, ...] = (None, 0, 1.5, "edge")
     binds: tuple[tuple[str, ...], ...] = ((),)
-    batch_dims: tuple[int, ...] = (0,)
+    batch_dims: tuple[Any, ...] = (0,)
     smooth: bool = True
     typed: bool = False
     pure: bool = True
@@ -563,6 +575,10 @@ def _keywords(m: Inputs) -> Arguments:
     )
 
 
+def _recurrent(m: Inputs) -> Arguments:
+    return (m.floats(m.batch, WIDTH), m.floats(2, m.batch, WIDTH)), {}
+
+
 def _table(m: Inputs) -> Arguments:
     return (m.floats(m.batch, WIDTH), m.floats(3, WIDTH)), {}
 
@@ -622,6 +638,9 @@ KINDS = {
     # Not fed: what eager returned as a view of an argument is a copy from a graph, and stays as it was.
     "in place": Kind(InPlace, _in_place, binds=((), ("x",)), smooth=False, pure=False),
     "batch norm": Kind(Norm, _near_zero, typed=True, pads=(None,), pure=False),
+    "recurrent": Kind(
+        Recurrent, _recurrent, batch_dims=({"x": 0, "state": 1}, {"state": 1}, 0), typed=True
+    ),
     "remembers": Kind(Remembers, _x, pure=False, attributes=("calls", "last")),
     "lazy": Kind(Lazy, _x, pure=False, attributes=("table",)),
     "dropout": Kind(Dropout, _x, pure=False),
