@@ -26,6 +26,7 @@ from graphcache.places import (
     Place,
     classes,
     groups,
+    is_iterator,
     is_plain,
     named_in,
     slots_of,
@@ -45,9 +46,10 @@ class Guards:
         native: what holds and compares it.
         unwatched: tensors that the forward reached, and to which no place was found to lead.
         hooked: the name of a module inside that has hooks, which a replay would not call; or None.
+        iterators: names of iterators, which no replay would advance.
     """
 
-    __slots__ = ("_labels", "hooked", "native", "unwatched")
+    __slots__ = ("_labels", "hooked", "iterators", "native", "unwatched")
 
     def __init__(
         self,
@@ -55,11 +57,13 @@ class Guards:
         unwatched: Iterable[Tensor] = (),
         labels: dict[str, list[str]] | None = None,
         hooked: str | None = None,
+        iterators: Iterable[str] = (),
     ) -> None:
         self.native = native or _C.Guard()
         self.unwatched = list(unwatched)
         self._labels = labels or {}
         self.hooked = hooked
+        self.iterators = list(iterators)
 
     def hold(self, *, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
@@ -108,7 +112,7 @@ class Guards:
         lost += [tensor for tensor in outside if _C.storage_key(tensor) not in storages]
         names = zip(search.modules, search.labels["module"], strict=True)
         hooked = (name for module, name in names if module is not instance and _has_hooks(module))
-        return cls(native, lost, search.labels, next(hooked, None))
+        return cls(native, lost, search.labels, next(hooked, None), search.iterators)
 
     @classmethod
     def of_object(cls, value: Any, name: str, depth: int, tensors: Iterable[Tensor]) -> "Guards":
@@ -137,6 +141,7 @@ class _Search:
         self.dicts: list[tuple[dict[Any, Any], bool]] = []
         self.lists: list[Any] = []  # and sets
         self.buffers: list[Any] = []
+        self.iterators: list[str] = []
         self.places: dict[tuple[int, Any], Place] = {}
         self.tensors: dict[int, Tensor] = {}
         kinds = ("module", "object", "dict", "list", "buffer", "place", "tensor")
@@ -183,6 +188,8 @@ class _Search:
                 self.tensors[id(value)] = value
                 self.labels["tensor"].append(label)
                 self._inside(value, leads, 1, label)
+        elif is_iterator(value):
+            self.iterators.append(f"{label} ({type(value).__name__})")
         elif depth > 0 and not is_plain(value) and self._is_new(value, depth):
             if (array := _bytes_of(value)) is not None:
                 self.buffers.append(array)

@@ -163,6 +163,9 @@ class Observation:
         guards = Guards.find(instance, self._reads, reached, outside)
         if guards.hooked is not None:
             raise Unservable(f"hooks inside the forward, on {guards.hooked}")
+        if guards.iterators:
+            what = guards.iterators[0]
+            raise CaptureError(f"it reads an iterator, {what}, which no graph advances; keep an index")
         for tensor in self.observer.external.values():
             if tensor.device != self.observer.device:
                 raise CaptureError(f"it reads a tensor on {tensor.device} ({describe(tensor)})")

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
+from io import IOBase
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -21,7 +22,7 @@ from types import (
     ModuleType,
 )
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import ProxyTypes, ref
 
 import torch
 from torch import Tensor, nn
@@ -205,6 +206,15 @@ def code_in(value: Any, depth: int = 2 * DEPTH, seen: set[int] | None = None) ->
 def is_plain(value: Any) -> bool:
     """Tells whether it leads to nothing, and is known by its value."""
     return isinstance(value, _PLAIN)
+
+
+def is_iterator(value: Any) -> bool:
+    """Tells whether code of C keeps how far it has come; where a file stands is no value."""
+    kind = type(value)
+    step = getattr(kind, "__next__", None)
+    if step is None or isinstance(step, FunctionType):
+        return False
+    return kind not in ProxyTypes and not issubclass(kind, IOBase)
 
 
 def named_in(table: dict[str, Any], names: Any) -> list[tuple[str, Any]]:
