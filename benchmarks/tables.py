@@ -61,11 +61,11 @@ def memcheck(figures: dict[str, Any]) -> str:
     ]
     left_out = (
         "but for those that count launches by torch's profiler, whose place it takes, and for the "
-        "examples and the fuzzer, which are the other part"
+        "examples, which are the other part"
     )
     which = {
         "tests": f"The CUDA tests, {left_out},",
-        "programs": "The examples and the fuzzer, on CUDA,",
+        "programs": "The examples, on CUDA,",
     }
     return (
         f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`. A test may fail there for "
