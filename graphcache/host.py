@@ -21,6 +21,7 @@ from graphcache.patches import without_mode
 _NUMBERS = (bool, int, float, complex)
 _LISTS = (list, tuple, torch.Size)
 _MAKES = (torch.tensor, torch.as_tensor)
+_MOVES = (Tensor.to, Tensor.cuda, Tensor.type_as)
 _INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 Key = tuple[torch.dtype, torch.Size, bytes]
 
@@ -129,11 +130,13 @@ class Constants(Unseen):
             with torch._C._DisableTorchDispatch():
                 host = _on_host(func, args, kwargs)
             return self._on_device(host)
-        if func in (Tensor.to, Tensor.cuda) and _leaves_host(func, args, kwargs, self._device):
-            self._read(args[0])
-            with torch._C._DisableTorchDispatch():
-                host = args[0].to(_dtype_of(func, args, kwargs))
-            return self._on_device(host)
+        if func in _MOVES and self._device.type != "cpu" and _is_dense_on_host(args[0]):
+            there, dtype = _target(func, args, kwargs)
+            if _is_on(there, self._device):
+                self._read(args[0])
+                with torch._C._DisableTorchDispatch():
+                    host = args[0].to(dtype or args[0].dtype)
+                return self._on_device(host)
         return func(*args, **kwargs)
 
     def _index(self, index: Any) -> Any:
@@ -206,23 +209,11 @@ def _is_numbers(data: Any) -> bool:
     return kind in (*_NUMBERS, range) or (kind in _LISTS and all(map(_is_numbers, data)))
 
 
-def _leaves_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
-    """Tells whether a dense tensor on the host is copied to `device`, in its order."""
-    tensor = args[0]
-    if device.type == "cpu" or tensor.device.type != "cpu" or not _is_plain(tensor):
-        return False
-    if func is Tensor.cuda:
-        return len(args) == 1 and not kwargs and _is_on("cuda", device)
-    try:
-        there, _, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
-    except (TypeError, RuntimeError):
-        return False
-    return _is_on(there, device) and memory_format in (None, torch.preserve_format)
-
-
-def _is_plain(tensor: Tensor) -> bool:
+def _is_dense_on_host(tensor: Tensor) -> bool:
+    """Tells whether its bytes, in order, are all that there is to it."""
     return (
         type(tensor) is Tensor
+        and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.requires_grad
@@ -232,9 +223,17 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _dtype_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
-    parsed = None if func is Tensor.cuda else torch._C._nn._parse_to(*args[1:], **kwargs)[1]
-    return parsed or args[0].dtype
+def _target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
+    """Returns the device and the dtype that a tensor is moved to; None for what is not told of."""
+    if func is Tensor.type_as:
+        return args[1].device, args[1].dtype
+    if func is Tensor.cuda:
+        return None if args[1:] or kwargs else "cuda", None
+    try:
+        there, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+    except (TypeError, RuntimeError):
+        return None, None
+    return there if memory_format in (None, torch.preserve_format) else None, dtype
 
 
 def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

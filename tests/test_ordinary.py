@@ -250,6 +250,7 @@ OF_LISTS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a shape": lambda x: x / torch.tensor(x.shape[1:], device=x.device),
     "of a range": lambda x: x + torch.tensor(range(4), device=x.device),
     "made on the host": lambda x: x + torch.arange(4.0).to(x.device, torch.float64),
+    "made on the host like it": lambda x: x + torch.tensor([1, 2, 3, 4]).type_as(x),
     "nothing": lambda x: torch.cat([x, torch.tensor([], device=x.device).expand(len(x), 0)], 1),
     "written to": lambda x: x + torch.tensor([1.0, 2, 3, 4], device=x.device).mul_(2),
     "index": lambda x: x[:, [2, -1, 0]],
@@ -365,7 +366,8 @@ def test_copies_from_the_host_are_told_apart_by_bytes() -> None:
 
     def made() -> list[Tensor]:
         numbers = torch.arange(3)
-        return [numbers.to(there), numbers.to(torch.float64).to("meta"), numbers.to(there, torch.int32)]
+        other = torch.empty(1, dtype=torch.int32, device=there)
+        return [numbers.to(there), numbers.to(torch.float64).to("meta"), numbers.type_as(other)]
 
     with first:
         tensors = [*made(), torch.tensor([0, 1, 2], device=there), torch.tensor([-0.0], device=there)]
