@@ -6,6 +6,7 @@ global) is watched: the same object must still be there, tensors at the same add
 once; the native guard compares.
 """
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -100,6 +101,8 @@ class Guards:
         for code in reads.code:
             search.visit(code, (_kept(code),), DEPTH, getattr(code, "__qualname__", ""))
         search.classes(Tensor)
+        if reads.names is None or "environ" in reads.names:
+            search.visit(os.environ, (), DEPTH, "os.environ")
         for place, label in reads.scopes():
             search.watch((place,), label)
             if len(place) > 2:

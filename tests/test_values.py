@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import operator
+import os
 import sys
 import types
 import weakref
@@ -321,6 +322,16 @@ CASES: dict[str, tuple[Forward, Callable[[torch.device], Any], Change]] = {
         lambda m, x: m.held(x),
         lambda _: functools.partial(scaled, alpha=2.0),
         lambda m, patch: m.held.keywords.update(alpha=3.0),
+    ),
+    "an environment variable": (
+        lambda m, x: x * 3 if os.environ.get("GRAPHCACHE_OF_A_TEST") else x * 2,
+        lambda _: None,
+        lambda m, patch: patch.setenv("GRAPHCACHE_OF_A_TEST", "1"),
+    ),
+    "an environment variable, by a function": (
+        lambda m, x: x * float(os.getenv("GRAPHCACHE_OF_A_TEST", "2")),
+        lambda _: None,
+        lambda m, patch: patch.setenv("GRAPHCACHE_OF_A_TEST", "3"),
     ),
     "a deque": (lambda m, x: x * m.held[0], lambda _: collections.deque([2.0]), put(0)),
     "a longer deque": (
