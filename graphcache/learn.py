@@ -119,6 +119,9 @@ class Observation:
         self._check_result()
         if self._reads.captures:
             raise CaptureError(COMPILED_TO_GRAPHS)
+        if self._reads.launches:
+            what = self._reads.launches
+            raise CaptureError(f"it {what}: such kernels may run on a stream that no capture sees")
         if self._reads.seeded:
             raise CaptureError(f"it sets the state of a random generator ({self._reads.seeded})")
         if self._reads.drew_on_the_host():

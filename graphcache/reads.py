@@ -26,6 +26,9 @@ from graphcache.snapshot import Snapshot
 _ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
+# Their kernels run on streams of their own, and none of a capture's is one.
+_LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
+_HAND_OVER = ("_to_dlpack", "_to_dlpack_versioned")
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
@@ -49,6 +52,7 @@ class Reads:
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
         self.seeded: str | None = None  # what it called of a generator of torch, to set its state
+        self.launches: str | None = None  # what it does that has others launch kernels
         self.asks = False  # whether a capture is under way
         self.compiled = False  # by torch.compile, in whole or in part
         self.captures = False  # and that makes CUDA graphs of its own
@@ -96,6 +100,7 @@ class Reads:
         if code in self._seen:
             return
         self._seen.add(code)
+        self._note_launcher(frame.f_globals.get("__name__"))
         if _is_library(code, frame.f_globals):
             return
         named, scope = self._named[code] = Named(code), frame.f_globals
@@ -117,12 +122,19 @@ class Reads:
 
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        self._note_launcher(getattr(function, "__module__", None) or type(owner).__module__)
+        if name in _HAND_OVER:
+            self.launches = self.launches or "hands memory over by DLPack"
         if isinstance(owner, torch.Generator):
             if name in ("manual_seed", "seed", "set_state", "graphsafe_set_state"):
                 self.seeded = name
         elif type(owner).__module__.startswith(("random", "numpy.random")) and name != "getstate":
             # What compiles a kernel at its first call draws the names of temporary files.
             self._drawn = self._drawn or not _is_below(tempfile.__file__, caller)
+
+    def _note_launcher(self, module: Any) -> None:
+        if self.launches is None and f"{module}.".startswith(_LAUNCHERS):
+            self.launches = f"calls {str(module).partition('.')[0]}"
 
     @property
     def names(self) -> frozenset[str] | None:

@@ -261,6 +261,65 @@ def test_fallback_false_raises(backend: Backend, name: str) -> None:
         model(backend.randn(2, 2))
 
 
+@pytest.mark.parametrize("name", ["cupy", "cupyx.scipy", "numba.cuda.dispatcher", "warp._src.context"])
+def test_a_library_launches_kernels_past_torch(backend: Backend, name: str) -> None:
+    """They run on the library's stream: while a capture is under way at once, and in no replay."""
+    library: dict[str, Any] = {"__name__": name}
+    exec("def double(x): return x.mul_(2)", library)
+    model = cuda_graphed(lambda x: library["double"](x + 0) + 1, sizes=(2,))
+    x = backend.randn(2, 2)
+    with pytest.warns(
+        GraphCacheWarning, match=f"it calls {name.partition('.')[0]}: such kernels may run"
+    ):
+        assert torch.equal(model(x), x * 2 + 1)
+    assert torch.equal(model(x), x * 2 + 1)
+    assert model.cache_info().hits == 0
+
+
+def test_a_library_of_another_name_is_code_as_any(backend: Backend) -> None:
+    library: dict[str, Any] = {"__name__": "numba_cpu.warping"}
+    exec("def double(x): return x.mul_(2)", library)
+    model = cuda_graphed(lambda x: library["double"](x + 0) + 1, sizes=(2,))
+    x = backend.randn(2, 2)
+    for _ in range(3):
+        assert torch.equal(model(x), x * 2 + 1)
+    assert model.cache_info().hits == 2
+
+
+def test_cupy_writes_to_an_intermediate(backend: Backend) -> None:
+    cupy = pytest.importorskip("cupy", exc_type=ImportError)
+    if backend.name != "cuda":
+        pytest.skip("CuPy takes tensors on a GPU")
+
+    def forward(x: Tensor) -> Tensor:
+        y = x + 0
+        torch.cuda.current_stream().synchronize()
+        cupy.asarray(y)[:] *= 2
+        cupy.cuda.get_current_stream().synchronize()
+        return y + 1
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 2)
+    with pytest.warns(GraphCacheWarning, match="it calls cupy"):
+        assert torch.equal(model(x), x * 2 + 1)
+    for _ in range(3):
+        x = backend.randn(2, 2)
+        assert torch.equal(model(x), x * 2 + 1)
+
+
+def test_memory_is_handed_over_by_dlpack(backend: Backend) -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x + 0
+        torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(y)).mul_(2)
+        return y
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 2)
+    with pytest.warns(GraphCacheWarning, match="it hands memory over by DLPack: such kernels"):
+        assert torch.equal(model(x), x * 2)
+    assert torch.equal(model(x), x * 2)
+
+
 def test_the_process_is_in_good_order_after_a_failed_capture(backend: Backend, mlp: MLP) -> None:
     """The operation is hidden from the first call, so that the capture itself fails."""
     there = hidden()  # where nothing watches
