@@ -6,6 +6,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graphcache.buckets import default_sizes
@@ -19,7 +20,7 @@ from graphcache.observe import Observer
 from graphcache.signature import Call, Unservable
 from graphcache.state import uncollected
 from graphcache.tree import NotATree
-from graphcache.verify import Sample
+from graphcache.verify import Sample, agree, first_rows
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def learn(
         entry.homes, entry.last = call.homes, graphs.native.calls
         _capture(graphs, job, entry, layout, seen.tensors, exactly=exactly)
         _leave_changed(graphs, call)  # a capture runs the forward's Python
+        _check_own_replay(graphs, entry, call, seen)
         if not guards.hold(grad=False):
             _leave_unsettled(graphs)
             raise CaptureError(CHANGES.format(guards.broken(grad=False)))
@@ -205,6 +207,32 @@ def _capture(
     graphs.counts.capture_seconds += seconds
     captured = [bucket.size for bucket in buckets]
     logger.info("captured %s at sizes %s in %.2f s", graphs.name, captured, seconds)
+
+
+def _check_own_replay(graphs: Graphs, entry: Entry, call: Call, seen: Observation) -> None:
+    """Compares a replay with what the first call returned, where neither has effects or draws.
+
+    Kernels that a capture did not see, on a stream of their own, are missing from its graph. Compiled
+    code did not run at the first call, and rounds otherwise.
+
+    Raises:
+        CaptureError: where they differ.
+    """
+    bucket = entry.buckets.get(call.batch)
+    if bucket is None or not entry.pure or seen.observer.draws or seen.compiled:
+        return
+    outputs = bucket.result.outputs
+    wanted = [t for t, output in zip(seen.tensors, outputs, strict=True) if output.is_weak()]
+    try:
+        result = bucket.try_out(call, graphs.native.calls)
+        agrees = agree(wanted, first_rows(result, outputs, call.batch))
+    except torch.OutOfMemoryError:  # a replay needs none, so this is all that fails
+        return
+    if not agrees:
+        raise CaptureError(
+            "its graph returns something else than it does itself: it launches kernels that no capture "
+            "sees, or returns something else each time"
+        )
 
 
 def _give_up(graphs: Graphs, instance: Any, call: Call, error: Exception) -> None:

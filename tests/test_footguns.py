@@ -2186,6 +2186,45 @@ def test_an_error_in_a_replayed_call_leaves_the_next_one_alone(backend: Backend,
     replays(net, x)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_kernel_runs_where_no_capture_sees_it(backend: Backend, missing: int) -> None:
+    """On the legacy stream, as extensions do: it runs while a graph is captured, and in no replay."""
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = x * 2, x + 1
+        if not Capturing():
+            outputs[missing].mul_(3)
+        return outputs
+
+    model = cuda_graphed(forward, sizes=(2, 4))
+    x = backend.randn(2, 8)
+    with pytest.warns(GraphCacheWarning, match="its graph returns something else"):
+        equal(model(x)[missing], forward(x)[missing])
+    for batch in (2, 3, 4):
+        x = backend.randn(batch, 8)
+        equal(model(x)[missing], forward(x)[missing])
+    assert info(model).hits == 0
+
+
+def test_the_forward_names_the_default_stream(backend: Backend) -> None:
+    """Which is the caller's in eager, and not that of the capture."""
+    cuda = backend.name == "cuda"
+
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        with torch.cuda.stream(torch.cuda.default_stream()) if cuda else nullcontext():
+            y.mul_(3)
+        return y
+
+    model = cuda_graphed(forward, sizes=(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphCacheWarning)
+        for _ in range(3):
+            x = backend.randn(2, 8)
+            equal(model(x), x * 6)
+    assert info(model).hits == (0 if cuda else 2)
+
+
 def test_interrupted_while_capturing(backend: Backend) -> None:
     """Ctrl-C is no failure of the capture, and must not leave a lock or a capture behind."""
     presses = hidden(True)
