@@ -185,7 +185,7 @@ def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device
             len(args) == 2
             and kwargs.keys() <= {"device", "dtype"}
             and _is_on(there, device)
-            and (_is_numbers(args[1]))
+            and _is_numbers(args[1])
         )
     return False
 
