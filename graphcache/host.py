@@ -173,10 +173,13 @@ def is_filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
     """Tells whether this call of `func` makes a tensor on `device` of numbers."""
     if func in _MAKES:
+        there = kwargs.get("device")
+        if there is None and device.type != "cpu":
+            there = torch.get_default_device()
         return (
             len(args) == 1
             and kwargs.keys() <= {"device", "dtype"}
-            and _is_on(kwargs.get("device"), device)
+            and _is_on(there, device)
             and _is_numbers(args[0])
         )
     if func is Tensor.new_tensor:

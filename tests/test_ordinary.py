@@ -280,6 +280,16 @@ def test_a_list_is_made_a_tensor(backend: Backend, name: str) -> None:
     assert info(model).hits >= 3, info(model)
 
 
+@pytest.mark.parametrize("data", [[1.0, 2.0, 3.0], 2.0])
+def test_a_list_is_made_a_tensor_on_the_default_device(backend: Backend, data: Any) -> None:
+    model = cuda_graphed(lambda x: x * torch.tensor(data), sizes=(2, 4))
+    with torch.device(backend.device):
+        for batch in (4, 2, 3, 4, 3):
+            x = backend.randn(batch, 3)
+            equal(model(x), x * torch.tensor(data))
+    assert info(model).hits >= 3
+
+
 def test_a_list_that_is_made_a_tensor_is_returned(backend: Backend) -> None:
     """Each call has a tensor of its own."""
     model = cuda_graphed(lambda x: (x + 1, torch.tensor([1.0, 2.0], device=x.device)), sizes=(2,))
