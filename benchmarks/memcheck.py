@@ -1,13 +1,11 @@
-"""Run the CUDA tests under compute-sanitizer's memcheck, and record what it found.
+"""Run the CUDA tests, or the examples, under compute-sanitizer's memcheck, and record what it found.
 
     python -m benchmarks.memcheck tests --out benchmarks/results --pytest "-n 20 --dist worksteal"
-    python -m benchmarks.memcheck programs --out benchmarks/results --pytest "-n 7"
+    python -m benchmarks.memcheck examples --out benchmarks/results
 
-The second is of the examples, which launch most: each launch is waited for, and processes on one GPU
-wait for each other besides. So these are best run on a GPU of their own.
+Each launch is waited for, and processes on one GPU wait for each other besides. So programs take
+minutes, and the second is best run on a GPU of its own.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -16,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from benchmarks import record
@@ -30,9 +30,15 @@ SANITIZER = (
 # Each process takes long to start, and Inductor would start one for each core.
 FEW_PROCESSES = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # The profiler is what memcheck takes the place of.
-PARTS = {
-    "tests": "cuda and not profile and not test_examples",
-    "programs": "cuda and test_examples",
+TESTS = ("-k", "cuda and not profile", "-m", "not programs")
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "weak_refs": (),
+    "char_decode": ("--steps", "8", "--prompts", "4"),
+    "generate": ("--tokens", "4"),
+    "plain_module": ("--calls", "40"),
+    "continuous_batching": ("--requests", "8"),
+    "embeddings": ("--requests", "15"),
+    "two_models": ("--tokens", "8"),
 }
 # What it has to report, or a run without errors would tell nothing.
 READS_FREED_MEMORY = """
@@ -58,18 +64,44 @@ def errors(text: str) -> int:
     return sum(map(int, found))
 
 
-def run(part: str, folder: Path, options: Sequence[str], log: Path) -> dict[str, Any]:
-    """Runs the tests and the script above; returns the errors of each, and how many tests passed.
+def run_tests(folder: Path, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Runs the tests; returns the log, and how many passed."""
+    log = folder / "tests.log"
+    with log.open("w") as stdout:
+        tests = record.run_tests(folder, [*TESTS, *options], prefix=SANITIZER, stdout=stdout)
+    return log.read_text(), {"counts": tests["counts"]}
+
+
+def run_examples(folder: Path, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Runs the examples side by side, with few steps each; returns the logs, and how many passed."""
+
+    def run(name: str) -> int:
+        start = perf_counter()
+        more = (*EXAMPLES[name], *options, "--device", "cuda")
+        command = [*SANITIZER, sys.executable, str(record.ROOT / "examples" / f"{name}.py"), *more]
+        with (folder / f"{name}.log").open("w") as stdout:
+            status = subprocess.run(command, cwd=folder, check=False, stdout=stdout).returncode
+        print(f"{name}: {perf_counter() - start:.0f} s, status {status}", flush=True)
+        return status
+
+    with ThreadPool(len(EXAMPLES)) as pool:
+        statuses = pool.map(run, EXAMPLES)
+    logs = [(folder / f"{name}.log").read_text() for name in EXAMPLES]
+    for log in logs:
+        errors(log)  # each has to have its summary
+    wrong = sum(status != 0 for status in statuses)
+    return "\n".join(logs), {"counts": {"cuda": {"passed": len(logs) - wrong, "failed": wrong}}}
+
+
+def run(part: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
+    """Runs one part and the script above; returns the errors of each, and how many passed.
 
     Args:
-        part: which tests; see `PARTS`.
-        folder: for the report of the tests.
-        options: more of pytest.
-        log: where the output goes.
+        part: which; see `PARTS`.
+        folder: where the logs go.
+        options: more for what is run.
     """
-    options = ["-k", PARTS[part], *options]
-    with log.open("w") as stdout:
-        tests = record.run_tests(folder, options, prefix=SANITIZER, stdout=stdout)
+    log, counts = PARTS[part](folder, options)
     canary = subprocess.run(
         [*SANITIZER, sys.executable, "-c", READS_FREED_MEMORY],
         cwd=record.ROOT,
@@ -77,24 +109,26 @@ def run(part: str, folder: Path, options: Sequence[str], log: Path) -> dict[str,
         text=True,
         check=False,
     )
-    found = {"errors": errors(log.read_text()), "errors_of_a_faulty_script": errors(canary.stdout)}
+    found = {"errors": errors(log), "errors_of_a_faulty_script": errors(canary.stdout)}
     wrong = found["errors"] or not found["errors_of_a_faulty_script"]
-    return {"part": part, **found, "counts": tests["counts"], "status": int(bool(wrong))}
+    return {"part": part, **found, **counts, "status": int(bool(wrong))}
+
+
+PARTS = {"tests": run_tests, "examples": run_examples}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the record; 1 if memory errors were found, or if none is ever found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=PARTS, help="which tests")
+    parser.add_argument("part", choices=PARTS, help="what to run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
     parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
-    parser.add_argument("--log", type=Path, help="where the output of the tests goes")
+    parser.add_argument("--logs", type=Path, help="a folder for the output, which is kept then")
     args = parser.parse_args(argv)
     os.environ.update(FEW_PROCESSES)
     short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        figures = run(args.part, folder, args.pytest.split(), args.log or folder / "memcheck.log")
+        figures = run(args.part, args.logs or Path(temporary), args.pytest.split())
     record.write(args.out / f"memcheck-{args.part}-{short}.json", "memcheck", figures, emulated=False)
     return int(figures["status"])
 

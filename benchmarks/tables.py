@@ -55,22 +55,16 @@ def memcheck(figures: dict[str, Any]) -> str:
     passed, failed = (sum(count.get(key, 0) for count in counts) for key in ("passed", "failed"))
     rows = [
         (f"`python -m benchmarks.memcheck {figures['part']}`", ""),
-        ("CUDA tests passed, failed", f"{passed:,}, {failed:,}"),
+        ("passed, failed", f"{passed:,}, {failed:,}"),
         ("errors of memory", f"{figures['errors']:,}"),
         ("errors of a script that reads freed memory", f"{figures['errors_of_a_faulty_script']:,}"),
     ]
-    left_out = (
-        "but for those that count launches by torch's profiler, whose place it takes, and for the "
-        "examples, which are the other part"
-    )
     which = {
-        "tests": f"The CUDA tests, {left_out},",
-        "programs": "The examples, on CUDA,",
+        "tests": "The CUDA tests, but for those that count launches by torch's profiler, whose place it "
+        "takes, and those that start programs of their own,",
+        "examples": "The examples, on CUDA, with few steps each,",
     }
-    return (
-        f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`. A test may fail there for "
-        "want of time, which is no error of memory.\n\n" + table(rows)
-    )
+    return f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`.\n\n" + table(rows)
 
 
 def fuzz(figures: dict[str, Any]) -> str:

@@ -140,6 +140,29 @@ def test_each_workload_has_a_section_and_goals() -> None:
     assert set(WORKLOADS) < set(worker.NAMES)
 
 
+@pytest.mark.parametrize("part", memcheck.PARTS)
+def test_each_part_of_memcheck_has_a_table(part: str) -> None:
+    counts = {"cuda": {"passed": 1200, "failed": 1}}
+    figures = {"part": part, "errors": 0, "errors_of_a_faulty_script": 3, "counts": counts}
+    assert "| passed, failed | 1,200, 1 |" in tables.memcheck(figures)
+
+
+def test_memcheck_knows_the_examples() -> None:
+    assert {*memcheck.EXAMPLES} == {
+        path.stem for path in (memcheck.record.ROOT / "examples").glob("*.py")
+    }
+
+
+def test_the_examples_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Here in place of it: a shell that says what it would."""
+    says = "echo '==== ERROR SUMMARY: 1 error'; case \"$*\" in *two_models*) exit 1;; esac"
+    monkeypatch.setattr(memcheck, "SANITIZER", ("sh", "-c", says, "sh"))
+    found = memcheck.run("examples", tmp_path, [])
+    assert found["errors"] == len(memcheck.EXAMPLES)
+    assert found["counts"]["cuda"] == {"passed": len(memcheck.EXAMPLES) - 1, "failed": 1}
+    assert found["status"] == 1
+
+
 def test_a_log_of_the_sanitizer_that_breaks_off_is_no_clean_one() -> None:
     assert memcheck.errors("========= ERROR SUMMARY: 0 errors\n") == 0
     assert memcheck.errors("==== ERROR SUMMARY: 2 errors\n...\n==== ERROR SUMMARY: 1 error\n") == 3

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import BACKENDS
 
+pytestmark = pytest.mark.programs
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEVICES = ["cpu", *(["cuda"] if "cuda" in BACKENDS else [])]
 # Threads gain nothing on tensors this small, and wait for each other where others use the machine.

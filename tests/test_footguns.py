@@ -2528,12 +2528,14 @@ print("fine")
 """
 
 
+@pytest.mark.programs
 def test_the_first_call_of_a_process(backend: Backend) -> None:
     """Libraries are imported, and initialise themselves, in the middle of it."""
     done = run_script(backend, "FIRST = True" + SCRIPT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
 
 
+@pytest.mark.programs
 def test_the_process_exits_with_live_graphs(backend: Backend) -> None:
     """Graphs are destroyed after the driver is gone: a crash, or a hang, at exit."""
     done = run_script(backend, "FIRST = False" + SCRIPT)
