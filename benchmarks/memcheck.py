@@ -128,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(FEW_PROCESSES)
     short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
     with tempfile.TemporaryDirectory() as temporary:
-        figures = run(args.part, args.logs or Path(temporary), args.pytest.split())
+        folder = args.logs or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = run(args.part, folder, args.pytest.split())
     record.write(args.out / f"memcheck-{args.part}-{short}.json", "memcheck", figures, emulated=False)
     return int(figures["status"])
 
