@@ -93,12 +93,27 @@ def run_tests(
     return {"status": status, "counts": {key: dict(count) for key, count in counts.items()}}
 
 
-def run_example(name: str, folder: Path) -> dict[str, Any]:
-    """Runs one example and returns its figures; its exit status tells whether they are right."""
+def run_example(
+    name: str,
+    folder: Path,
+    options: Sequence[str] = (),
+    *,
+    prefix: Sequence[str] = (),
+    stdout: Any = None,
+) -> dict[str, Any]:
+    """Runs one example and returns its figures; its exit status tells whether they are right.
+
+    Args:
+        name: of the example.
+        folder: for its figures.
+        options: of the example.
+        prefix: a command to run it under.
+        stdout: where to write; see `subprocess.run`.
+    """
     path = folder / f"{name}.json"
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--json", str(path)]
-    status = subprocess.run(command, cwd=folder, check=False).returncode
-    return {"status": status, **json.loads(path.read_text())}
+    program = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--json", str(path), *options]
+    status = subprocess.run([*prefix, *program], cwd=folder, check=False, stdout=stdout).returncode
+    return {"status": status, **(json.loads(path.read_text()) if path.exists() else {})}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from graphcache.observe import Observer
 from graphcache.signature import Call, Unservable
 from graphcache.state import uncollected
 from graphcache.tree import NotATree
-from graphcache.verify import Sample, agree, first_rows
+from graphcache.verify import Sample, first_rows, same
 
 logger = logging.getLogger(__name__)
 
@@ -222,10 +222,10 @@ def _check_own_replay(graphs: Graphs, entry: Entry, call: Call, seen: Observatio
     if bucket is None or not entry.pure or seen.observer.draws or seen.compiled:
         return
     outputs = bucket.result.outputs
-    wanted = [t for t, output in zip(seen.tensors, outputs, strict=True) if output.is_weak()]
+    wanted = first_rows(seen.tensors, outputs, call.batch)
     try:
         result = bucket.try_out(call, graphs.native.calls)
-        agrees = agree(wanted, first_rows(result, outputs, call.batch))
+        agrees = same(wanted, first_rows(result, outputs, call.batch))
     except torch.OutOfMemoryError:  # a replay needs none, so this is all that fails
         return
     if not agrees:

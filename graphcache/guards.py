@@ -101,7 +101,7 @@ class Guards:
         for code in reads.code:
             search.visit(code, (_kept(code),), DEPTH, getattr(code, "__qualname__", ""))
         search.classes(Tensor)
-        if reads.names is None or "environ" in reads.names:
+        if search.counts("environ"):
             search.visit(os.environ, (), DEPTH, "os.environ")
         for place, label in reads.scopes():
             search.watch((place,), label)
@@ -218,7 +218,7 @@ class _Search:
             for key, held in [*module._parameters.items(), *module._buffers.items()]:
                 self.visit(held, (), DEPTH, f"{where}.{key}".lstrip("."))
             for key, held in list(vars(module).items()):
-                if key not in OF_MODULE and self._counts(key):
+                if key not in OF_MODULE and self.counts(key):
                     self.visit(held, (), DEPTH, f"{where}.{key}".lstrip("."))
 
     def _inside(self, value: Any, leads: tuple[Place, ...], depth: int, label: str) -> None:
@@ -251,7 +251,7 @@ class _Search:
     def _each(self, group: Group, depth: int, label: str, *, all_of_it: bool = True) -> None:
         """Watches items one by one, where no container tells of them."""
         for key, item in group.items:
-            if self._counts(key) and (all_of_it or not is_plain(item)):
+            if self.counts(key) and (all_of_it or not is_plain(item)):
                 name = group.label(label, key)
                 self.watch(((group.container, key, item),), name)
                 self.visit(item, (), depth, name)
@@ -275,7 +275,7 @@ class _Search:
 
     def _items(self, group: Group, depth: int, label: str) -> None:
         for key, item in group.items:
-            if group.kind == "dict" or self._counts(key):
+            if group.kind == "dict" or self.counts(key):
                 self.visit(item, (), depth, group.label(label, key))
             if group.kind == "dict":
                 self.visit(key, (), depth, label)
@@ -292,7 +292,8 @@ class _Search:
             self._dict(group, leads, group.name)
             self._items(group, depth, "")
 
-    def _counts(self, key: Any) -> bool:
+    def counts(self, key: Any) -> bool:
+        """Tells whether the code that ran may read what has this key."""
         return self.names is None or type(key) is not str or key in self.names
 
 

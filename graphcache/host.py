@@ -121,15 +121,11 @@ class Constants(Unseen):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_filled(func, args, kwargs):
-            self.used = True
-            return torch.full((), *args, **kwargs)
         if func in _INDEXES and args[0].device.type == self._device.type:
             return func(args[0], self._index(args[1]), *args[2:], **kwargs)
         if is_constant(func, args, kwargs, self._device):
-            with torch._C._DisableTorchDispatch():
-                host = _on_host(func, args, kwargs)
-            return self._on_device(host)
+            dtype = kwargs.get("dtype") or (args[0].dtype if func is Tensor.new_tensor else None)
+            return self._made_of(args[-1], dtype)
         if func in _MOVES and self._device.type != "cpu" and _is_dense_on_host(args[0]):
             there, dtype = _target(func, args, kwargs)
             if _is_on(there, self._device):
@@ -145,8 +141,14 @@ class Constants(Unseen):
             return tuple(map(self._index, index))
         if type(index) is not list or not index or any(type(item) is not int for item in index):
             return index
+        return self._made_of(index, None)
+
+    def _made_of(self, data: Any, dtype: torch.dtype | None) -> Tensor:
+        if type(data) in _NUMBERS:  # whichever it is at another size
+            self.used = True
+            return torch.full((), data, dtype=dtype, device=self._device)
         with torch._C._DisableTorchDispatch():
-            host = torch.tensor(index, device="cpu")
+            host = torch.tensor(data, dtype=dtype, device="cpu")
         return self._on_device(host)
 
     def _on_device(self, host: Tensor) -> Tensor:
@@ -161,13 +163,6 @@ class Constants(Unseen):
                 self.made[key] = host.to(self._device, copy=True)
             self._learned(self.made[key])
         return self.made[key].clone()
-
-
-def is_filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tells whether this call of `func` makes a tensor of a number on a device that is named."""
-    if func is not torch.tensor or len(args) != 1 or "device" not in kwargs:
-        return False
-    return type(args[0]) in _NUMBERS and kwargs.keys() <= {"device", "dtype"}
 
 
 def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
@@ -191,11 +186,6 @@ def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device
             and _is_numbers(args[1])
         )
     return False
-
-
-def _on_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    dtype = kwargs.get("dtype") or (args[0].dtype if func is Tensor.new_tensor else None)
-    return torch.tensor(args[-1], dtype=dtype, device="cpu")
 
 
 def _is_on(there: Any, device: torch.device) -> bool:

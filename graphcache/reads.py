@@ -26,7 +26,7 @@ from graphcache.snapshot import Snapshot
 _ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
 _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
-# Their kernels run on streams of their own, and none of a capture's is one.
+# Their kernels may run on streams of their own, which no capture is told of.
 _LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
 _HAND_OVER = ("_to_dlpack", "_to_dlpack_versioned")
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)

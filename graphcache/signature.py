@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from graphcache import _C
 from graphcache.keepers import Habits, Home, Homes, Passed
 from graphcache.tree import Kept, Node, NotATree, attributes_of_tensor, flatten, native, rebuild
 
-# An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
+T = TypeVar("T")
 BatchDim = int | dict[str, int | None]
+
+# An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 STAGE_LIMIT = 4 * 2**20  # bytes
 
 BATCHED, WHOLE, BOUND = "batched", "whole", "bound"
+_NOT_NAMED = object()
 _REQUIRED = inspect.Parameter.empty
 
 
@@ -299,13 +302,14 @@ class Signature:
         carriers = (
             name for name, leaf in zip(call.names, call.roles, strict=True) if leaf.role is BATCHED
         )
-        return isinstance(self.batch_dim, dict) and all(
-            name in self.batch_dim or top_name(name) in self.batch_dim for name in carriers
+        dims = self.batch_dim
+        return isinstance(dims, dict) and all(
+            by_path(dims, name, _NOT_NAMED) is not _NOT_NAMED for name in carriers
         )
 
     def _dim(self, tensor: Tensor, name: str) -> int | None:
         dims = self.batch_dim
-        dim = dims.get(name, dims.get(top_name(name), 0)) if isinstance(dims, dict) else dims
+        dim = by_path(dims, name, 0) if isinstance(dims, dict) else dims
         if dim is not None and dim < 0:
             dim += tensor.dim()
         return dim if dim is not None and 0 <= dim < tensor.dim() else None
@@ -323,6 +327,11 @@ class Signature:
 def top_name(path: str) -> str:
     """Returns the parameter that a path such as `batch['ids'][0]` or `state.h` starts from."""
     return path.partition("[")[0].partition(".")[0]
+
+
+def by_path(table: Mapping[str, T], path: str, default: T) -> T:
+    """Returns what an option by argument name says of a path: of that itself, or of its parameter."""
+    return table.get(path, table.get(top_name(path), default))
 
 
 def _nbytes(tensor: Tensor) -> int:

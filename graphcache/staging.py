@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.signature import BATCHED, Call, Leaf, top_name
+from graphcache.signature import BATCHED, Call, Leaf, by_path
 
 Fill = float | int | bool | Literal["edge"]
 Pad = Fill | dict[str, Fill] | None
@@ -20,7 +20,7 @@ def fill_of(pad: Pad, name: str) -> Fill:
     or none that goes with what is in other arguments.
     """
     if isinstance(pad, dict):
-        return pad.get(name, pad.get(top_name(name), 0))
+        return by_path(pad, name, 0)
     return "edge" if pad is None else pad
 
 

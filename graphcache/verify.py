@@ -37,7 +37,6 @@ _ORDERED = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 
-LARGE = 2**22  # elements
 MAX_EXTREMES = 3  # arguments whose largest and least values are looked for
 
 
@@ -151,16 +150,6 @@ def same(eager: Any, padded: Any) -> bool:
     if flatten(eager, mine, []) != flatten(padded, theirs, []):
         return False
     return all(_close(a, b) for a, b in zip(mine, theirs, strict=True))
-
-
-def agree(eager: Sequence[Tensor], replayed: Sequence[Tensor]) -> bool:
-    """Tells whether tensors agree likewise; of large ones, a part is looked at."""
-    return all(_close(_part(a), _part(b)) for a, b in zip(eager, replayed, strict=True))
-
-
-def _part(tensor: Tensor) -> Tensor:
-    step = tensor.numel() // LARGE
-    return tensor.reshape(-1)[::step] if step > 1 else tensor
 
 
 def _close(eager: Tensor, padded: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,35 +13,9 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import GraphPool, config
 
-
-def _rotate_gpus(worker: int) -> None:
-    """Gives each parallel worker another GPU as its first; CUDA is not to be initialised yet."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    first = worker % max(len(gpus), 1)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
-
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    _rotate_gpus(int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")))
-
 RUNTIMES = ["emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 # "portable": inputs are staged by torch calls, as where the driver offers no better.
 BACKENDS = [*RUNTIMES, *(f"{runtime}-portable" for runtime in RUNTIMES)]
-
-
-LONG = ("test_examples", "test_cycles")  # minutes each, under a sanitizer
-
-
-@pytest.hookimpl(trylast=True)  # of what is left to run
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Has each parallel worker start with one of the long tests: each gets an equal share in order."""
-    long = [item for item in items if item.path.stem in LONG]
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    share = len(items) // workers
-    items[:] = [item for item in items if item.path.stem not in LONG]
-    for number, item in enumerate(long):
-        items.insert(number % workers * share, item)
 
 
 @dataclass

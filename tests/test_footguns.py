@@ -2206,6 +2206,18 @@ def test_a_kernel_runs_where_no_capture_sees_it(backend: Backend, missing: int) 
     assert info(model).hits == 0
 
 
+def test_no_memory_is_left_to_compare_a_replay(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph needs none, and serves."""
+
+    def fails(*_: object) -> bool:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("graphcache.first.same", fails)
+    replays(cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,)), backend.randn(2, 8))
+
+
 def test_the_forward_names_the_default_stream(backend: Backend) -> None:
     """Which is the caller's in eager, and not that of the capture."""
     cuda = backend.name == "cuda"
