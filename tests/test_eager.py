@@ -276,6 +276,21 @@ def test_a_library_launches_kernels_past_torch(backend: Backend, name: str) -> N
     assert model.cache_info().hits == 0
 
 
+def test_a_library_launches_kernels_past_torch_in_code_of_c(backend: Backend) -> None:
+    """As nearly all of cupy is."""
+    launch = {}.get
+    launch.__module__ = "cupy._core"
+
+    def forward(x: Tensor) -> Tensor:
+        launch(1)
+        return x + 1
+
+    model = cuda_graphed(forward, sizes=(2,))
+    x = backend.randn(2, 2)
+    with pytest.warns(GraphCacheWarning, match="it calls cupy: such kernels may run"):
+        assert torch.equal(model(x), x + 1)
+
+
 def test_a_library_of_another_name_is_code_as_any(backend: Backend) -> None:
     library: dict[str, Any] = {"__name__": "numba_cpu.warping"}
     exec("def double(x): return x.mul_(2)", library)
