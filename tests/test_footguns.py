@@ -3699,3 +3699,26 @@ def test_a_container_argument_is_changed(backend: Backend, name: str) -> None:
         else:
             assert repr(mine) == repr(theirs)
             assert getattr(mine, "scale", None) == getattr(theirs, "scale", None)
+
+
+@pytest.mark.parametrize("length", [400, 254, 10007])
+def test_the_plan_of_an_fft_is_dropped(backend: Backend, length: int) -> None:
+    """A graph went on reading the plan's memory. Plans of most lengths have none: these are captured."""
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x, n=length) * 2, n=length)
+
+    model, x = cuda_graphed(forward, sizes=(2, 4)), backend.randn(4, length)
+    wanted = [forward(x[:batch]) for batch in (4, 2)]
+    if backend.name == "cuda":
+        torch.backends.cuda.cufft_plan_cache.clear()  # so that the capture makes plans
+    for _ in range(2):
+        torch.testing.assert_close(model(x), wanted[0])
+        torch.testing.assert_close(model(x[:2]), wanted[1])
+    assert info(model).hits == (0 if length == 10007 else 3)
+    if backend.name == "cuda":
+        torch.backends.cuda.cufft_plan_cache.clear()
+    others = [torch.full((2**19,), float("nan"), device=x.device) for _ in range(8)]
+    torch.testing.assert_close(model(x), wanted[0])
+    torch.testing.assert_close(model(x[:2]), wanted[1])
+    del others
