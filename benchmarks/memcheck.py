@@ -1,10 +1,10 @@
 """Run the CUDA tests, or the examples, under compute-sanitizer's memcheck, and record what it found.
 
-    python -m benchmarks.memcheck tests --out benchmarks/results --pytest "-n 20 --dist worksteal"
+    python -m benchmarks.memcheck tests --out benchmarks/results --jobs 24
     python -m benchmarks.memcheck examples --out benchmarks/results
 
-Started by a test that was under the sanitizer itself, no example ended within seven minutes. So they are
-started here.
+Each process has a sanitizer of its own: one for all of them serves one after another. With pytest-xdist
+no test of 26 workers had run after four minutes, and no example that a test started ever ended.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter, deque
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from benchmarks import record
 
@@ -40,7 +43,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "embeddings": ("--requests", "15"),
     "two_models": ("--tokens", "8"),
 }
-# What it has to report, or a run without errors would tell nothing.
+GROUP = 20  # tests of one process: it takes ten seconds to start
+# What it has to report, or a run without errors would tell nothing. It reads the end, as what is freed may
+# be handed out again, from its beginning.
 READS_FREED_MEMORY = """
 import torch
 from graphcache import _C
@@ -48,7 +53,7 @@ tensor = torch.ones(2**24, device="cuda")
 weak = _C.weak_ref(tensor)
 del tensor
 torch.cuda.empty_cache()
-(weak + 1).sum().item()
+(weak[-1:] + 1).item()
 """
 
 
@@ -64,16 +69,45 @@ def errors(text: str) -> int:
     return sum(map(int, found))
 
 
-def run_tests(folder: Path, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Runs the tests; returns the log, and how many passed."""
-    log = folder / "tests.log"
-    with log.open("w") as stdout:
-        tests = record.run_tests(folder, [*TESTS, *options], prefix=SANITIZER, stdout=stdout)
-    return log.read_text(), {"counts": tests["counts"]}
+def run_tests(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, dict[str, Any]]:
+    """Runs the tests, `jobs` groups at a time; returns the logs, and how many passed."""
+    names = record.collect([*TESTS, *options])
+    counts: Counter[str] = Counter()
+    failed: list[str] = []
+    devices = deque(range(torch.cuda.device_count()))
+
+    def run(index: int) -> str:
+        part = folder / f"tests-{index:03}"
+        part.mkdir()
+        (part / "names").write_text("\n".join(names[index : index + GROUP]))
+        devices.rotate()
+        order = ",".join(map(str, devices))  # which of them is the current one
+        with (part / "log").open("w") as stdout:
+            found = record.run_tests(
+                part,
+                [f"@{part / 'names'}", *options],
+                prefix=("env", f"CUDA_VISIBLE_DEVICES={order}", *SANITIZER),
+                stdout=stdout,
+            )
+        for tally in found["counts"].values():
+            counts.update(tally)
+        failed.extend(found["failed"])
+        print(f"{part.name} ended; so far {dict(counts)}", *found["failed"], flush=True)
+        return (part / "log").read_text()
+
+    with ThreadPool(jobs) as pool:
+        logs = pool.map(run, range(0, len(names), GROUP), chunksize=1)
+    return _joined(logs), {"counts": {"cuda": dict(counts)}, "failed": failed}
 
 
-def run_examples(folder: Path, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Runs the examples side by side, with few steps each; returns the logs, and how many passed."""
+def _joined(logs: Sequence[str]) -> str:
+    for log in logs:
+        errors(log)  # each has to have its summary
+    return "\n".join(logs)
+
+
+def run_examples(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, dict[str, Any]]:
+    """Runs the examples with few steps each, `jobs` at a time; returns the same of them."""
 
     def run(name: str) -> int:
         start = perf_counter()
@@ -83,24 +117,22 @@ def run_examples(folder: Path, options: Sequence[str]) -> tuple[str, dict[str, A
         print(f"{name}: {perf_counter() - start:.0f} s, status {done['status']}", flush=True)
         return int(done["status"])
 
-    with ThreadPool(len(EXAMPLES)) as pool:
-        statuses = pool.map(run, EXAMPLES)
+    with ThreadPool(jobs) as pool:
+        wrong = sum(status != 0 for status in pool.map(run, EXAMPLES, chunksize=1))
     logs = [(folder / f"{name}.log").read_text() for name in EXAMPLES]
-    for log in logs:
-        errors(log)  # each has to have its summary
-    wrong = sum(status != 0 for status in statuses)
-    return "\n".join(logs), {"counts": {"cuda": {"passed": len(logs) - wrong, "failed": wrong}}}
+    return _joined(logs), {"counts": {"cuda": {"passed": len(logs) - wrong, "failed": wrong}}}
 
 
-def run(part: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
+def run(part: str, folder: Path, options: Sequence[str], jobs: int) -> dict[str, Any]:
     """Runs one part and the script above; returns the errors of each, and how many passed.
 
     Args:
         part: which; see `PARTS`.
         folder: where the logs go.
         options: more for what is run.
+        jobs: how many processes at a time.
     """
-    log, counts = PARTS[part](folder, options)
+    log, counts = PARTS[part](folder, options, jobs)
     canary = subprocess.run(
         [*SANITIZER, sys.executable, "-c", READS_FREED_MEMORY],
         cwd=record.ROOT,
@@ -121,15 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", choices=PARTS, help="what to run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
-    parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
-    parser.add_argument("--logs", type=Path, help="a folder for the output, which is kept then")
+    parser.add_argument("--options", default="", help="more for pytest, or for each example")
+    parser.add_argument("--jobs", type=int, default=8, help="how many processes at a time")
+    parser.add_argument("--logs", type=Path, help="a new folder for the output, which is kept then")
     args = parser.parse_args(argv)
     os.environ.update(FEW_PROCESSES)
     short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        figures = run(args.part, folder, args.pytest.split())
+        figures = run(args.part, folder, args.options.split(), args.jobs)
     record.write(args.out / f"memcheck-{args.part}-{short}.json", "memcheck", figures, emulated=False)
     return int(figures["status"])
 

@@ -66,31 +66,44 @@ def _commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+# Without the tests of the records themselves: those hold once the records are in the repository.
+SUITE = ("tests", "--ignore=tests/test_results.py")
+
+
+def collect(options: Sequence[str]) -> list[str]:
+    """Returns the names of the tests that pytest finds with these options."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", *SUITE, *options]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [line for line in found.splitlines() if "::" in line]
+
+
 def run_tests(
     folder: Path, options: Sequence[str], *, prefix: Sequence[str] = (), stdout: Any = None
 ) -> dict[str, Any]:
-    """Runs the suite; returns how many tests passed, failed and were skipped on each runtime.
+    """Runs tests; returns how many passed, failed and were skipped on each runtime, and what failed.
 
     Args:
         folder: for the report.
-        options: of pytest.
+        options: of pytest, and which tests.
         prefix: a command to run it under.
         stdout: where to write; see `subprocess.run`.
     """
     report = folder / "junit.xml"
-    # Without the tests of the records themselves: those hold once the records are in the repository.
-    suite = ["tests", "--ignore=tests/test_results.py", *options]
-    command = [*prefix, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *suite]
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *options]
     status = subprocess.run(command, cwd=ROOT, check=False, stdout=stdout).returncode
     runtimes = ("cuda-portable", "emulated-portable", "cuda", "emulated")
     counts: dict[str, Counter[str]] = {key: Counter() for key in (*runtimes, "both")}
+    wrong = []
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("name", "")
         runtime = next((key for key in runtimes if key in name), "both")
         failed = case.find("failure") is not None or case.find("error") is not None
         skipped = case.find("skipped") is not None
         counts[runtime]["failed" if failed else "skipped" if skipped else "passed"] += 1
-    return {"status": status, "counts": {key: dict(count) for key, count in counts.items()}}
+        if failed:
+            wrong.append(f"{case.get('classname')}::{name}")
+    tallies = {key: dict(count) for key, count in counts.items()}
+    return {"status": status, "counts": tallies, "failed": wrong}
 
 
 def run_example(
@@ -133,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in (*EXAMPLES, "tests"):
             if args.only in (None, name):
                 figures = (
-                    run_tests(folder, args.pytest.split())
+                    run_tests(folder, [*SUITE, *args.pytest.split()])
                     if name == "tests"
                     else run_example(name, folder)
                 )

@@ -157,10 +157,22 @@ def test_the_examples_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """Here in place of it: a shell that says what it would."""
     says = "echo '==== ERROR SUMMARY: 1 error'; case \"$*\" in *two_models*) exit 1;; esac"
     monkeypatch.setattr(memcheck, "SANITIZER", ("sh", "-c", says, "sh"))
-    found = memcheck.run("examples", tmp_path, [])
+    found = memcheck.run("examples", tmp_path, [], jobs=4)
     assert found["errors"] == len(memcheck.EXAMPLES)
     assert found["counts"]["cuda"] == {"passed": len(memcheck.EXAMPLES) - 1, "failed": 1}
     assert found["status"] == 1
+
+
+def test_the_tests_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All are run, in processes of a few each."""
+    says = "\"$@\"; echo '==== ERROR SUMMARY: 0 errors'"
+    monkeypatch.setattr(memcheck, "SANITIZER", ("sh", "-c", says, "sh"))
+    monkeypatch.setattr(memcheck, "TESTS", ("-k", "does_not_own"))
+    monkeypatch.setattr(memcheck, "GROUP", 1)
+    monkeypatch.setattr(memcheck.record, "SUITE", ("tests/test_native.py",))
+    found = memcheck.run("tests", tmp_path, ["-p", "no:cacheprovider"], jobs=2)
+    assert found["counts"]["cuda"]["passed"] == len([*tmp_path.iterdir()]) >= 2
+    assert found["failed"] == []
 
 
 def test_a_log_of_the_sanitizer_that_breaks_off_is_no_clean_one() -> None:
