@@ -44,8 +44,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "two_models": ("--tokens", "8"),
 }
 GROUP = 20  # tests of one process: it takes ten seconds to start
-# What it has to report, or a run without errors would tell nothing. It reads the end, as what is freed may
-# be handed out again, from its beginning.
+# What it has to report, or a run without errors would tell nothing. It reads the end, as what is freed
+# may be handed out again, from its beginning.
 READS_FREED_MEMORY = """
 import torch
 from graphcache import _C

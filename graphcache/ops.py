@@ -26,8 +26,8 @@ _SYNCHRONISES = {
 }
 
 _FFTS = (_aten._fft_r2c, _aten._fft_c2c, _aten._fft_c2r)
-# cuFFT's kernels have radices up to this prime. Its plans for other lengths own memory that a graph would
-# go on reading when torch has dropped the plan, and can't be made in a capture (cupy issue 7559).
+# cuFFT's kernels have radices up to this prime. Its plans for other lengths own memory that a graph
+# goes on reading when torch has dropped the plan, and can't be made in a capture (cupy issue 7559).
 _LARGEST_RADIX = 127
 
 # These update their running statistics in training without saying so in their schemas.
@@ -144,8 +144,8 @@ def obstacle(
     if func.overloadpacket in _FFTS:
         awkward = [length for length in _fft_lengths(func, args) if _is_awkward(length)]
         return (
-            f"{func} of length {awkward[0]}, which has a prime factor above {_LARGEST_RADIX}, needs memory "
-            "that torch.backends.cuda.cufft_plan_cache may free (pad the length)"
+            f"{func} of length {awkward[0]}, which has a prime factor above {_LARGEST_RADIX}, needs "
+            "memory that torch.backends.cuda.cufft_plan_cache may free (pad the length)"
             if awkward
             else None
         )
