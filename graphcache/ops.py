@@ -25,10 +25,8 @@ _SYNCHRONISES = {
     _aten._linalg_check_errors.default: "checks for errors on the host (use the *_ex variant)",
 }
 
+# torch may drop cuFFT's plan (`cufft_plan_cache`), and with it memory and kernels that a graph needs.
 _FFTS = (_aten._fft_r2c, _aten._fft_c2c, _aten._fft_c2r)
-# cuFFT's kernels have radices up to this prime. Its plans for other lengths own memory that a graph
-# goes on reading when torch has dropped the plan, and can't be made in a capture (cupy issue 7559).
-_LARGEST_RADIX = 127
 
 # These update their running statistics in training without saying so in their schemas.
 _BATCH_NORMS = (
@@ -104,20 +102,6 @@ def take_apart(
         return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
-def _is_awkward(length: int) -> bool:
-    for factor in range(2, _LARGEST_RADIX + 1):
-        while length % factor == 0:
-            length //= factor
-    return length > 1
-
-
-def _fft_lengths(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[int]:
-    lengths = [args[0].shape[dim] for dim in args[1]]
-    if func.overloadpacket is _aten._fft_c2r:
-        lengths[-1] = args[3]  # of what comes out
-    return lengths
-
-
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
@@ -142,13 +126,7 @@ def obstacle(
     if func in _SYNCHRONISES:
         return f"{func} {_SYNCHRONISES[func]}"
     if func.overloadpacket in _FFTS:
-        awkward = [length for length in _fft_lengths(func, args) if _is_awkward(length)]
-        return (
-            f"{func} of length {awkward[0]}, which has a prime factor above {_LARGEST_RADIX}, needs "
-            "memory that torch.backends.cuda.cufft_plan_cache may free (pad the length)"
-            if awkward
-            else None
-        )
+        return f"{func} runs by a plan that torch.backends.cuda.cufft_plan_cache may drop"
     if func is _aten.index.Tensor:
         return (
             f"{func} with a mask has a shape that depends on values"
