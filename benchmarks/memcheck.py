@@ -36,14 +36,14 @@ FEW_PROCESSES = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 TESTS = ("-k", "cuda and not profile", "-m", "not programs")
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "weak_refs": (),
-    "char_decode": ("--steps", "8", "--prompts", "4"),
+    "char_decode": ("--steps", "2", "--prompts", "2"),
     "generate": ("--tokens", "4"),
     "plain_module": ("--calls", "40"),
     "continuous_batching": ("--requests", "8"),
     "embeddings": ("--requests", "15"),
     "two_models": ("--tokens", "8"),
 }
-GROUP = 20  # tests of one process: it takes ten seconds to start
+GROUP = 20  # tests of one process: it takes seconds to start
 # What it has to report, or a run without errors would tell nothing. It reads the end, as what is freed
 # may be handed out again, from its beginning.
 READS_FREED_MEMORY = """
@@ -76,10 +76,12 @@ def run_tests(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, dic
     failed: list[str] = []
     devices = deque(range(torch.cuda.device_count()))
 
+    groups = -(-len(names) // GROUP)
+
     def run(index: int) -> str:
         part = folder / f"tests-{index:03}"
         part.mkdir()
-        (part / "names").write_text("\n".join(names[index : index + GROUP]))
+        (part / "names").write_text("\n".join(names[index::groups]))  # slow ones are neighbours
         devices.rotate()
         order = ",".join(map(str, devices))  # which of them is the current one
         with (part / "log").open("w") as stdout:
@@ -96,7 +98,7 @@ def run_tests(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, dic
         return (part / "log").read_text()
 
     with ThreadPool(jobs) as pool:
-        logs = pool.map(run, range(0, len(names), GROUP), chunksize=1)
+        logs = pool.map(run, range(groups), chunksize=1)
     return _joined(logs), {"counts": {"cuda": dict(counts)}, "failed": failed}
 
 

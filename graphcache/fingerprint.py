@@ -23,10 +23,14 @@ class Fingerprints:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._before: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor in tensors:
-                if _is_plain(tensor) and _C.storage_key(tensor) not in self._before:
-                    self._before[_C.storage_key(tensor)] = tensor, _sums(tensor)
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        """Sums up one more, unless its storage was."""
+        if _is_plain(tensor) and _C.storage_key(tensor) not in self._before:
+            with torch.inference_mode(False), torch.no_grad():
+                self._before[_C.storage_key(tensor)] = tensor, _sums(tensor)
 
     def changed(self, known: Iterable[int]) -> list[Tensor]:
         """Returns a tensor of each storage that changed, but for those with a key in `known`."""

@@ -122,7 +122,10 @@ class Constants(Unseen):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _INDEXES and args[0].device.type == self._device.type:
-            return func(args[0], self._index(args[1]), *args[2:], **kwargs)
+            index, value = self._index(args[1]), args[2:]
+            if value and type(value[0]) in (bool, int, float) and _is_by_number(index):
+                value = (self._made_of(value[0], args[0].dtype),)
+            return func(args[0], index, *value, **kwargs)
         if is_constant(func, args, kwargs, self._device):
             dtype = kwargs.get("dtype") or (args[0].dtype if func is Tensor.new_tensor else None)
             return self._made_of(args[-1], dtype)
@@ -195,6 +198,14 @@ def _is_on(there: Any, device: torch.device) -> bool:
     if index is None and device.index is not None and device.type != "cpu":
         index = torch.get_device_module(device).current_device()
     return index == device.index
+
+
+def _is_by_number(index: Any) -> bool:
+    """Tells whether there are tensors in it, and no masks: torch copies a value from the host then."""
+    tensors = [
+        part for part in (index if type(index) is tuple else (index,)) if isinstance(part, Tensor)
+    ]
+    return bool(tensors) and not any(part.dtype in (torch.bool, torch.uint8) for part in tensors)
 
 
 def _is_numbers(data: Any) -> bool:

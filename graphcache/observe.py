@@ -73,7 +73,7 @@ class _Report(HostReads):
 
     def addressed(self, tensor: Tensor) -> None:
         super().addressed(tensor)
-        self._observer.note_read(tensor)
+        self._observer.note_addressed(tensor)
 
 
 class Observer(TorchDispatchMode):
@@ -113,6 +113,7 @@ class Observer(TorchDispatchMode):
         self.saved = SavedState() if restore else None
         given = list(inputs)
         self._suspects = [*given, *outside]
+        self._bytes = Fingerprints(())
         self._inputs = {_C.storage_key(tensor) for tensor in given}
         # Weak references keep the keys of dead storages from being used again.
         self._made: dict[int, StorageWeakRef] = {}
@@ -129,7 +130,7 @@ class Observer(TorchDispatchMode):
     def watch(self) -> Iterator[None]:
         """Observes what runs inside the block; with `restore`, undoes its writes afterwards."""
         before, host_before = self._random_state(), torch.get_rng_state()
-        bytes_before = Fingerprints(t for t in self._suspects if t.device == self.device)
+        self._bytes = Fingerprints(t for t in self._suspects if t.device == self.device)
         host = _Report(self)
         constants = Constants(self.device, read=self.note_read, learned=self._note_constant)
         try:
@@ -141,7 +142,7 @@ class Observer(TorchDispatchMode):
             self.draws = not torch.equal(before, self._random_state())
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
                 self.blocked("it draws random numbers from the generator of the CPU")
-            for tensor in bytes_before.changed(self.written):
+            for tensor in self._bytes.changed(self.written):
                 self._note_written_past(tensor)
             if self.saved is not None:
                 self.saved.restore()
@@ -213,6 +214,15 @@ class Observer(TorchDispatchMode):
         self._reached[id(tensor)] = ref(tensor)
         if key not in self._inputs:
             self._hold(key, tensor)
+
+    def note_addressed(self, tensor: Tensor) -> None:
+        """Notes a tensor that a kernel past torch's operators is about to be given."""
+        self.note_read(tensor)
+        if _C.storage_key(tensor) not in self._made:
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                self._bytes.add(tensor)
+                if self.saved is not None:
+                    self.saved.save(tensor)
 
     def _note_constant(self, tensor: Tensor) -> None:
         """Notes a tensor that is ours, and which the forward sees copies of."""

@@ -1175,9 +1175,12 @@ def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kern
         kernels.add_one[(1,)](scratch[0], 16)
         return x * 2
 
-    model = cuda_graphed(forward, sizes=(2,))
-    for _ in range(4):
+    model = cuda_graphed(forward, sizes=(2, 4))
+    model.warmup(x)
+    assert scratch[0].eq(0).all()
+    for _ in range(3):
         equal(model(x), x * 2)
+    equal(model(x[:1]), x[:1] * 2)
     before, scratch[0] = scratch[0], torch.zeros(16, device=backend.device)
     for step in range(1, 4):
         model(x)
@@ -3701,24 +3704,19 @@ def test_a_container_argument_is_changed(backend: Backend, name: str) -> None:
             assert getattr(mine, "scale", None) == getattr(theirs, "scale", None)
 
 
-@pytest.mark.parametrize("length", [400, 254, 10007])
+@pytest.mark.parametrize("length", [100, 10007])
 def test_the_plan_of_an_fft_is_dropped(backend: Backend, length: int) -> None:
-    """A graph went on reading the plan's memory. Plans of most lengths have none: these are captured."""
+    """A replay read memory that the plan had owned, or crashed: its kernels were gone, too."""
 
     def forward(x: Tensor) -> Tensor:
         return torch.fft.irfft(torch.fft.rfft(x, n=length) * 2, n=length)
 
     model, x = cuda_graphed(forward, sizes=(2, 4)), backend.randn(4, length)
-    wanted = [forward(x[:batch]) for batch in (4, 2)]
-    if backend.name == "cuda":
-        torch.backends.cuda.cufft_plan_cache.clear()  # so that the capture makes plans
+    wanted = forward(x)
     for _ in range(2):
-        torch.testing.assert_close(model(x), wanted[0])
-        torch.testing.assert_close(model(x[:2]), wanted[1])
-    assert info(model).hits == (0 if length == 10007 else 3)
+        torch.testing.assert_close(model(x), wanted)
     if backend.name == "cuda":
         torch.backends.cuda.cufft_plan_cache.clear()
     others = [torch.full((2**19,), float("nan"), device=x.device) for _ in range(8)]
-    torch.testing.assert_close(model(x), wanted[0])
-    torch.testing.assert_close(model(x[:2]), wanted[1])
+    torch.testing.assert_close(model(x), wanted)
     del others

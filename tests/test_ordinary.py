@@ -257,13 +257,21 @@ OF_LISTS: dict[str, Callable[[Tensor], Tensor]] = {
     "index alone": lambda x: x.t()[[2, 0]].t(),
     "indices": lambda x: x.t()[[2, 0], ..., None].squeeze(-1).t(),
     "write": lambda x: _written(x, (slice(None), [1, 3])),
+    "write by a tensor": lambda x: _written(x, (slice(None), torch.arange(2, device=x.device))),
+    "write whole numbers": lambda x: x * _written((x * 0).long(), (slice(None), [1, 3])),
+    "write by a mask": lambda x: _filled(x, x > 0),
     "as many as rows": lambda x: x + torch.tensor([[float(i)] for i in range(len(x))], device=x.device),
 }
 
 
-def _written(x: Tensor, index: Any) -> Tensor:
+def _filled(x: Tensor, index: Any) -> Tensor:
     y = x.clone()
     y[index] = 7.0
+    return y
+
+
+def _written(x: Tensor, index: Any) -> Tensor:
+    y = _filled(x, index)
     y[index] += x[index]
     return y
 
