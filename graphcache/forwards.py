@@ -324,8 +324,6 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
 
 
 def _is_alone(forward: InstanceForward, owner: Any) -> bool:
-    if forward._self_compiled:
-        return True
     called = _called_module()
     if called is None:
         _refuse_shared(forward, owner, "served")

@@ -77,12 +77,16 @@ py::object serve_own(PyObject* self, PyObject* args, PyObject* kwargs) {
 constexpr Py_ssize_t kOwnReferences = 3;
 
 // The forward of one instance, called by itself or by a module with hooks: perhaps by a shallow copy of its
-// module, which Python finds out.
+// module, which Python finds out. No module holds one over compiled code.
 py::object serve_instance(PyObject* self, PyObject* args, PyObject* kwargs) {
   static PyObject* const name = interned("_self_served");
+  static PyObject* const compiled = interned("_self_compiled");
   PyObject* served = own_attribute(self, name);
   if (served == nullptr) {
     return Dispatcher::miss();
+  }
+  if (own_attribute(self, compiled) == Py_True) {
+    return serve_own(self, args, kwargs);
   }
   static const auto alone = py::object(py::module_::import("graphcache.forwards").attr("_is_alone")).release();
   const auto instance = referent(PyTuple_GET_ITEM(served, 2));
