@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from graphcache import _C, config, tree
+from graphcache import _C, config, kernels, tree
 from graphcache.errors import CaptureError
 from graphcache.host import Constants, Key
 from graphcache.observe import Observer
@@ -80,6 +80,7 @@ class Bucket:
         timing: what its calls take.
         exact_only: captured for batches of exactly this size.
         constants: what its graph reads of `Constants`.
+        kernels: what keeps kernels on the device that its graph launches.
     """
 
     size: int
@@ -92,6 +93,7 @@ class Bucket:
     timing: Timing = field(default_factory=Timing)
     exact_only: bool = False
     constants: list[Tensor] = field(default_factory=list)
+    kernels: list[object] = field(default_factory=list)
 
     def replay(self, call: Call, number: int) -> Any:
         """Serves call `number`, with the lock of the pool held."""
@@ -111,6 +113,7 @@ class Bucket:
         """Lets go of the graph; its counts and times stay."""
         self.native.retire()
         self.graph = None
+        self.kernels = []
 
     def output_bytes(self) -> int:
         """Returns the bytes of its outputs that lie in the pool, which strong references would pin."""
@@ -144,6 +147,9 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
                 lane = job.pool.lane_after(lane)
                 continue
             buckets.append(_bucket(job, size, lane, graph, static, stage, body.result(weak)))
+    loaded = kernels.loaded() if buckets else []
+    for bucket in buckets:
+        bucket.kernels = loaded
     return buckets
 
 

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -1186,6 +1187,45 @@ def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kern
         model(x)
         assert scratch[0].eq(step).all()
     assert before.eq(4).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("triton.compiler.compiler", "CompiledKernel"),
+        ("torch._inductor.runtime.static_triton_launcher", "StaticallyLaunchedTritonKernel"),
+    ],
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_nobody_else_holds_a_kernel_any_more(
+    backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch, file: str, name: str, derived: bool
+) -> None:
+    """What loaded it unloads it, and the graph launched what was no longer on the device."""
+    base = type(name, (), {})
+    kind = type("ForOneDevice", (base,), {}) if derived else base
+    monkeypatch.setitem(sys.modules, file, SimpleNamespace(**{name: base}))  # type: ignore[misc]
+    kernel = kind()
+    known = weakref.ref(kernel)
+    model = cuda_graphed(lambda x: x * 2, sizes=(2,))
+    model(x)
+    del kernel
+    gc.collect()
+    assert known() is not None
+    model.cache_clear()
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_the_compiler_is_reset(backend: Backend, x: Tensor) -> None:
+    """It drops all that it compiled, and the kernels are unloaded with that."""
+    model = cuda_graphed(torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(backend.device)))
+    wanted = model(x).clone()
+    torch.testing.assert_close(model(x), wanted)
+    torch.compiler.reset()
+    gc.collect()
+    for _ in range(3):
+        torch.testing.assert_close(model(x), wanted)
 
 
 @ON_A_GPU

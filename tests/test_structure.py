@@ -38,6 +38,7 @@ LEAVES = {
     "host": {"errors", "ops", "patches"},
     "observe": {"_C", "errors", "fingerprint", "host", "ops", "state"},
     "keepers": {"_C", "errors", "guards", "places", "tree"},
+    "kernels": set(),
     "names": set(),
     "ops": {"errors"},
     "patches": set(),
