@@ -56,6 +56,7 @@ def memcheck(figures: dict[str, Any]) -> str:
     rows = [
         (f"`python -m benchmarks.memcheck {figures['part']}`", ""),
         ("passed, failed", f"{passed:,}, {failed:,}"),
+        *(("", f"failed: `{name}`") for name in figures.get("failed", ())),
         ("errors of memory", f"{figures['errors']:,}"),
         ("errors of a script that reads freed memory", f"{figures['errors_of_a_faulty_script']:,}"),
     ]

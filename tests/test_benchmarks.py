@@ -144,7 +144,9 @@ def test_each_workload_has_a_section_and_goals() -> None:
 def test_each_part_of_memcheck_has_a_table(part: str) -> None:
     counts = {"cuda": {"passed": 1200, "failed": 1}}
     figures = {"part": part, "errors": 0, "errors_of_a_faulty_script": 3, "counts": counts}
-    assert "| passed, failed | 1,200, 1 |" in tables.memcheck(figures)
+    table = tables.memcheck({**figures, "failed": ["test_one"]})
+    assert "| passed, failed | 1,200, 1 |" in table
+    assert "failed: `test_one`" in table
 
 
 def test_memcheck_knows_the_examples() -> None:
@@ -165,6 +167,7 @@ def test_the_examples_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_the_tests_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All are run, in processes of a few each."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # warnings of theirs are errors
     says = "\"$@\"; echo '==== ERROR SUMMARY: 0 errors'"
     monkeypatch.setattr(memcheck, "SANITIZER", ("sh", "-c", says, "sh"))
     monkeypatch.setattr(memcheck, "TESTS", ("-k", "does_not_own"))
