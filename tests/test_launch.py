@@ -302,7 +302,7 @@ def test_random_numbers_advance_the_generator(backend: Backend) -> None:
 def test_no_object_of_python_stays_behind(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2, 4))
     x = backend.randn(3, 8)
-    for _ in range(100):  # past the first comparison with eager, and what times a replay
+    for _ in range(100):  # past the comparison with eager that comes after 64
         mlp(x)
     gc.collect()
     gc.disable()
