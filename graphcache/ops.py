@@ -25,6 +25,9 @@ _SYNCHRONISES = {
     _aten._linalg_check_errors.default: "checks for errors on the host (use the *_ex variant)",
 }
 
+# Ranks that don't capture, compare and replay at the same calls would wait for each other forever.
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+
 # torch may drop cuFFT's plan (`cufft_plan_cache`), and with it memory and kernels that a graph needs.
 _FFTS = (_aten._fft_r2c, _aten._fft_c2c, _aten._fft_c2r)
 
@@ -116,6 +119,8 @@ def obstacle(
     on_device = [tensor for tensor in tensors_in(args, kwargs) if tensor.device == device]
     if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
         return f"{func} draws from a torch.Generator of the caller's"
+    if func.namespace in _COLLECTIVES:
+        return f"{func} waits for other processes, which may not replay a graph at this call"
     if func in (_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default):
         target = kwargs.get("device") or args[0].device
         source = (args[0] if func is _aten._to_copy.default else args[1]).device

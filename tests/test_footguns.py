@@ -3744,6 +3744,34 @@ def test_a_container_argument_is_changed(backend: Backend, name: str) -> None:
             assert getattr(mine, "scale", None) == getattr(theirs, "scale", None)
 
 
+@pytest.fixture
+def group() -> Iterator[torch.distributed.ProcessGroup]:
+    """Of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_forward_waits_for_other_processes(
+    backend: Backend, x: Tensor, group: torch.distributed.ProcessGroup
+) -> None:
+    """One rank captured, or compared, where another did not, and both waited."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        torch.distributed.all_reduce(y, group=group)
+        return y
+
+    model = cuda_graphed(forward, sizes=(2,))
+    with pytest.warns(GraphCacheWarning, match="allreduce_.* waits for other processes"):
+        equal(model(x), x * 2)
+    equal(model(x), x * 2)
+    assert info(model).hits == 0
+
+
 @pytest.mark.parametrize("length", [100, 10007])
 def test_the_plan_of_an_fft_is_dropped(backend: Backend, length: int) -> None:
     """A replay read memory that the plan had owned, or crashed: its kernels were gone, too."""
