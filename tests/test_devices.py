@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from graphcache import GraphCacheWarning, cuda_graphed, default_pool
 from tests.conftest import MLP, close
@@ -67,6 +68,29 @@ def test_tensors_on_two_devices_run_eagerly() -> None:
         x, y = torch.randn(2, 8, device="cuda:0"), torch.randn(2, 8, device="cuda:1")
         assert close(model(x, y), x + y.to("cuda:0"))
     assert model.cache_info().eager == {"tensors on several devices": 3}
+
+
+class Parts(nn.Module):
+    """As where a model is too large for one device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8).to("cuda:0"), nn.Linear(8, 8).to("cuda:1")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).to("cuda:1")).to("cuda:0")
+
+
+@torch.no_grad()
+def test_a_module_has_parts_on_two_devices() -> None:
+    model = cuda_graphed(Parts(), sizes=(2,))
+    x = torch.randn(2, 8, device="cuda:0")
+    with pytest.warns(GraphCacheWarning, match="works on cuda:1, and a graph belongs to one device"):
+        got = model(x)
+    for _ in range(3):
+        assert close(got, Parts.forward(model, x))
+        got = model(x)
+    assert model.forward.cache_info().hits == 0
 
 
 @torch.no_grad()

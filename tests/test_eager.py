@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphcache
 from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
-from graphcache.ops import user_line_of
+from graphcache.ops import obstacle, user_line_of
 from graphcache.signature import Signature
 from tests.conftest import MLP, Backend, Counter, close, eager, hidden
 
@@ -302,6 +303,20 @@ def test_a_library_of_another_name_is_code_as_any(backend: Backend) -> None:
     for _ in range(3):
         assert torch.equal(model(x), x * 2 + 1)
     assert model.cache_info().hits == 2
+
+
+def test_what_works_on_another_device_is_known() -> None:
+    aten, here = torch.ops.aten, torch.device("cuda", 0)
+    with FakeTensorMode():
+        mine, theirs = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+    assert obstacle(aten.add.Tensor, (mine, mine), {}, here) is None
+    assert obstacle(aten._to_copy.default, (mine,), {"device": torch.device("cuda")}, here) is None
+    for func, args, kwargs in (
+        (aten.relu.default, (theirs,), {}),
+        (aten._to_copy.default, (mine,), {"device": torch.device("cuda", 1)}),
+        (aten.zeros.default, ([2],), {"device": torch.device("cuda", 1)}),
+    ):
+        assert "works on cuda:1" in str(obstacle(func, args, kwargs, here))
 
 
 def test_memory_is_handed_over_by_dlpack(backend: Backend) -> None:
