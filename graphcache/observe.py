@@ -218,7 +218,7 @@ class Observer(TorchDispatchMode):
     def note_addressed(self, tensor: Tensor) -> None:
         """Notes a tensor that a kernel past torch's operators is about to be given."""
         self.note_read(tensor)
-        if _C.storage_key(tensor) not in self._made:
+        if tensor.layout is torch.strided and _C.storage_key(tensor) not in self._made:
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._bytes.add(tensor)
                 if self.saved is not None:
