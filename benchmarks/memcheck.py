@@ -3,8 +3,7 @@
     python -m benchmarks.memcheck tests --out benchmarks/results --jobs 24
     python -m benchmarks.memcheck examples --out benchmarks/results
 
-Each process has a sanitizer of its own: one for all of them serves one after another. With pytest-xdist
-no test of 26 workers had run after four minutes, and no example that a test started ever ended.
+Each process has a sanitizer of its own: one for all of them serves one after another.
 """
 
 import argparse
@@ -160,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, help="a new folder for the output, which is kept then")
     args = parser.parse_args(argv)
     os.environ.update(FEW_PROCESSES)
-    short = record.environment()["device"].replace("NVIDIA ", "").split()[0].lower()
+    short = record.short_name(record.environment())
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,11 @@ def environment(*, emulated: bool = False) -> dict[str, str]:
     }
 
 
+def short_name(where: dict[str, str]) -> str:
+    """Returns what the device of an environment is called in names of files, such as "h100"."""
+    return where["device"].replace("NVIDIA ", "").split()[0].lower()
+
+
 def write(path: Path, name: str, figures: dict[str, Any], *, emulated: bool) -> None:
     """Writes one record of what ran on this machine."""
     record = {"name": name, "environment": environment(emulated=emulated), "figures": figures}
@@ -139,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("records are of runs on a GPU, and torch finds none here")
     where = environment()
-    short = where["device"].replace("NVIDIA ", "").split()[0].lower()
+    short = short_name(where)
     worst = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -109,17 +109,6 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _elsewhere(
-    args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-) -> torch.device | None:
-    """Returns another device of the same kind that takes part in a call, or None."""
-    named = kwargs.get("device")
-    devices = [torch.device(named)] if named is not None else []
-    devices += [tensor.device for tensor in tensors_in(args, kwargs)]
-    others = (d for d in devices if d.type == device.type and d.index not in (None, device.index))
-    return next(others, None)
-
-
 def obstacle(
     func: torch._ops.OpOverload,
     args: tuple[Any, ...],
@@ -132,12 +121,10 @@ def obstacle(
         return f"{func} draws from a torch.Generator of the caller's"
     if func.namespace in _COLLECTIVES:
         return f"{func} waits for other processes, which may not replay a graph at this call"
-    if (other := _elsewhere(args, kwargs, device)) is not None:
-        return f"{func} works on {other}, and a graph belongs to one device, here {device}"
     if func in (_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default):
-        target = kwargs.get("device") or args[0].device
+        target = torch.device(kwargs.get("device") or args[0].device)
         source = (args[0] if func is _aten._to_copy.default else args[1]).device
-        if torch.device(target).type != source.type:
+        if target.type != source.type or target.index not in (None, source.index):
             return f"{func} copies between {source} and {target}"
     if not on_device:
         return None

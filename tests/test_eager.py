@@ -305,18 +305,30 @@ def test_a_library_of_another_name_is_code_as_any(backend: Backend) -> None:
     assert model.cache_info().hits == 2
 
 
-def test_what_works_on_another_device_is_known() -> None:
-    aten, here = torch.ops.aten, torch.device("cuda", 0)
+def test_a_copy_to_another_device_of_the_same_kind() -> None:
+    copy, here, there = torch.ops.aten._to_copy.default, "cuda:0", "cuda:1"
     with FakeTensorMode():
-        mine, theirs = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
-    assert obstacle(aten.add.Tensor, (mine, mine), {}, here) is None
-    assert obstacle(aten._to_copy.default, (mine,), {"device": torch.device("cuda")}, here) is None
-    for func, args, kwargs in (
-        (aten.relu.default, (theirs,), {}),
-        (aten._to_copy.default, (mine,), {"device": torch.device("cuda", 1)}),
-        (aten.zeros.default, ([2],), {"device": torch.device("cuda", 1)}),
-    ):
-        assert "works on cuda:1" in str(obstacle(func, args, kwargs, here))
+        mine, theirs = torch.empty(2, device=here), torch.empty(2, device=there)
+    for tensor, device in ((mine, here), (mine, "cuda"), (mine, None)):
+        assert obstacle(copy, (tensor,), {"device": device}, mine.device) is None
+    for tensor, device in ((mine, there), (theirs, here)):
+        why = f"copies between {tensor.device} and {device}"
+        assert why in str(obstacle(copy, (tensor,), {"device": device}, mine.device))
+
+
+def test_a_sparse_tensor_is_asked_for_its_address(backend: Backend) -> None:
+    """It has none, which torch says as it does in eager."""
+
+    def forward(x: Tensor) -> Tensor:
+        try:
+            x.to_sparse().data_ptr()
+        except RuntimeError:
+            return x * 2
+        return x
+
+    x = backend.randn(2, 2)
+    with pytest.warns(GraphCacheWarning, match="runs eagerly"):
+        assert torch.equal(cuda_graphed(forward, sizes=(2,))(x), x * 2)
 
 
 def test_memory_is_handed_over_by_dlpack(backend: Backend) -> None:
