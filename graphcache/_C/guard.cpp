@@ -91,8 +91,8 @@ Guard::Place::Place(const py::tuple& place)
     kind = Kind::kDict;
   } else if (PyCell_Check(container.ptr())) {
     kind = Kind::kCell;
-  } else if (PyList_CheckExact(container.ptr())) {
-    kind = Kind::kList;
+  } else if (PyList_CheckExact(container.ptr()) || PyTuple_CheckExact(container.ptr())) {
+    kind = PyList_CheckExact(container.ptr()) ? Kind::kList : Kind::kTuple;
     index = key.cast<Py_ssize_t>();
   } else if (Py_IS_TYPE(key.ptr(), &PyMemberDescr_Type)) {
     kind = Kind::kSlot;
@@ -113,6 +113,8 @@ bool Guard::Place::holds() const {
     }
     case Kind::kList:
       return index < PyList_GET_SIZE(held) && expected.is(PyList_GET_ITEM(held, index));
+    case Kind::kTuple:
+      return expected.is(PyTuple_GET_ITEM(held, index));
     case Kind::kCell:
       return expected.is(PyCell_GET(held));
     case Kind::kSlot:
@@ -199,21 +201,21 @@ Guard::Guard(const Watched& watched) {
   for (const auto& buffer : watched.buffers) {
     buffers_.emplace_back(buffer);
   }
-  std::vector<size_t> others;
   for (size_t index = 0; index < watched.places.size(); ++index) {
     Place place(py::cast<py::tuple>(watched.places[index]));
     if (place.kind == Kind::kDict) {
       scopes_.add(place.container.ptr());
       dict_places_.push_back(std::move(place));
       place_numbers_.push_back(index);
-    } else if (PyTuple_CheckExact(place.container.ptr())) {
-      tuples_.push_back(std::move(place.container));
     } else {
       places_.push_back(std::move(place));
-      others.push_back(index);
     }
   }
-  place_numbers_.insert(place_numbers_.end(), others.begin(), others.end());
+  for (size_t index = 0; index < watched.places.size(); ++index) {
+    if (!is_read_as_dict(PyTuple_GET_ITEM(watched.places[index].ptr(), 0))) {
+      place_numbers_.push_back(index);
+    }
+  }
   grads_ = watched.grads;
   for (const auto& tensor : watched.tensors) {
     addresses_.emplace_back(tensor, strides_);
@@ -341,9 +343,6 @@ int Guard::traverse(visitproc visit, void* arg) const {
       }
     }
   }
-  for (const auto& tuple : tuples_) {
-    Py_VISIT(tuple.ptr());
-  }
   for (const auto& address : addresses_) {
     Py_VISIT(address.object.ptr());
   }
@@ -358,7 +357,6 @@ void Guard::clear() {
   const auto lists = std::move(lists_);
   const auto dict_places = std::move(dict_places_);
   const auto places = std::move(places_);
-  const auto tuples = std::move(tuples_);
   const auto addresses = std::move(addresses_);
 }
 

@@ -60,14 +60,14 @@ class Guard {
     PyObject* dict;
   };
 
-  enum class Kind : char { kDict, kList, kCell, kSlot, kContext, kOther };
+  enum class Kind : char { kDict, kList, kTuple, kCell, kSlot, kContext, kOther };
 
   struct Place {
     explicit Place(const pybind11::tuple& place);
     bool holds() const;
 
     Kind kind;
-    Py_ssize_t index; // in a list
+    Py_ssize_t index; // in a list or a tuple
     pybind11::object container;
     pybind11::object key;
     Noted expected;
@@ -106,7 +106,6 @@ class Guard {
   std::vector<Place> dict_places_; // globals of Python modules: they change often, elsewhere
   DictGroup scopes_; // the containers of these
   std::vector<Place> places_;
-  std::vector<pybind11::object> tuples_; // places in these can't change; what is watched may hang on them
   std::vector<size_t> place_numbers_; // as they were given: those in dicts, then the others
   std::vector<Address> addresses_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
