@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import warnings
 import weakref
 from dataclasses import asdict, dataclass
@@ -300,6 +301,27 @@ def test_who_shares_a_forward_is_not_searched_for_at_each_call(
     use()
     assert model.forward.cache_info().hits > hits
     assert not searched
+
+
+def test_a_call_of_compiled_code_is_of_its_module(backend: Backend) -> None:
+    """No module holds such a forward, so Python is not asked who shares it."""
+    _, model = asking(backend, sizes=(2,), pad=0)
+    x = backend.randn(2, 8)
+
+    def asks(call: Any) -> bool:
+        call(x=x)
+        called: list[str] = []
+        before = sys.getprofile()
+        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name))
+        try:
+            call(x=x)
+        finally:
+            sys.setprofile(before)
+        return "_is_alone" in called
+
+    assert asks(model.forward)
+    assert not asks(model.get_compiled_call())
+    assert model.forward.cache_info().hits == 2
 
 
 def test_it_dies_with_its_module(backend: Backend) -> None:
