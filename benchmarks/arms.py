@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Call
 from benchmarks.workloads import Inputs, Scenario, Workload
-from graphcache import GraphPool, cuda_graphed
+from graphcache import GraphPool, config, cuda_graphed
 
 WARM_UPS = 4  # calls of each batch before anything counts: peers capture at the second or third
 
@@ -379,6 +379,8 @@ class GraphcacheCompiled(Graphcache):
         workload = self.setup.workload
         shown = [scenario for scenario in workload.scenarios if self.served(scenario) is None]
         sizes = {scenario.size_of(batch) for scenario in shown for batch in scenario.batches}
+        if not sizes:
+            return
         backend = "inductor" if self.setup.device.type == "cuda" else "eager"
         # setattr: a type checker knows forward as a method
         setattr(model, "forward", torch.compile(model.forward, dynamic=False, backend=backend))  # noqa: B010
@@ -395,6 +397,36 @@ class GraphcacheCompiled(Graphcache):
         )
 
 
+class _InALine(Graphcache):
+    """Captures without branches."""
+
+    def served(self, scenario: Scenario) -> str | None:
+        """Leaves out what has no branches anyway."""
+        return super().served(scenario) if self.setup.workload.branches else "left out: no branches"
+
+    def prepare(self, scenario: Scenario) -> None:
+        """Captures with branches switched off."""
+        token = config.linear_var.set(True)
+        try:
+            super().prepare(scenario)
+        finally:
+            config.linear_var.reset(token)
+
+
+class GraphcacheInALine(_InALine):
+    """The module under `cuda_graphed`, its graph a line."""
+
+    name = "graphcache, in a line"
+    about = "the same as `graphcache`, with no products side by side"
+
+
+class GraphcacheCompiledInALine(_InALine, GraphcacheCompiled):
+    """A compiled forward under `cuda_graphed`, its graph a line."""
+
+    name = "graphcache+compile, in a line"
+    about = "the same as `graphcache+compile`, with no products side by side"
+
+
 ARMS: dict[str, type[Arm]] = {
     arm.name: arm
     for arm in (
@@ -408,5 +440,7 @@ ARMS: dict[str, type[Arm]] = {
         ReduceOverhead,
         Graphcache,
         GraphcacheCompiled,
+        GraphcacheInALine,
+        GraphcacheCompiledInALine,
     )
 }

@@ -63,6 +63,7 @@ class Workload:
         state: the tensors that a call writes to, or depends on besides its arguments.
         duplicate: makes another module with the same weights and state of its own.
         compiled_in: scenarios of `graphcache` over a compiled forward (each size costs a compilation).
+        branches: its graphs have some: products that run side by side.
         recompiled: `torch.compile` takes part in the other scenarios too, and compiles anew for them.
         rounds: blocks of timed calls for each arm.
         pipelined: blocks of unsynchronised calls, and calls in each.
@@ -80,6 +81,7 @@ class Workload:
     state: Callable[[nn.Module], list[Tensor]] = lambda module: list(module.buffers())
     duplicate: Callable[[nn.Module], nn.Module] = copy.deepcopy
     compiled_in: tuple[str, ...] = ("exact",)
+    branches: bool = False
     recompiled: bool = True
     rounds: int = 40
     pipelined: tuple[int, int] = (10, 256)
@@ -265,6 +267,7 @@ WORKLOADS = {
             tolerance=5e-2,
             state=lambda module: cast(LlamaStep, module).state(),
             duplicate=_llama_again,
+            branches=True,
             pad={"tokens": 0},  # at batch 1 nothing is padded; without it, a warning says so
             rounds=8,
             pipelined=(3, 32),

@@ -23,15 +23,17 @@ def _switch(name: str) -> bool:
 
 
 _DISABLE, _EMULATE = _switch("GRAPHCACHE_DISABLE"), _switch("GRAPHCACHE_EMULATE")
-_PORTABLE = _switch("GRAPHCACHE_PORTABLE")
+_PORTABLE, _LINEAR = _switch("GRAPHCACHE_PORTABLE"), _switch("GRAPHCACHE_LINEAR")
 disabled_var: ContextVar[bool] = ContextVar("graphcache_disabled", default=_DISABLE)
 emulated_var: ContextVar[bool] = ContextVar("graphcache_emulated", default=_EMULATE)
 
 portable_var: ContextVar[bool] = ContextVar("graphcache_portable", default=_PORTABLE)
+linear_var: ContextVar[bool] = ContextVar("graphcache_linear", default=_LINEAR)
 
 is_disabled = disabled_var.get
 is_emulated = emulated_var.get
 is_portable = portable_var.get  # stage by torch calls, as where the driver offers no better
+is_linear = linear_var.get  # capture without branches, for a comparison
 
 
 @contextmanager

@@ -30,6 +30,7 @@ try:
     from graphcache._C._native import (
         INPUT_BYTES,
         MAX_DIMS,
+        Branches,
         Bucket,
         Dispatcher,
         Entry,
@@ -54,6 +55,7 @@ try:
         materialize,
         modes,
         module_call,
+        new_stream,
         owned,
         serve_bound_calls,
         serve_calls,
@@ -71,6 +73,7 @@ except ImportError as error:
 __all__ = [
     "INPUT_BYTES",
     "MAX_DIMS",
+    "Branches",
     "Bucket",
     "Dispatcher",
     "Entry",
@@ -95,6 +98,7 @@ __all__ = [
     "materialize",
     "modes",
     "module_call",
+    "new_stream",
     "owned",
     "serve_bound_calls",
     "serve_calls",

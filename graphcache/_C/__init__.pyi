@@ -229,6 +229,30 @@ class StageNode:
     def attach(self, graph: int, executable: int) -> None:
         """Finds its node in the graph (`cudaGraph_t`) that was captured, to patch its executable."""
 
+def new_stream() -> int:
+    """Returns the handle of a stream of the current device that nobody else is given."""
+
+class Branches:
+    """Captures matrix products beside one another, in this thread, as long as a block lasts.
+
+    Only those that follow one another on the main stream, and of which none reads or writes what
+    another writes.
+
+    Args:
+        handle: of the main stream.
+        main: the same stream as torch knows it: its `stream_id`, `device_index` and `device_type`.
+        sides: the streams of the branches, likewise.
+    """
+
+    count: int
+    """Products that run beside an earlier one."""
+
+    def __init__(
+        self, handle: int, main: tuple[int, int, int], sides: Sequence[tuple[int, int, int]]
+    ) -> None: ...
+    def __enter__(self) -> Branches: ...
+    def __exit__(self, *error: object) -> None: ...
+
 def check_driver() -> None:
     """Raises a `RuntimeError` with the name of the entry point that the CUDA driver lacks."""
 

@@ -1,4 +1,5 @@
-// The Python face of staging, buckets and dispatch.
+// The Python face of staging, branches, buckets and dispatch.
+#include "branches.h"
 #include "dispatcher.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -108,6 +109,43 @@ void bind_stage(py::module_& m) {
       .def_property_readonly("nodes", &StageNode::nodes);
   m.attr("MAX_DIMS") = kMaxDims;
   m.attr("INPUT_BYTES") = sizeof(StagedInput);
+}
+
+// A stream of torch, by what Python knows of it.
+using StreamParts = std::tuple<int64_t, int64_t, int64_t>;
+
+c10::Stream stream_of(const StreamParts& parts) {
+  const auto [id, index, type] = parts;
+  return c10::Stream::unpack3(
+      id, static_cast<c10::DeviceIndex>(index), static_cast<c10::DeviceType>(type));
+}
+
+void bind_branches(py::module_& m) {
+  m.def("new_stream", []() { return reinterpret_cast<int64_t>(new_stream()); });
+  py::class_<Branches>(m, "Branches")
+      .def(
+          py::init([](int64_t handle, const StreamParts& main, const std::vector<StreamParts>& sides) {
+            std::vector<c10::Stream> streams;
+            std::transform(sides.begin(), sides.end(), std::back_inserter(streams), stream_of);
+            return std::make_unique<Branches>(
+                reinterpret_cast<driver::Stream>(handle), stream_of(main), std::move(streams));
+          }),
+          py::arg("handle"),
+          py::arg("main"),
+          py::arg("sides"))
+      .def("__enter__", [](Branches& branches) -> Branches& {
+        branches.open();
+        return branches;
+      })
+      .def(
+          "__exit__",
+          [](Branches& branches, const py::object& type, const py::args&) {
+            const auto error = branches.close();
+            if (error && type.is_none()) { // what the block raised says more
+              std::rethrow_exception(error);
+            }
+          })
+      .def_property_readonly("count", &Branches::count);
 }
 
 void bind_bucket(py::module_& m) {
@@ -296,6 +334,7 @@ void bind_dispatcher(py::module_& m) {
 void bind_replay(py::module_& m) {
   bind_lane(m);
   bind_stage(m);
+  bind_branches(m);
   bind_bucket(m);
   bind_dispatcher(m);
 }

@@ -34,7 +34,9 @@ Api look_up() {
   GRAPHCACHE_LOOK_UP(cuModuleUnload);
   GRAPHCACHE_LOOK_UP(cuModuleGetFunction);
   GRAPHCACHE_LOOK_UP(cuLaunchKernel);
+  GRAPHCACHE_LOOK_UP(cuStreamCreate);
   GRAPHCACHE_LOOK_UP(cuStreamIsCapturing);
+  GRAPHCACHE_LOOK_UP(cuStreamGetCaptureInfo_v2);
   GRAPHCACHE_LOOK_UP(cuGraphGetNodes);
   GRAPHCACHE_LOOK_UP(cuGraphGetRootNodes);
   GRAPHCACHE_LOOK_UP(cuGraphNodeGetType);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace graphcache::driver {
@@ -28,6 +29,8 @@ struct KernelNodeParams { // CUDA_KERNEL_NODE_PARAMS_v2
 };
 
 constexpr int kKernelNode = 0; // CU_GRAPH_NODE_TYPE_KERNEL
+constexpr int kCapturing = 1; // CU_STREAM_CAPTURE_STATUS_ACTIVE
+constexpr unsigned kNonBlocking = 1; // CU_STREAM_NON_BLOCKING
 
 struct Api {
   Result (*cuGetErrorName)(Result, const char**);
@@ -40,7 +43,9 @@ struct Api {
   Result (*cuModuleGetFunction)(Function*, Module, const char*);
   Result (*cuLaunchKernel)(
       Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**);
+  Result (*cuStreamCreate)(Stream*, unsigned);
   Result (*cuStreamIsCapturing)(Stream, int*);
+  Result (*cuStreamGetCaptureInfo_v2)(Stream, int*, uint64_t*, GraphHandle*, const GraphNode**, size_t*);
   Result (*cuGraphGetNodes)(GraphHandle, GraphNode*, size_t*);
   Result (*cuGraphGetRootNodes)(GraphHandle, GraphNode*, size_t*);
   Result (*cuGraphNodeGetType)(GraphNode, int*);

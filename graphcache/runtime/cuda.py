@@ -4,20 +4,21 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphcache import _C
+from graphcache import _C, config
 from graphcache.runtime import PoolMemory, Result
 from graphcache.runtime.nvrtc import stage_kernel
 from graphcache.state import uncollected
 
 RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, if that is more
-_IDLE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
+SIDES = 3  # streams for branches: attention has three products of its input
+_IDLE_STREAMS: dict[torch.device, "list[_Streams]"] = {}
 
 
 class _Turn:
@@ -46,14 +47,33 @@ class _Turn:
 _TURNS: dict[torch.device, _Turn] = {}
 
 
+class _Streams:
+    """The stream of an arena, and those of the branches of its graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.main = torch.cuda.Stream(device)
+        self.sides: list[torch.cuda.Stream] = []
+
+    def branches(self) -> _C.Branches:
+        """Returns what captures products beside one another."""
+        if not self.sides:
+            device = self.main.device
+            self.sides = [torch.cuda.ExternalStream(_C.new_stream(), device) for _ in range(SIDES)]
+        return _C.Branches(self.main.cuda_stream, _parts(self.main), [_parts(s) for s in self.sides])
+
+
+def _parts(stream: torch.cuda.Stream) -> tuple[int, int, int]:
+    return stream.stream_id, stream.device_index, stream.device_type
+
+
 def _handle(pool: torch.cuda.MemPool) -> Any:
     return pool.id  # torch types what it gives and what it takes here differently
 
 
 class CudaArena:
-    """A private pool of torch's caching allocator, and the stream whose captures allocate from it.
+    """A private pool of torch's caching allocator, and the streams whose captures allocate from it.
 
-    The stream belongs to the arena because the allocator reuses blocks per stream, and because the
+    A stream belongs to the arena because the allocator reuses blocks per stream, and because the
     cuBLAS workspace of a stream is allocated during its first capture, here, where no other arena's
     replay can disturb it.
     """
@@ -66,8 +86,9 @@ class CudaArena:
             # cuBLAS keeps a workspace for each stream, for ever. Used again, a stream costs one, and
             # with those of before cleared, the next capture allocates it here.
             idle = _IDLE_STREAMS.setdefault(device, [])
-            self.stream = idle.pop() if idle else torch.cuda.Stream(device)
-            weakref.finalize(self, idle.append, self.stream).atexit = False
+            self.streams = idle.pop() if idle else _Streams(device)
+            self.stream = self.streams.main
+            weakref.finalize(self, idle.append, self.streams).atexit = False
             torch._C._cuda_clearCublasWorkspaces()
             self._last = torch.cuda.current_stream(device)
             self._anchor = self._capture_nothing()
@@ -133,11 +154,12 @@ class CudaStopwatch:
 
 @dataclass(eq=False)  # known by identity
 class CudaGraph:
-    """A graph of torch, and its staging node."""
+    """A graph of torch, its staging node, and how many products run beside others."""
 
     graph: torch.cuda.CUDAGraph
     node: _C.StageNode | None
     turn: _Turn
+    branches: int
 
     def replay(self) -> None:
         """Launches the graph the way of torch, which advances the random generators."""
@@ -203,12 +225,16 @@ class CudaRuntime:
             torch.cuda.stream(arena.stream),
             arena.turn,
         ):
+            # Where the driver offers no node for staging, it is not asked for anything else.
+            linear = node is None or config.is_linear()
+            branches = None if linear else arena.streams.branches()
             # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
             graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
             try:
                 if node is not None:
                     node.record(arena.stream.cuda_stream)
-                result = body()
+                with branches or nullcontext():
+                    result = body()
             except BaseException:
                 _abandon(graph, arena)
                 raise
@@ -221,7 +247,7 @@ class CudaRuntime:
                 graph.instantiate()
                 node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
         self._check_reserve(arena.device)
-        return CudaGraph(graph, node, arena.turn), result
+        return CudaGraph(graph, node, arena.turn, branches.count if branches else 0), result
 
     def _check_reserve(self, device: torch.device) -> None:
         """Leaves memory for what runs eagerly, unless there was little before and little was taken."""

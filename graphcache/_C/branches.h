@@ -1,0 +1,83 @@
+// Branches of a captured graph: matrix products that do not need one another run side by side.
+#pragma once
+
+#include "driver.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/record_function.h>
+#include <c10/core/Event.h>
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace graphcache {
+
+// A stream of its own, for as long as the process runs: torch hands out those of its pool twice.
+driver::Stream new_stream();
+
+// While it is open, products that this thread captures on `main` are captured beside one another, on
+// `sides`, if none reads or writes what another writes, and nothing comes between them but operators
+// that are known to make something new of what they are given. Whatever follows waits for all of them.
+// A product of few rows leaves most of the device idle: three of them, side by side, take little longer
+// than one.
+class Branches {
+ public:
+  Branches(driver::Stream handle, c10::Stream main, std::vector<c10::Stream> sides);
+  ~Branches();
+  Branches(const Branches&) = delete;
+  Branches& operator=(const Branches&) = delete;
+
+  void open();
+  // Returns what went wrong while it was open.
+  std::exception_ptr close();
+
+  // Products that run beside an earlier one.
+  size_t count() const { return count_; }
+
+ private:
+  struct Extent { // of memory
+    uintptr_t begin;
+    uintptr_t end;
+  };
+  struct Part; // of a run: an operator
+
+  // Products with nothing unknown in between. What they read and wrote is held, so that nobody else has
+  // the memory before the next product, or the end, says that these are done with.
+  struct Run {
+    c10::Event fork;
+    bool on_main; // whether any part is
+    size_t sides = 0; // how often one was taken
+    std::vector<Extent> read;
+    std::vector<Extent> written;
+    std::vector<c10::Storage> held;
+  };
+
+  static std::unique_ptr<at::ObserverContext> on_start(const at::RecordFunction& function);
+  static void on_end(const at::RecordFunction& function, at::ObserverContext* context);
+  std::unique_ptr<Part> start(const at::RecordFunction& function);
+  std::unique_ptr<Part> start_product(std::vector<at::Tensor> read, bool has_out);
+  std::unique_ptr<Part> start_between(const std::vector<at::Tensor>& read);
+  void end(const at::RecordFunction& function, const Part& part);
+  bool is_going_on() const;
+  bool may_join(const std::vector<at::Tensor>& read, const std::optional<at::Tensor>& out) const;
+  bool is_plain(const at::Tensor& tensor) const;
+  std::vector<driver::GraphNode> tips() const;
+  static Extent extent(const at::Tensor& tensor);
+  static bool overlap(const std::vector<Extent>& extents, const at::Tensor& tensor);
+  void note(const at::Tensor& tensor, std::vector<Extent>& where);
+
+  const driver::Stream handle_; // of the main stream
+  const c10::Stream main_;
+  const std::vector<c10::Stream> sides_;
+  std::optional<at::CallbackHandle> callback_;
+  std::optional<Run> run_;
+  std::vector<driver::GraphNode> tips_; // what the main stream waited for when the run was last added to
+  bool inside_ = false; // an operator, which others may make up
+  std::exception_ptr error_;
+  size_t count_ = 0;
+};
+
+} // namespace graphcache

@@ -1,0 +1,317 @@
+"""Products beside one another in a graph: only those that may be, and to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphcache import GraphCacheWarning, GraphPool, config, cuda_graphed
+from tests.conftest import Counter
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
+
+WIDTH = 512
+CUDA = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+        torch.cuda.synchronize()
+
+
+def weights(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(WIDTH, WIDTH, device=CUDA, dtype=dtype) / WIDTH**0.5 for _ in range(count)]
+
+
+def branches_of(
+    forward: Callable[[Tensor], object], rows: int = 4, dtype: torch.dtype = torch.float32
+) -> int:
+    """Captures `forward`, compares replays with eager, and returns how many products are on branches."""
+    graphed = cuda_graphed(forward, sizes=(rows,), pool=GraphPool(CUDA))
+    for _ in range(6):
+        x = torch.randn(rows, WIDTH, device=CUDA, dtype=dtype)
+        wanted, got = forward(x.clone()), graphed(x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    info = graphed.cache_info()
+    assert (info.hits, info.captures) == (5, 1), info
+    (entry,) = graphed._cache().entries.values()
+    return int(entry.buckets[rows].graph.branches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_three_products_of_an_attention_run_side_by_side(dtype: torch.dtype, bias: bool) -> None:
+    q, k, v = (nn.Linear(WIDTH, WIDTH, bias=bias, device=CUDA, dtype=dtype) for _ in range(3))
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(3):
+            query, key, value = q(x), k(x), v(x)
+            x = torch.softmax(query * key, -1) * value
+        return x
+
+    assert branches_of(forward, dtype=dtype) == 6
+
+
+def test_products_with_an_out_run_side_by_side() -> None:
+    a, b, c = weights(3)
+
+    def forward(x: Tensor) -> Tensor:
+        outs = [torch.empty_like(x) for _ in range(3)]
+        for weight, out in zip((a, b, c), outs, strict=True):
+            torch.mm(x, weight, out=out)
+        return outs[0] + outs[1] * outs[2]
+
+    assert branches_of(forward) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh])
+def test_a_gate_and_its_activation_run_beside_what_they_open(
+    activation: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    gate, up, down = (nn.Linear(WIDTH, WIDTH, device=CUDA, dtype=dtype) for _ in range(3))
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = down(activation(gate(x)) * up(x))
+        return x
+
+    assert branches_of(forward, dtype=dtype) == 3
+
+
+def test_what_scales_and_norms_one_product_runs_beside_the_next() -> None:
+    q, k, v = weights(3, torch.bfloat16)
+    norm, by = nn.RMSNorm(WIDTH, device=CUDA, dtype=torch.bfloat16), nn.LayerNorm(WIDTH, device=CUDA)
+
+    def by_hand(x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        query = norm(x @ q) * 0.125
+        key = by_hand(by((x @ k).float()).to(x.dtype))
+        return torch.softmax(query * key, -1) * (x @ v)
+
+    assert branches_of(forward, dtype=torch.bfloat16) == 2
+
+
+def test_many_products_share_the_streams_that_there_are() -> None:
+    found = weights(9)
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.stack([x @ weight for weight in found]).sum(0)
+
+    assert branches_of(forward) == 8
+
+
+def needs_the_one_before(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return (x @ a) @ b
+
+
+def needs_a_view_of_it(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return (x @ a)[:, :4] @ b[:4]
+
+
+def adds_to_it(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(x @ a, x, b)
+
+
+def needs_what_was_made_of_it(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.relu(x @ a) @ b
+
+
+def needs_what_was_made_of_its_argument(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    first = x @ a
+    return first + (x * 2) @ b
+
+
+def has_a_kernel_in_between(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    first = x @ a
+    second = torch.cumsum(first, 1)
+    return second + x @ b
+
+
+def has_an_out_and_something_in_between(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    first, second = torch.empty_like(x), torch.empty_like(x)
+    torch.mm(x, a, out=first)
+    third = torch.relu(first)
+    torch.mm(x, b, out=second)
+    return second + third
+
+
+def has_a_write_in_between(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y = x.clone()
+    first = x @ a
+    y.add_(first)
+    return first + y @ b
+
+
+def writes_where_the_one_before_read(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y, out = x.clone(), torch.empty_like(x)
+    torch.mm(y, a, out=out)
+    torch.mm(x, b, out=y)
+    return out + y
+
+
+def writes_where_the_one_before_wrote(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    torch.mm(x, a, out=out)
+    torch.mm(x, b, out=out)
+    return out + 1
+
+
+def writes_beside_it_in_the_same_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], 2 * WIDTH)
+    torch.mm(x, a, out=out[:, :WIDTH])
+    torch.mm(x, b, out=out[:, WIDTH:])
+    return out + 1
+
+
+def writes_to_memory_that_the_one_before_may_have_used(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    first = x[:, ::2] @ a[::2]  # copies what lies apart, to memory of its own
+    out = torch.empty_like(x)
+    torch.mm(x, b, out=out)
+    return first + out
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        needs_the_one_before,
+        needs_a_view_of_it,
+        adds_to_it,
+        needs_what_was_made_of_it,
+        needs_what_was_made_of_its_argument,
+        has_a_kernel_in_between,
+        has_an_out_and_something_in_between,
+        has_a_write_in_between,
+        writes_where_the_one_before_read,
+        writes_where_the_one_before_wrote,
+        writes_beside_it_in_the_same_rows,
+        writes_to_memory_that_the_one_before_may_have_used,
+    ],
+)
+def test_a_product_stays_in_its_place_that(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    a, b = weights(2)
+    assert branches_of(lambda x: forward(x, a, b)) == 0
+
+
+def test_memory_that_a_branch_reads_is_not_given_to_the_next() -> None:
+    a, b, c = weights(3)
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(4):
+            both = [x @ a, x @ b]  # the second lies in memory of a branch, as what comes next will
+            y = both.pop()
+            first = y @ a
+            del y
+            x = (first + x @ c) * 0.5 + both.pop()
+        return x
+
+    assert branches_of(forward) == 8
+
+
+def test_a_product_of_many_rows_stays_in_its_place() -> None:
+    a, b = weights(2)
+    assert branches_of(lambda x: x @ a + x @ b, rows=256) == 1
+    assert branches_of(lambda x: x @ a + x @ b, rows=257) == 0
+
+
+def test_a_product_that_raises_leaves_the_stream_as_it_was() -> None:
+    a, b = weights(2)
+
+    def forward(x: Tensor) -> Tensor:
+        first = x @ a
+        try:
+            x @ b[:3]
+        except RuntimeError:
+            first = first + 1
+        return first + x @ b
+
+    assert branches_of(forward) == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_products_on_a_stream_of_the_user_stay_there() -> None:
+    a, b = weights(2)
+    other = torch.cuda.Stream()
+
+    def forward(x: Tensor) -> Tensor:
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            first = x @ a
+            second = first @ b
+        torch.cuda.current_stream().wait_stream(other)
+        return first + second + x @ b
+
+    assert branches_of(forward) == 0
+
+
+def test_autocast_casts_on_the_branch() -> None:
+    a, b, c = weights(3)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(CUDA, torch.bfloat16):
+            return (x @ a + x @ b + x @ c).float()
+
+    assert branches_of(forward) in (0, 2)
+
+
+def test_a_capture_that_fails_among_branches_leaves_nothing_behind() -> None:
+    a, b = weights(2)
+    runs = Counter()
+
+    def forward(x: Tensor) -> Tensor:
+        first, second = x @ a, x @ b
+        if runs.add() in (2, 3):
+            raise RuntimeError("not now")
+        return first + second
+
+    graphed = cuda_graphed(forward, sizes=(4,), pool=GraphPool(CUDA))
+    x = torch.randn(4, WIDTH, device=CUDA)
+    with pytest.warns(GraphCacheWarning, match="not now"):
+        graphed(x)
+    assert torch.equal(graphed(x), forward(x))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert branches_of(lambda x: x @ a + x @ b) == 1
+
+
+def test_compiled_products_run_side_by_side() -> None:
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False, device=CUDA) for _ in range(4))
+
+    def forward(x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        return layers[3](torch.softmax(layers[0](x) * layers[1](x), -1) * layers[2](x))
+
+    compiled = torch.compile(forward)
+    assert branches_of(compiled) == 2
+
+
+def test_a_capture_in_one_line_has_none() -> None:
+    a, b = weights(2)
+    token = config.linear_var.set(True)
+    try:
+        assert branches_of(lambda x: x @ a + x @ b) == 0
+    finally:
+        config.linear_var.reset(token)
+
+
+def test_graphs_of_a_ladder_keep_to_the_memory_of_the_largest() -> None:
+    a, b, c = weights(3)
+    pool = GraphPool(CUDA)
+    graphed = cuda_graphed(lambda x: (x @ a) * (x @ b) + x @ c, sizes=(64,), pool=pool)
+    graphed(torch.randn(64, WIDTH, device=CUDA))
+    one = pool.memory()
+    graphed = cuda_graphed(lambda x: (x @ a) * (x @ b) + x @ c, sizes=range(1, 65), pool=pool)
+    graphed(torch.randn(64, WIDTH, device=CUDA))
+    assert pool.memory().reserved == one.reserved
