@@ -35,7 +35,7 @@ def doctor() -> int:
     return 0 if works else 1
 
 
-_SWITCHES = ("GRAPHCACHE_DISABLE", "GRAPHCACHE_EMULATE")
+_SWITCHES = tuple(f"GRAPHCACHE_{name}" for name in ("DISABLE", "EMULATE", "PORTABLE", "LINEAR"))
 
 
 def _try(device: torch.device) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphcache import GraphCacheWarning, GraphPool, config, cuda_graphed
+from graphcache import _C, GraphCacheWarning, GraphPool, config, cuda_graphed
+from graphcache.runtime.cuda import _Streams
 from tests.conftest import Counter
 
 pytestmark = [
@@ -27,6 +30,33 @@ def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
         torch.cuda.synchronize()
+
+
+@contextmanager
+def captured() -> Iterator[_C.Branches]:
+    """Captures what the block does, and replays it."""
+    graph, streams = torch.cuda.CUDAGraph(), _Streams(torch.device(CUDA, torch.cuda.current_device()))
+    with torch.cuda.graph(graph, stream=streams.main), streams.branches() as branches:
+        yield branches
+    graph.replay()
+
+
+class Wrapped(Tensor):
+    """Holds a tensor, and does with it what it is asked for."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(func(*(arg.inner if isinstance(arg, cls) else arg for arg in args), **(kwargs or {})))
 
 
 def weights(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -100,7 +130,8 @@ def test_what_scales_and_norms_one_product_runs_beside_the_next() -> None:
     def forward(x: Tensor) -> Tensor:
         query = norm(x @ q) * 0.125
         key = by_hand(by((x @ k).float()).to(x.dtype))
-        return torch.softmax(query * key, -1) * (x @ v)
+        value = x @ v
+        return torch.softmax(query * key, -1) * value
 
     assert branches_of(forward, dtype=torch.bfloat16) == 2
 
@@ -206,19 +237,32 @@ def test_a_product_stays_in_its_place_that(forward: Callable[[Tensor, Tensor, Te
     assert branches_of(lambda x: forward(x, a, b)) == 0
 
 
-def test_memory_that_a_branch_reads_is_not_given_to_the_next() -> None:
+def test_memory_that_a_product_reads_is_not_given_to_the_next() -> None:
     a, b, c = weights(3)
+    x = torch.randn(4, WIDTH, device=CUDA)
+    with captured() as branches:
+        first, second = x @ a, x @ b  # the second lies in memory of a branch, as what comes next will
+        address = second.data_ptr()
+        third = second @ a
+        del second
+        fourth = x @ c
+        assert branches.count == 2
+        assert fourth.data_ptr() != address
+        fifth = fourth @ (third + first).t()  # waits for all that read it
+        sixth = x @ a
+        assert branches.count == 3
+        assert sixth.data_ptr() == address
+        del fifth
 
-    def forward(x: Tensor) -> Tensor:
-        for _ in range(4):
-            both = [x @ a, x @ b]  # the second lies in memory of a branch, as what comes next will
-            y = both.pop()
-            first = y @ a
-            del y
-            x = (first + x @ c) * 0.5 + both.pop()
-        return x
 
-    assert branches_of(forward) == 8
+def test_parts_of_a_tensor_subclass_are_looked_at_themselves() -> None:
+    a, b = weights(2)
+    x = torch.randn(4, WIDTH, device=CUDA)
+    with captured() as branches:
+        first, second = Wrapped(x) @ Wrapped(a), Wrapped(x) @ Wrapped(b)
+        assert branches.count == 1
+        (first @ second.t(), second @ first.t())
+        assert branches.count == 2
 
 
 def test_a_product_of_many_rows_stays_in_its_place() -> None:
@@ -249,22 +293,21 @@ def test_products_on_a_stream_of_the_user_stay_there() -> None:
     def forward(x: Tensor) -> Tensor:
         other.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(other):
-            first = x @ a
-            second = first @ b
+            first, second = x @ a, x @ b
         torch.cuda.current_stream().wait_stream(other)
         return first + second + x @ b
 
     assert branches_of(forward) == 0
 
 
-def test_autocast_casts_on_the_branch() -> None:
+def test_autocast_makes_new_arguments_for_each_product() -> None:
     a, b, c = weights(3)
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast(CUDA, torch.bfloat16):
             return (x @ a + x @ b + x @ c).float()
 
-    assert branches_of(forward) in (0, 2)
+    assert branches_of(forward) == 0
 
 
 def test_a_capture_that_fails_among_branches_leaves_nothing_behind() -> None:
@@ -287,14 +330,15 @@ def test_a_capture_that_fails_among_branches_leaves_nothing_behind() -> None:
 
 
 def test_compiled_products_run_side_by_side() -> None:
-    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False, device=CUDA) for _ in range(4))
+    options: dict[str, Any] = {"bias": False, "device": CUDA, "dtype": torch.bfloat16}
+    q, k, v, out = (nn.Linear(WIDTH, WIDTH, **options) for _ in range(4))
 
+    @torch.compile
     def forward(x: Tensor) -> Tensor:
         x = torch.relu(x)
-        return layers[3](torch.softmax(layers[0](x) * layers[1](x), -1) * layers[2](x))
+        return out(torch.softmax(q(x) * k(x), -1) * v(x))
 
-    compiled = torch.compile(forward)
-    assert branches_of(compiled) == 2
+    assert branches_of(forward, dtype=torch.bfloat16) >= 1
 
 
 def test_a_capture_in_one_line_has_none() -> None:
