@@ -131,7 +131,9 @@ def families(figures: dict[str, Any]) -> str:
 def why_not(found: dict[str, Any]) -> str:
     """Returns what kept a model from running, or from being replayed; nothing if it was."""
     reasons = {} if found.get("replayed") else found.get("eager", {})
-    most = max(reasons.items(), key=lambda item: item[1], default=("", 0))[0]
+    # First calls say nothing of the model, unless there were no others.
+    told = {why: count for why, count in reasons.items() if not why.startswith("the first call of")}
+    most = max((told or reasons).items(), key=lambda item: item[1], default=("", 0))[0]
     return str(found.get("error", most))
 
 

@@ -277,10 +277,11 @@ def test_bytes_that_weak_references_save(backend: Backend) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
 def test_the_ladder_leaves_memory_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the device were nearly full: the size that takes what is left is not kept."""
-    info = torch.cuda.mem_get_info
-    start, total = info()
-    spare = 192 << 20
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (spare + info()[0] - start, total))
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    reserved = torch.cuda.memory_reserved  # by this process: others may use the device, too
+    end = reserved() + (192 << 20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (end - reserved(), total))
     pool = graphcache.GraphPool("cuda")
     with torch.no_grad():
         model = cuda_graphed(lambda x: x * 2, sizes=(1, 2, 4, 128), pool=pool)
