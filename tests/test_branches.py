@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C, GraphCacheWarning, GraphPool, config, cuda_graphed
 from graphcache.runtime.cuda import _Streams
@@ -39,6 +41,7 @@ def captured() -> Iterator[_C.Branches]:
     with torch.cuda.graph(graph, stream=streams.main), streams.branches() as branches:
         yield branches
     graph.replay()
+    torch.cuda.synchronize()
 
 
 class Wrapped(Tensor):
@@ -273,17 +276,20 @@ def test_a_product_of_many_rows_stays_in_its_place() -> None:
 
 def test_a_product_that_raises_leaves_the_stream_as_it_was() -> None:
     a, b = weights(2)
-
-    def forward(x: Tensor) -> Tensor:
+    x = torch.randn(4, WIDTH, device=CUDA)
+    with captured() as branches:
+        main = torch.cuda.current_stream()
         first = x @ a
-        try:
-            x @ b[:3]
-        except RuntimeError:
-            first = first + 1
-        return first + x @ b
-
-    assert branches_of(forward) == 0
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        for wrong in (b[:3], b[0, 0]):
+            with pytest.raises(RuntimeError):
+                torch.mm(x, wrong)
+            with pytest.raises(RuntimeError):
+                torch.mm(wrong, x)
+        assert torch.cuda.current_stream() == main
+        second = torch.relu(first)
+        x @ b
+        assert branches.count == 0
+    assert torch.equal(second, torch.relu(x @ a))
 
 
 def test_products_on_a_stream_of_the_user_stay_there() -> None:
@@ -300,14 +306,114 @@ def test_products_on_a_stream_of_the_user_stay_there() -> None:
     assert branches_of(forward) == 0
 
 
-def test_autocast_makes_new_arguments_for_each_product() -> None:
+@pytest.mark.parametrize("product", [torch.matmul, torch.mm])
+def test_autocast_makes_new_arguments_for_each_product(
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     a, b, c = weights(3)
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast(CUDA, torch.bfloat16):
-            return (x @ a + x @ b + x @ c).float()
+            return (product(x, a) + product(x, b) + product(x, c)).float()
 
     assert branches_of(forward) == 0
+
+
+def test_products_with_a_gradient_stay_in_their_place() -> None:
+    a, b = weights(2)
+    x = torch.randn(4, WIDTH, device=CUDA, requires_grad=True)
+    with captured() as branches:
+        with torch.enable_grad():
+            first, second = x @ a, x @ b
+            (found,) = torch.autograd.grad((first.sin() + second.cos()).sum(), x)
+        assert branches.count == 0
+        x @ a, x @ b
+        assert branches.count == 1
+    with torch.enable_grad():
+        (wanted,) = torch.autograd.grad(((x @ a).sin() + (x @ b).cos()).sum(), x)
+    assert torch.equal(found, wanted)
+
+
+def test_products_with_a_tangent_stay_in_their_place() -> None:
+    a, b = weights(2)
+    x, along = torch.randn(2, 4, WIDTH, device=CUDA)
+    with captured() as branches, torch.enable_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, along)
+        dual @ a, dual @ b
+        assert branches.count == 0
+
+
+class Sums(TorchDispatchMode):
+    """Adds up what products return, in a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros((), device=CUDA)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.total.add_(result.sum())
+        return result
+
+
+def test_what_a_dispatch_mode_does_comes_between_products() -> None:
+    a, b = weights(2)
+    x, sums = torch.randn(4, WIDTH, device=CUDA), Sums()
+    with captured() as branches:
+        with sums:
+            first, second = torch.mm(x, a), torch.mm(x, b)
+        assert branches.count == 0
+    torch.testing.assert_close(sums.total, first.sum() + second.sum())
+
+
+def test_what_is_read_between_products_is_not_given_to_the_next() -> None:
+    a, b = weights(2)
+    x = torch.randn(4, WIDTH, device=CUDA)
+    with captured() as branches:
+        first, second = x @ a, x @ b  # the second lies in memory of a branch
+        address = second.data_ptr()
+        third = (first * 2).cumsum(1) @ a
+        between = torch.relu(second)
+        del second
+        fourth = x @ b
+        assert branches.count == 2
+        assert fourth.data_ptr() != address
+    del third, between
+
+
+def test_what_is_read_between_products_is_not_large() -> None:
+    a, b = weights(2)
+    x, large = torch.randn(4, WIDTH, device=CUDA), torch.randn(5 << 20, device=CUDA)
+    with captured() as branches:
+        x @ a, torch.relu(large), x @ b
+        assert branches.count == 0
+
+
+def test_memory_is_held_no_longer_than_products_run() -> None:
+    a, b = weights(2)
+    x = torch.randn(4, WIDTH, device=CUDA)
+    with captured():
+        made = x * 3
+        address = made.data_ptr()
+        both = [made @ a, made @ b]
+        del made
+        torch.cumsum(torch.stack(both), 0)
+        assert (x * 2).data_ptr() == address
+
+
+def test_memory_that_was_given_away_stops_the_capture() -> None:
+    a, b = weights(2)
+    x = torch.randn(4, WIDTH, device=CUDA)
+
+    def capture() -> None:
+        with captured():
+            results = [x @ weight for weight in (a, b, a, b)]  # one on the main stream, three beside
+            torch.relu(results[1])
+            results[1].untyped_storage().resize_(0)
+            x @ a
+
+    with pytest.raises(RuntimeError, match="memory that one beside it uses"):
+        capture()
 
 
 def test_a_capture_that_fails_among_branches_leaves_nothing_behind() -> None:

@@ -1,6 +1,10 @@
 #include "branches.h"
 
+#include <ATen/autocast_mode.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +18,9 @@ using driver::check;
 
 // Products of more rows fill the device by themselves (docs/performance.md).
 constexpr int64_t kMostRows = 256;
+
+// What is read between products is held meanwhile, so it may not be large.
+constexpr size_t kMostBytes = 16 << 20;
 
 // What a tensor has that is nothing but memory on the device; any other key may mean other code.
 constexpr c10::DispatchKeySet kPlain({
@@ -41,6 +48,12 @@ bool is_number(const at::Tensor& tensor) {
   return tensor.defined() && tensor.device().is_cpu() && tensor.dim() == 0;
 }
 
+// Whether an operator is more than its kernel: casts that are kept, a handler in Python, tangents.
+bool is_intercepted(c10::DeviceType type) {
+  return at::autocast::is_autocast_enabled(type) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+
 thread_local Branches* opened = nullptr;
 
 } // namespace
@@ -53,6 +66,7 @@ driver::Stream new_stream() {
 
 struct Branches::Part : at::ObserverContext {
   std::optional<c10::Stream> side;
+  bool has_out = false;
   bool beside = false; // an earlier product
 };
 
@@ -67,11 +81,11 @@ Branches::~Branches() {
 
 void Branches::open() {
   TORCH_CHECK(opened == nullptr, "graphcache: this thread captures already");
-  opened = this;
   callback_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&on_start, &on_end)
                                              .needsInputs(true)
                                              .needsOutputs(true)
                                              .scopes({at::RecordScope::FUNCTION}));
+  opened = this;
 }
 
 std::exception_ptr Branches::close() {
@@ -109,12 +123,15 @@ void Branches::on_end(const at::RecordFunction& function, at::ObserverContext* c
 }
 
 std::unique_ptr<Branches::Part> Branches::start(const at::RecordFunction& function) {
+  if (run_ && !is_going_on()) {
+    run_.reset(); // something else was captured, which waits for all of it: its memory may go
+  }
   const std::string_view name = function.name();
   const std::string_view overload = function.overload_name();
   const bool adds = name == "aten::addmm";
   const bool is_product = (adds || name == "aten::mm") && (overload.empty() || overload == "out");
   const bool is_between = !is_product && run_ && is_known(name) && overload.find("out") == overload.npos;
-  if (!is_product && !is_between) {
+  if ((!is_product && !is_between) || is_intercepted(main_.device_type())) {
     return nullptr;
   }
   std::vector<at::Tensor> read;
@@ -132,7 +149,8 @@ std::unique_ptr<Branches::Part> Branches::start(const at::RecordFunction& functi
     return start_between(read);
   }
   const auto& rows = read.at(adds ? 1 : 0);
-  return rows.size(0) > kMostRows ? nullptr : start_product(std::move(read), !overload.empty());
+  const bool is_small = rows.dim() == 2 && rows.size(0) <= kMostRows;
+  return is_small ? start_product(std::move(read), !overload.empty()) : nullptr;
 }
 
 std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> read, bool has_out) {
@@ -142,6 +160,7 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
     read.pop_back();
   }
   auto part = std::make_unique<Part>();
+  part->has_out = has_out;
   part->beside = may_join(read, out);
   if (!part->beside) {
     run_.reset();
@@ -164,8 +183,10 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
 }
 
 std::unique_ptr<Branches::Part> Branches::start_between(const std::vector<at::Tensor>& read) {
-  if (!is_going_on()) {
-    return nullptr;
+  for (const auto& tensor : read) {
+    if (tensor.storage().nbytes() > kMostBytes) {
+      return nullptr; // which ends the run
+    }
   }
   for (const auto& tensor : read) {
     note(tensor, run_->read);
@@ -188,19 +209,24 @@ void Branches::end(const at::RecordFunction& function, const Part& part) {
     run_.reset();
     return;
   }
-  note(outputs.front().toTensor(), run_->written);
+  const auto& output = outputs.front().toTensor();
+  // Somebody gave memory away under a tensor that lives (`untyped_storage().resize_`).
+  TORCH_CHECK(
+      !part.side || part.has_out || !(overlap(run_->read, output) || overlap(run_->written, output)),
+      "graphcache: a product was given memory that one beside it uses");
+  note(output, run_->written);
   count_ += part.beside ? 1 : 0;
   tips_ = tips();
 }
 
 bool Branches::is_going_on() const {
-  return run_ && !tips_.empty() && tips_ == tips();
+  return !tips_.empty() && tips_ == tips();
 }
 
 bool Branches::may_join(const std::vector<at::Tensor>& read, const std::optional<at::Tensor>& out) const {
   // Memory that a part takes for itself goes back to its stream when it is captured, and from the main
   // stream to whoever asks next: it might be this `out`, and the part may still run.
-  if (!is_going_on() || (out && run_->on_main)) {
+  if (!run_ || (out && run_->on_main)) {
     return false;
   }
   const bool reads_a_result = std::any_of(read.begin(), read.end(), [this](const at::Tensor& tensor) {
@@ -211,7 +237,8 @@ bool Branches::may_join(const std::vector<at::Tensor>& read, const std::optional
 
 bool Branches::is_plain(const at::Tensor& tensor) const {
   return tensor.defined() && tensor.device() == main_.device() && tensor.has_storage() &&
-      (tensor.key_set().raw_repr() & ~kPlain.raw_repr()) == 0;
+      (tensor.key_set().raw_repr() & ~kPlain.raw_repr()) == 0 &&
+      !(c10::GradMode::is_enabled() && tensor.requires_grad()); // its backward would run on that stream
 }
 
 // The nodes that whatever comes next on the main stream waits for: others than before, if anything was

@@ -44,8 +44,8 @@ class Branches {
   };
   struct Part; // of a run: an operator
 
-  // Products with nothing unknown in between. What they read and wrote is held, so that nobody else has
-  // the memory before the next product, or the end, says that these are done with.
+  // Products with nothing unknown in between. What they read and wrote is held until something else is
+  // captured, so that nobody else is given the memory meanwhile.
   struct Run {
     c10::Event fork;
     bool on_main; // whether any part is
@@ -61,7 +61,7 @@ class Branches {
   std::unique_ptr<Part> start_product(std::vector<at::Tensor> read, bool has_out);
   std::unique_ptr<Part> start_between(const std::vector<at::Tensor>& read);
   void end(const at::RecordFunction& function, const Part& part);
-  bool is_going_on() const;
+  bool is_going_on() const; // the run
   bool may_join(const std::vector<at::Tensor>& read, const std::optional<at::Tensor>& out) const;
   bool is_plain(const at::Tensor& tensor) const;
   std::vector<driver::GraphNode> tips() const;
