@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import Stream, Tensor, nn
 
 __all__ = [
     "INPUT_BYTES",
@@ -240,16 +240,14 @@ class Branches:
 
     Args:
         handle: of the main stream.
-        main: the same stream as torch knows it: its `stream_id`, `device_index` and `device_type`.
-        sides: the streams of the branches, likewise.
+        main: that stream itself.
+        sides: the streams of the branches.
     """
 
     count: int
     """Products that run beside an earlier one."""
 
-    def __init__(
-        self, handle: int, main: tuple[int, int, int], sides: Sequence[tuple[int, int, int]]
-    ) -> None: ...
+    def __init__(self, handle: int, main: Stream, sides: Sequence[Stream]) -> None: ...
     def __enter__(self) -> Branches: ...
     def __exit__(self, *error: object) -> None: ...
 

@@ -111,24 +111,13 @@ void bind_stage(py::module_& m) {
   m.attr("INPUT_BYTES") = sizeof(StagedInput);
 }
 
-// A stream of torch, by what Python knows of it.
-using StreamParts = std::tuple<int64_t, int64_t, int64_t>;
-
-c10::Stream stream_of(const StreamParts& parts) {
-  const auto [id, index, type] = parts;
-  return c10::Stream::unpack3(
-      id, static_cast<c10::DeviceIndex>(index), static_cast<c10::DeviceType>(type));
-}
-
 void bind_branches(py::module_& m) {
   m.def("new_stream", []() { return reinterpret_cast<int64_t>(new_stream()); });
   py::class_<Branches>(m, "Branches")
       .def(
-          py::init([](int64_t handle, const StreamParts& main, const std::vector<StreamParts>& sides) {
-            std::vector<c10::Stream> streams;
-            std::transform(sides.begin(), sides.end(), std::back_inserter(streams), stream_of);
+          py::init([](int64_t handle, const c10::Stream& main, std::vector<c10::Stream> sides) {
             return std::make_unique<Branches>(
-                reinterpret_cast<driver::Stream>(handle), stream_of(main), std::move(streams));
+                reinterpret_cast<driver::Stream>(handle), main, std::move(sides));
           }),
           py::arg("handle"),
           py::arg("main"),

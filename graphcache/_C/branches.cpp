@@ -170,9 +170,6 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
   for (const auto& tensor : read) {
     note(tensor, run_->read);
   }
-  if (out) {
-    note(*out, run_->written);
-  }
   if (part->beside || out) {
     part->side = sides_[run_->sides++ % sides_.size()];
     run_->fork.block(*part->side);

@@ -59,11 +59,7 @@ class _Streams:
         if not self.sides:
             device = self.main.device
             self.sides = [torch.cuda.ExternalStream(_C.new_stream(), device) for _ in range(SIDES)]
-        return _C.Branches(self.main.cuda_stream, _parts(self.main), [_parts(s) for s in self.sides])
-
-
-def _parts(stream: torch.cuda.Stream) -> tuple[int, int, int]:
-    return stream.stream_id, stream.device_index, stream.device_type
+        return _C.Branches(self.main.cuda_stream, self.main, self.sides)
 
 
 def _handle(pool: torch.cuda.MemPool) -> Any:

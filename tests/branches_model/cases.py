@@ -76,7 +76,10 @@ class Model:
     def captured(self) -> Iterator[_C.Branches]:
         first = self.tensor()
         self.kernel(first, first)  # the staging node
-        with _C.Branches(MAIN, (MAIN, 0, 1), [(side, 0, 1) for side in SIDES]) as branches:
+        main, *sides = (
+            torch.Stream(stream_id=number, device_index=0, device_type=1) for number in (MAIN, *SIDES)
+        )
+        with _C.Branches(MAIN, main, sides) as branches:
             yield branches
         assert self._device.use_stream(MAIN) == MAIN
 
