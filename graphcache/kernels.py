@@ -8,10 +8,8 @@ import gc
 import sys
 from collections.abc import Iterator
 
-_OWNERS = (
-    ("triton.compiler.compiler", "CompiledKernel"),
-    ("torch._inductor.runtime.static_triton_launcher", "StaticallyLaunchedTritonKernel"),
-)
+_TRITONS = ("triton.compiler.compiler", "CompiledKernel")
+_INDUCTORS = ("torch._inductor.runtime.static_triton_launcher", "StaticallyLaunchedTritonKernel")
 
 
 def loaded() -> list[object]:
@@ -21,8 +19,15 @@ def loaded() -> list[object]:
 
 
 def _kinds() -> Iterator[type]:
-    for file, name in _OWNERS:
+    # To look at every object there is takes as long as to capture a small model ten times.
+    for file, name in (_TRITONS, _INDUCTORS) if _has_triton_run() else (_INDUCTORS,):
         kind = getattr(sys.modules.get(file), name, None)
         if kind is not None:
             yield kind
             yield from kind.__subclasses__()
+
+
+def _has_triton_run() -> bool:
+    """Tells whether Triton knows the device, without which it loads nothing; it looks when it has to."""
+    driver = getattr(sys.modules.get("triton.runtime.driver"), "driver", None)
+    return getattr(driver, "_active", driver) is not None

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphcache import _C, GraphCacheWarning, GraphPool, config, cuda_graphed
-from graphcache.runtime.cuda import _Streams
+from graphcache import GraphCacheWarning, GraphPool, config, cuda_graphed
+from tests.branches_model import Cuda
 from tests.conftest import Counter
 
 pytestmark = [
@@ -34,14 +31,9 @@ def no_grad() -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-@contextmanager
-def captured() -> Iterator[_C.Branches]:
-    """Captures what the block does, and replays it."""
-    graph, streams = torch.cuda.CUDAGraph(), _Streams(torch.device(CUDA, torch.cuda.current_device()))
-    with torch.cuda.graph(graph, stream=streams.main), streams.branches() as branches:
-        yield branches
-    graph.replay()
-    torch.cuda.synchronize()
+@pytest.fixture(scope="module")
+def device() -> Cuda:
+    return Cuda()
 
 
 class Wrapped(Tensor):
@@ -240,10 +232,10 @@ def test_a_product_stays_in_its_place_that(forward: Callable[[Tensor, Tensor, Te
     assert branches_of(lambda x: forward(x, a, b)) == 0
 
 
-def test_memory_that_a_product_reads_is_not_given_to_the_next() -> None:
+def test_memory_that_a_product_reads_is_not_given_to_the_next(device: Cuda) -> None:
     a, b, c = weights(3)
     x = torch.randn(4, WIDTH, device=CUDA)
-    with captured() as branches:
+    with device.captured() as branches:
         first, second = x @ a, x @ b  # the second lies in memory of a branch, as what comes next will
         address = second.data_ptr()
         third = second @ a
@@ -258,26 +250,20 @@ def test_memory_that_a_product_reads_is_not_given_to_the_next() -> None:
         del fifth
 
 
-def test_parts_of_a_tensor_subclass_are_looked_at_themselves() -> None:
+def test_parts_of_a_tensor_subclass_are_looked_at_themselves(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA)
-    with captured() as branches:
+    with device.captured() as branches:
         first, second = Wrapped(x) @ Wrapped(a), Wrapped(x) @ Wrapped(b)
         assert branches.count == 1
         (first @ second.t(), second @ first.t())
         assert branches.count == 2
 
 
-def test_a_product_of_many_rows_stays_in_its_place() -> None:
-    a, b = weights(2)
-    assert branches_of(lambda x: x @ a + x @ b, rows=256) == 1
-    assert branches_of(lambda x: x @ a + x @ b, rows=257) == 0
-
-
-def test_a_product_that_raises_leaves_the_stream_as_it_was() -> None:
+def test_a_product_that_raises_leaves_the_stream_as_it_was(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA)
-    with captured() as branches:
+    with device.captured() as branches:
         main = torch.cuda.current_stream()
         first = x @ a
         for wrong in (b[:3], b[0, 0]):
@@ -292,84 +278,29 @@ def test_a_product_that_raises_leaves_the_stream_as_it_was() -> None:
     assert torch.equal(second, torch.relu(x @ a))
 
 
-def test_products_on_a_stream_of_the_user_stay_there() -> None:
-    a, b = weights(2)
-    other = torch.cuda.Stream()
-
-    def forward(x: Tensor) -> Tensor:
-        other.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(other):
-            first, second = x @ a, x @ b
-        torch.cuda.current_stream().wait_stream(other)
-        return first + second + x @ b
-
-    assert branches_of(forward) == 0
-
-
-@pytest.mark.parametrize("product", [torch.matmul, torch.mm])
-def test_autocast_makes_new_arguments_for_each_product(
-    product: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    a, b, c = weights(3)
-
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(CUDA, torch.bfloat16):
-            return (product(x, a) + product(x, b) + product(x, c)).float()
-
-    assert branches_of(forward) == 0
-
-
-def test_products_with_a_gradient_stay_in_their_place() -> None:
+def test_products_with_a_gradient_stay_in_their_place(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA, requires_grad=True)
-    with captured() as branches:
+
+    def gradient() -> Tensor:
         with torch.enable_grad():
             first, second = x @ a, x @ b
             (found,) = torch.autograd.grad((first.sin() + second.cos()).sum(), x)
+        return found
+
+    wanted = gradient()
+    with device.captured() as branches:
+        found = gradient()
         assert branches.count == 0
         x @ a, x @ b
         assert branches.count == 1
-    with torch.enable_grad():
-        (wanted,) = torch.autograd.grad(((x @ a).sin() + (x @ b).cos()).sum(), x)
     assert torch.equal(found, wanted)
 
 
-def test_products_with_a_tangent_stay_in_their_place() -> None:
-    a, b = weights(2)
-    x, along = torch.randn(2, 4, WIDTH, device=CUDA)
-    with captured() as branches, torch.enable_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, along)
-        dual @ a, dual @ b
-        assert branches.count == 0
-
-
-class Sums(TorchDispatchMode):
-    """Adds up what products return, in a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = torch.zeros((), device=CUDA)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.total.add_(result.sum())
-        return result
-
-
-def test_what_a_dispatch_mode_does_comes_between_products() -> None:
-    a, b = weights(2)
-    x, sums = torch.randn(4, WIDTH, device=CUDA), Sums()
-    with captured() as branches:
-        with sums:
-            first, second = torch.mm(x, a), torch.mm(x, b)
-        assert branches.count == 0
-    torch.testing.assert_close(sums.total, first.sum() + second.sum())
-
-
-def test_what_is_read_between_products_is_not_given_to_the_next() -> None:
+def test_what_is_read_between_products_is_not_given_to_the_next(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA)
-    with captured() as branches:
+    with device.captured() as branches:
         first, second = x @ a, x @ b  # the second lies in memory of a branch
         address = second.data_ptr()
         third = (first * 2).cumsum(1) @ a
@@ -381,18 +312,10 @@ def test_what_is_read_between_products_is_not_given_to_the_next() -> None:
     del third, between
 
 
-def test_what_is_read_between_products_is_not_large() -> None:
-    a, b = weights(2)
-    x, large = torch.randn(4, WIDTH, device=CUDA), torch.randn(5 << 20, device=CUDA)
-    with captured() as branches:
-        x @ a, torch.relu(large), x @ b
-        assert branches.count == 0
-
-
-def test_memory_is_held_no_longer_than_products_run() -> None:
+def test_memory_is_held_no_longer_than_products_run(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA)
-    with captured():
+    with device.captured():
         made = x * 3
         address = made.data_ptr()
         both = [made @ a, made @ b]
@@ -401,12 +324,12 @@ def test_memory_is_held_no_longer_than_products_run() -> None:
         assert (x * 2).data_ptr() == address
 
 
-def test_memory_that_was_given_away_stops_the_capture() -> None:
+def test_memory_that_was_given_away_stops_the_capture(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA)
 
     def capture() -> None:
-        with captured():
+        with device.captured():
             results = [x @ weight for weight in (a, b, a, b)]  # one on the main stream, three beside
             torch.relu(results[1])
             results[1].untyped_storage().resize_(0)
@@ -454,6 +377,42 @@ def test_a_capture_in_one_line_has_none() -> None:
         assert branches_of(lambda x: x @ a + x @ b) == 0
     finally:
         config.linear_var.reset(token)
+
+
+def branches_by_size(forward: Callable[[Tensor], Tensor], width: int, *sizes: int) -> dict[int, int]:
+    graphed = cuda_graphed(forward, sizes=sizes, pool=GraphPool(CUDA))
+    x = torch.randn(min(sizes), width, device=CUDA)
+    graphed(x)
+    assert torch.equal(graphed(x), forward(x))
+    (entry,) = graphed._cache().entries.values()
+    return {size: bucket.graph.branches for size, bucket in entry.buckets.items()}
+
+
+def test_smaller_sizes_are_looked_at_where_the_largest_has_too_many_rows() -> None:
+    a, b = weights(2)
+    assert branches_by_size(lambda x: x @ a + x @ b, WIDTH, 512, 256) == {512: 0, 256: 1}
+
+
+def test_smaller_sizes_are_looked_at_where_something_large_comes_between() -> None:
+    a, b = torch.randn(2, 20 << 10, 8, device=CUDA)
+
+    def forward(x: Tensor) -> Tensor:
+        y = x * 3  # 20 MiB in the larger one
+        first, between, second = x @ a, torch.relu(y), x @ b
+        return first + between[:, :8] + second
+
+    assert branches_by_size(forward, 20 << 10, 256, 4) == {256: 0, 4: 1}
+
+
+def test_smaller_sizes_are_not_looked_at_where_the_largest_has_none() -> None:
+    """As a captured operator is looked at for a microsecond; the next ladder begins anew."""
+    a, b = weights(2)
+
+    def forward(x: Tensor) -> Tensor:
+        return x @ a + x @ b if x.shape[0] < 16 else x @ a
+
+    assert branches_by_size(forward, WIDTH, 16, 4) == {16: 0, 4: 0}
+    assert branches_by_size(forward, WIDTH, 4, 8) == {8: 1, 4: 1}
 
 
 def test_graphs_of_a_ladder_keep_to_the_memory_of_the_largest() -> None:

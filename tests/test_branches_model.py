@@ -1,7 +1,8 @@
-"""Runs `branches_model/cases.py`: the rules of branches, where there is no CUDA."""
+"""Runs `test_branch_rules.py` on the model of a device, where there is no CUDA."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA is there: tests/test_branches.py")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA is there: the rules run on it")
 @pytest.mark.skipif(sys.platform != "linux", reason="the model is linked as on Linux")
 def test_branches_on_a_model_of_a_device() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/branches_model/cases.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_branch_rules.py"],
         cwd=ROOT,
+        env=os.environ | {"BRANCHES_MODEL": "1"},
         capture_output=True,
         text=True,
         check=False,

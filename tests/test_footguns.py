@@ -37,6 +37,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import graphcache
 from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache.kernels import loaded
 from graphcache.pool import Lane
 from graphcache.stats import CacheInfo
 from tests.conftest import Backend, Counter, hidden
@@ -1189,6 +1190,10 @@ def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kern
     assert before.eq(4).all()
 
 
+def triton_knows(monkeypatch: pytest.MonkeyPatch, driver: object) -> None:
+    monkeypatch.setitem(sys.modules, "triton.runtime.driver", SimpleNamespace(driver=driver))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [
@@ -1204,6 +1209,7 @@ def test_nobody_else_holds_a_kernel_any_more(
     base = type(name, (), {})
     kind = type("ForOneDevice", (base,), {}) if derived else base
     monkeypatch.setitem(sys.modules, file, SimpleNamespace(**{name: base}))  # type: ignore[misc]
+    triton_knows(monkeypatch, SimpleNamespace(_active="a device"))
     kernel = kind()
     known = weakref.ref(kernel)
     model = cuda_graphed(lambda x: x * 2, sizes=(2,))
@@ -1214,6 +1220,30 @@ def test_nobody_else_holds_a_kernel_any_more(
     model.cache_clear()
     gc.collect()
     assert known() is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "found"),
+    [
+        (SimpleNamespace(_active=None), 0),
+        (SimpleNamespace(_active="a device"), 1),
+        (SimpleNamespace(), 1),
+    ],
+)
+def test_kernels_of_triton_are_looked_for_once_it_runs(
+    monkeypatch: pytest.MonkeyPatch, driver: object, found: int
+) -> None:
+    kind = type("CompiledKernel", (), {})
+    monkeypatch.setitem(sys.modules, "triton.compiler.compiler", SimpleNamespace(CompiledKernel=kind))  # type: ignore[misc]
+    triton_knows(monkeypatch, driver)
+    kernel = kind()
+    assert [value for value in loaded() if value is kernel] == [kernel] * found
+
+
+@ON_A_GPU
+def test_a_kernel_of_triton_is_found(backend: Backend, kernels: ModuleType) -> None:
+    kernels.add_one[(1,)](torch.zeros(16, device=backend.device), 16)
+    assert "CompiledKernel" in [type(value).__name__ for value in loaded()]
 
 
 @ON_A_GPU

@@ -247,6 +247,9 @@ class Branches:
     count: int
     """Products that run beside an earlier one."""
 
+    large: int
+    """Operators that were left in their place for their size alone."""
+
     def __init__(self, handle: int, main: Stream, sides: Sequence[Stream]) -> None: ...
     def __enter__(self) -> Branches: ...
     def __exit__(self, *error: object) -> None: ...

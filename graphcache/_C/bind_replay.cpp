@@ -134,7 +134,8 @@ void bind_branches(py::module_& m) {
               std::rethrow_exception(error);
             }
           })
-      .def_property_readonly("count", &Branches::count);
+      .def_property_readonly("count", &Branches::count)
+      .def_property_readonly("large", &Branches::large);
 }
 
 void bind_bucket(py::module_& m) {

@@ -149,8 +149,11 @@ std::unique_ptr<Branches::Part> Branches::start(const at::RecordFunction& functi
     return start_between(read);
   }
   const auto& rows = read.at(adds ? 1 : 0);
-  const bool is_small = rows.dim() == 2 && rows.size(0) <= kMostRows;
-  return is_small ? start_product(std::move(read), !overload.empty()) : nullptr;
+  if (rows.dim() != 2 || rows.size(0) > kMostRows) {
+    ++large_;
+    return nullptr;
+  }
+  return start_product(std::move(read), !overload.empty());
 }
 
 std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> read, bool has_out) {
@@ -182,6 +185,7 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
 std::unique_ptr<Branches::Part> Branches::start_between(const std::vector<at::Tensor>& read) {
   for (const auto& tensor : read) {
     if (tensor.storage().nbytes() > kMostBytes) {
+      ++large_;
       return nullptr; // which ends the run
     }
   }

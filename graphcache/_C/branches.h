@@ -36,6 +36,8 @@ class Branches {
 
   // Products that run beside an earlier one.
   size_t count() const { return count_; }
+  // Operators that were left in their place for their size alone.
+  size_t large() const { return large_; }
 
  private:
   struct Extent { // of memory
@@ -78,6 +80,7 @@ class Branches {
   bool inside_ = false; // an operator, which others may make up
   std::exception_ptr error_;
   size_t count_ = 0;
+  size_t large_ = 0;
 };
 
 } // namespace graphcache

@@ -163,13 +163,26 @@ class CudaGraph:
             self.graph.replay()
 
 
+class _Ladder(threading.local):
+    """The captures of a ladder, in this thread.
+
+    Attributes:
+        free_before: bytes of the device, as they began.
+        has_branches: whether the next graph may have any: smaller sizes have none where the largest
+            had none, and to look for them makes a capture a quarter longer.
+    """
+
+    free_before = 0
+    has_branches = True
+
+
 class CudaRuntime:
     """See `graphcache.runtime.Runtime`."""
 
     name = "cuda"
 
     def __init__(self) -> None:
-        self._free_before = 0  # bytes of the device, as the captures of a ladder began
+        self._ladder = _Ladder()
 
     def stopwatch(self, device: torch.device) -> CudaStopwatch:
         """Returns a pair of events."""
@@ -195,7 +208,8 @@ class CudaRuntime:
         torch.cuda.synchronize(device)
         with uncollected():
             torch.cuda.empty_cache()
-            self._free_before = torch.cuda.mem_get_info(device)[0]
+            self._ladder.free_before = torch.cuda.mem_get_info(device)[0]
+            self._ladder.has_branches = True
             yield
 
     def prepare(self, stage: _C.Stage, device: torch.device) -> _C.StageKernel:
@@ -222,7 +236,7 @@ class CudaRuntime:
             arena.turn,
         ):
             # Where the driver offers no node for staging, it is not asked for anything else.
-            linear = node is None or config.is_linear()
+            linear = node is None or config.is_linear() or not self._ladder.has_branches
             branches = None if linear else arena.streams.branches()
             # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
             graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
@@ -242,6 +256,8 @@ class CudaRuntime:
             if node is not None:
                 graph.instantiate()
                 node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
+        if branches is not None:
+            self._ladder.has_branches = branches.count + branches.large > 0
         self._check_reserve(arena.device)
         return CudaGraph(graph, node, arena.turn, branches.count if branches else 0), result
 
@@ -251,7 +267,7 @@ class CudaRuntime:
         if free < max(total // 100, RESERVE):
             torch.cuda.empty_cache()  # a size that did not fit before this one may have left some
             free, _ = torch.cuda.mem_get_info(device)
-            if free < max(total // 100, RESERVE) and free < self._free_before - free:
+            if free < max(total // 100, RESERVE) and free < self._ladder.free_before - free:
                 raise torch.OutOfMemoryError(f"the graph would leave {free >> 20} MiB of the device")
 
 
