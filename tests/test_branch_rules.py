@@ -61,20 +61,6 @@ def test_an_activation_comes_between(device: Device) -> None:
     assert branches.count == 1
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_what_follows_products_with_an_out_waits_for_these_alone(device: Device, count: int) -> None:
-    x, weights = device.tensor(), device.weights(count)
-    outs = [device.empty() for _ in weights]
-    with device.captured() as branches:
-        before = torch.relu(x)
-        for weight, out in zip(weights, outs, strict=True):
-            torch.mm(before, weight, out=out)
-        device.kernel(outs[-1], outs[-1])
-    assert branches.count == count - 1
-    if isinstance(device, Model):
-        assert len(device.waits_of_last()) == count
-
-
 def test_a_kernel_that_nobody_sees_ends_a_run(device: Device) -> None:
     x, (a, b) = device.tensor(), device.weights(2)
     with device.captured() as branches:

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <iterator>
 #include <string_view>
 
 namespace graphcache {
@@ -168,7 +167,7 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
   part->beside = may_join(read, out);
   if (!part->beside) {
     run_.reset();
-    run_.emplace(Run{c10::Event(main_.device_type()), tips(), !out});
+    run_.emplace(Run{c10::Event(main_.device_type()), !out});
     run_->fork.record(main_);
   }
   for (const auto& tensor : read) {
@@ -205,9 +204,6 @@ void Branches::end(const at::RecordFunction& function, const Part& part) {
     c10::Event done(main_.device_type());
     done.record(*part.side);
     done.block(main_);
-    if (part.beside && !run_->on_main) {
-      wait_for_sides_alone();
-    }
   }
   const auto& outputs = function.outputs();
   if (outputs.size() != 1 || !outputs.front().isTensor()) { // it raised
@@ -261,19 +257,6 @@ std::vector<driver::GraphNode> Branches::tips() const {
   std::vector<driver::GraphNode> found(nodes, nodes + count);
   std::sort(found.begin(), found.end());
   return found;
-}
-
-// All parts so far wait for the fork, so that what follows them need not: half a microsecond for each run.
-void Branches::wait_for_sides_alone() {
-  std::vector<driver::GraphNode> found;
-  const auto now = tips();
-  const auto& before = run_->before;
-  std::set_difference(now.begin(), now.end(), before.begin(), before.end(), std::back_inserter(found));
-  if (!found.empty() && found.size() < now.size()) {
-    check(
-        api().cuStreamUpdateCaptureDependencies(handle_, found.data(), found.size(), driver::kSet),
-        "cuStreamUpdateCaptureDependencies");
-  }
 }
 
 Branches::Extent Branches::extent(const at::Tensor& tensor) {

@@ -50,7 +50,6 @@ class Branches {
   // captured, so that nobody else is given the memory meanwhile.
   struct Run {
     c10::Event fork;
-    std::vector<driver::GraphNode> before; // what the fork waits for
     bool on_main; // whether any part is
     size_t sides = 0; // how often one was taken
     std::vector<Extent> read;
@@ -68,7 +67,6 @@ class Branches {
   bool may_join(const std::vector<at::Tensor>& read, const std::optional<at::Tensor>& out) const;
   bool is_plain(const at::Tensor& tensor) const;
   std::vector<driver::GraphNode> tips() const;
-  void wait_for_sides_alone();
   static Extent extent(const at::Tensor& tensor);
   static bool overlap(const std::vector<Extent>& extents, const at::Tensor& tensor);
   void note(const at::Tensor& tensor, std::vector<Extent>& where);

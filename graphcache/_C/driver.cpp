@@ -37,7 +37,6 @@ Api look_up() {
   GRAPHCACHE_LOOK_UP(cuStreamCreate);
   GRAPHCACHE_LOOK_UP(cuStreamIsCapturing);
   GRAPHCACHE_LOOK_UP(cuStreamGetCaptureInfo_v2);
-  GRAPHCACHE_LOOK_UP(cuStreamUpdateCaptureDependencies);
   GRAPHCACHE_LOOK_UP(cuGraphGetNodes);
   GRAPHCACHE_LOOK_UP(cuGraphGetRootNodes);
   GRAPHCACHE_LOOK_UP(cuGraphNodeGetType);

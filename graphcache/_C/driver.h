@@ -31,7 +31,6 @@ struct KernelNodeParams { // CUDA_KERNEL_NODE_PARAMS_v2
 constexpr int kKernelNode = 0; // CU_GRAPH_NODE_TYPE_KERNEL
 constexpr int kCapturing = 1; // CU_STREAM_CAPTURE_STATUS_ACTIVE
 constexpr unsigned kNonBlocking = 1; // CU_STREAM_NON_BLOCKING
-constexpr unsigned kSet = 1; // CU_STREAM_SET_CAPTURE_DEPENDENCIES
 
 struct Api {
   Result (*cuGetErrorName)(Result, const char**);
@@ -47,7 +46,6 @@ struct Api {
   Result (*cuStreamCreate)(Stream*, unsigned);
   Result (*cuStreamIsCapturing)(Stream, int*);
   Result (*cuStreamGetCaptureInfo_v2)(Stream, int*, uint64_t*, GraphHandle*, const GraphNode**, size_t*);
-  Result (*cuStreamUpdateCaptureDependencies)(Stream, const GraphNode*, size_t, unsigned);
   Result (*cuGraphGetNodes)(GraphHandle, GraphNode*, size_t*);
   Result (*cuGraphGetRootNodes)(GraphHandle, GraphNode*, size_t*);
   Result (*cuGraphNodeGetType)(GraphNode, int*);

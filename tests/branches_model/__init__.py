@@ -187,10 +187,6 @@ class Model:
         """Returns how many pairs of kernels have no order."""
         return int(self._device.examine()[1])
 
-    def waits_of_last(self) -> list[int]:
-        """Returns what the last kernel waits for directly."""
-        return sorted(self._device.waits_of_last())
-
 
 def _built(folder: Path) -> Any:
     # Its driver is found where torch's would be, by the name of the library.

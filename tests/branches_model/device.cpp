@@ -254,7 +254,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     model_reset(with_waits);
   });
   m.def("use_stream", [](int64_t stream) { return std::exchange(current, stream); });
-  m.def("waits_of_last", []() { return model_nodes()->back().after; });
   m.def("examine", []() {
     auto found = examine();
     return py::make_tuple(std::move(found.races), found.unordered);

@@ -63,14 +63,6 @@ int cuStreamGetCaptureInfo_v2(
   return 0;
 }
 
-int cuStreamUpdateCaptureDependencies(uint64_t stream, const uintptr_t* found, size_t count, unsigned set) {
-  tips[stream].clear();
-  for (size_t index = 0; index < count; ++index) {
-    tips[stream].insert(found[index] - 1);
-  }
-  return set == 1 ? 0 : 1;
-}
-
 #define NOT_ASKED(name) \
   int name() { return 1; }
 NOT_ASKED(cuGetErrorName)
