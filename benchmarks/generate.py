@@ -3,10 +3,11 @@
     python -m benchmarks.generate --out benchmarks/results/generate-h100.json
 
 A decoder in the shape of Llama-3.2-1B with random weights writes 256 tokens after 64, with a static
-cache, in four ways: eagerly, with graphs, as transformers compiles it, and as that with graphs in place
-of Inductor's. All take turns in one process; medians of whole calls, and of the time for each token once
-the first 16 are written. Random weights make many near ties between tokens, so tokens alone tell little:
-logits are compared as long as the tokens before them agree, and these may part at a near tie only.
+cache, in five ways: eagerly, with graphs, as transformers compiles it, and as that with graphs in place
+of Inductor's, with branches and without. All take turns in one process; medians of whole calls, and of
+the time for each token once the first 16 are written. Random weights make many near ties between tokens,
+so tokens alone tell little: logits are compared as long as the tokens before them agree, and these may
+part at a near tie only.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "graphcache": BARE,
     "transformers compiles": {},
     "graphcache, compiled": {},
+    "graphcache, compiled, in a line": {},
 }
 
 
@@ -110,7 +112,23 @@ def arms(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any
         "graphcache": cuda_graphed(copy.deepcopy(plain)),
         "transformers compiles": copy.deepcopy(plain),
         "graphcache, compiled": cuda_graphed(copy.deepcopy(plain)),
+        "graphcache, compiled, in a line": in_a_line(cuda_graphed(copy.deepcopy(plain))),
     }
+
+
+def in_a_line(model: Any) -> Any:
+    """Returns the model, which captures graphs without branches."""
+    branching = model.generate
+
+    def linear(*args: Any, **kwargs: Any) -> Any:
+        token = graphcache.config.linear_var.set(True)
+        try:
+            return branching(*args, **kwargs)
+        finally:
+            graphcache.config.linear_var.reset(token)
+
+    model.generate = linear
+    return model
 
 
 def measure(models: dict[str, Any], tokens: int, rounds: int) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def measure(models: dict[str, Any], tokens: int, rounds: int) -> dict[str, Any]:
     for name, pairs in times.items():
         whole, settled = (statistics.median(column) for column in zip(*pairs, strict=True))
         found[name] |= {"seconds": whole, "seconds_per_token": settled}
-    for name in ("graphcache", "graphcache, compiled"):
+    for name in (name for name in models if name.startswith("graphcache")):
         info = models[name].forward.cache_info()
         found[name] |= {"replayed": info.hits, "calls": info.calls, "captures": info.captures}
     return found
