@@ -406,11 +406,8 @@ class _InALine(Graphcache):
 
     def prepare(self, scenario: Scenario) -> None:
         """Captures with branches switched off."""
-        token = config.linear_var.set(True)
-        try:
+        with config.switched(config.linear_var):
             super().prepare(scenario)
-        finally:
-            config.linear_var.reset(token)
 
 
 class GraphcacheInALine(_InALine):

@@ -29,6 +29,7 @@ import graphcache
 from benchmarks import record
 from benchmarks.workloads import LLAMA
 from graphcache import cuda_graphed
+from graphcache.config import linear_var, switched
 
 PROMPT, TOKENS, SETTLED = 64, 256, 16
 TOLERANCE = 0.05  # of the largest logit, in bfloat16
@@ -107,28 +108,15 @@ def arms(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
     plain.requires_grad_(False)
+    line = cuda_graphed(copy.deepcopy(plain))
+    line.generate = switched(linear_var)(line.generate)
     return {
         "eager": plain,
         "graphcache": cuda_graphed(copy.deepcopy(plain)),
         "transformers compiles": copy.deepcopy(plain),
         "graphcache, compiled": cuda_graphed(copy.deepcopy(plain)),
-        "graphcache, compiled, in a line": in_a_line(cuda_graphed(copy.deepcopy(plain))),
+        "graphcache, compiled, in a line": line,
     }
-
-
-def in_a_line(model: Any) -> Any:
-    """Returns the model, which captures graphs without branches."""
-    branching = model.generate
-
-    def linear(*args: Any, **kwargs: Any) -> Any:
-        token = graphcache.config.linear_var.set(True)
-        try:
-            return branching(*args, **kwargs)
-        finally:
-            graphcache.config.linear_var.reset(token)
-
-    model.generate = linear
-    return model
 
 
 def measure(models: dict[str, Any], tokens: int, rounds: int) -> dict[str, Any]:

@@ -37,16 +37,23 @@ is_linear = linear_var.get  # capture without branches, for a comparison
 
 
 @contextmanager
+def switched(variable: ContextVar[bool], value: bool = True) -> Iterator[None]:
+    """Sets one of these inside the block, or the function that it decorates."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@contextmanager
 def disabled() -> Iterator[None]:
     """Runs every graphed forward eagerly inside the block (this thread or task only).
 
     `GRAPHCACHE_DISABLE=1` does the same for the whole process.
     """
-    token = disabled_var.set(True)
-    try:
+    with switched(disabled_var):
         yield
-    finally:
-        disabled_var.reset(token)
 
 
 @contextmanager
@@ -57,8 +64,5 @@ def emulate() -> Iterator[None]:
     to test on any machine that a model is fit for graphs. `GRAPHCACHE_EMULATE=1` does the same for
     the whole process.
     """
-    token = emulated_var.set(True)
-    try:
+    with switched(emulated_var):
         yield
-    finally:
-        emulated_var.reset(token)

@@ -28,6 +28,6 @@ def _kinds() -> Iterator[type]:
 
 
 def _has_triton_run() -> bool:
-    """Tells whether Triton knows the device, without which it loads nothing; it looks when it has to."""
+    """Tells whether Triton has looked for the device, as it does before it loads its first kernel."""
     driver = getattr(sys.modules.get("triton.runtime.driver"), "driver", None)
     return getattr(driver, "_active", driver) is not None

@@ -37,8 +37,7 @@ class Backend:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     torch.manual_seed(0)
     name, _, portable = request.param.partition("-")
-    token = config.portable_var.set(bool(portable))
-    try:
+    with config.switched(config.portable_var, bool(portable)):
         if name == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
             with torch.no_grad():
@@ -47,8 +46,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
             return
         with graphcache.emulate(), torch.no_grad():
             yield Backend(name, torch.device("cpu"), "torch" if portable else "copies")
-    finally:
-        config.portable_var.reset(token)
 
 
 class MLP(nn.Module):

@@ -136,8 +136,7 @@ class Fuzz(RuleBasedStateMachine):
         if self.kind is not None:
             setups = [replace(setups[0], kind=self.kind), *setups[1:]]
         self.step("build", setups, seed, own_pool, portable)
-        token = config.portable_var.set(portable)
-        self.exit.callback(config.portable_var.reset, token)
+        self.exit.enter_context(config.switched(config.portable_var, portable))
         pool = GraphPool(self.device) if own_pool else None
         for number, setup in enumerate(setups):
             self.stats.kinds[setup.kind] += 1

@@ -5,10 +5,9 @@ On a GPU, or on a model of one: `tests/test_branches_model.py` runs this there, 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,9 +17,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.branches_model import Cuda, Device, Model
+from tests.branches_model import ON_MODEL, Device, here
 
-ON_MODEL = "BRANCHES_MODEL" in os.environ
 pytestmark = [
     pytest.mark.skipif(
         not (ON_MODEL or torch.cuda.is_available()), reason="no CUDA device: see test_branches_model.py"
@@ -30,19 +28,10 @@ pytestmark = [
 STEPS = 60
 
 
-@pytest.fixture(scope="session")
-def only(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return Model(tmp_path_factory.mktemp("model")) if ON_MODEL else Cuda()
-
-
 @pytest.fixture
-def device(only: Device) -> Iterator[Device]:
-    if isinstance(only, Model):
-        only.reset(0)
-    with torch.no_grad():
-        yield only
-    if isinstance(only, Model):
-        assert only.races() == []
+def device() -> Iterator[Device]:
+    with here().ready(), torch.no_grad():
+        yield here()
 
 
 def test_products_of_one_argument_run_side_by_side(device: Device) -> None:
@@ -50,8 +39,6 @@ def test_products_of_one_argument_run_side_by_side(device: Device) -> None:
     with device.captured() as branches:
         x @ a, x @ b, x @ c
     assert branches.count == 2
-    if isinstance(device, Model):
-        assert device.unordered() >= 3
 
 
 def test_an_activation_comes_between(device: Device) -> None:
@@ -220,16 +207,3 @@ def random_program(device: Device, seed: int) -> int:
 def test_random_programs_are_captured_right(device: Device) -> None:
     branches = sum(random_program(device, seed) for seed in range(device.programs))
     assert branches > device.programs
-
-
-def test_races_are_found(device: Device) -> None:
-    if not isinstance(device, Model):
-        pytest.skip("a model tells of races without fail")
-    device.waits, racing = False, 0
-    for seed in range(100):
-        with suppress(AssertionError):
-            random_program(device, seed)
-        racing += bool(device.races())
-    device.waits = True
-    device.reset(0)
-    assert racing > 90

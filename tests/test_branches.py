@@ -372,11 +372,8 @@ def test_compiled_products_run_side_by_side() -> None:
 
 def test_a_capture_in_one_line_has_none() -> None:
     a, b = weights(2)
-    token = config.linear_var.set(True)
-    try:
+    with config.switched(config.linear_var):
         assert branches_of(lambda x: x @ a + x @ b) == 0
-    finally:
-        config.linear_var.reset(token)
 
 
 def branches_by_size(forward: Callable[[Tensor], Tensor], width: int, *sizes: int) -> dict[int, int]:

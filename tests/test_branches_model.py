@@ -1,4 +1,4 @@
-"""Runs `test_branch_rules.py` on the model of a device, where there is no CUDA."""
+"""Runs the rules of branches, and checks of the model, on the model of a device: without CUDA."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+RULES = ("tests/test_branch_rules.py", "tests/branches_model/checks.py")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA is there: the rules run on it")
 @pytest.mark.skipif(sys.platform != "linux", reason="the model is linked as on Linux")
 def test_branches_on_a_model_of_a_device() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_branch_rules.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *RULES],
         cwd=ROOT,
         env=os.environ | {"BRANCHES_MODEL": "1"},
         capture_output=True,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from graphcache import _C
 from graphcache.runtime.cuda import _Streams
 
 HERE = Path(__file__).parent
+ON_MODEL = "BRANCHES_MODEL" in os.environ  # instead of a GPU
 MAIN, SIDES = 1, (11, 12, 13)
 ROWS = 4
 
@@ -31,6 +34,10 @@ class Device(Protocol):
     """
 
     programs: int
+
+    def ready(self) -> AbstractContextManager[object]:
+        """Begins a test, and ends it."""
+        ...
 
     def tensor(self, rows: int = ROWS, width: int = ...) -> Tensor:
         """Returns what a kernel may read."""
@@ -71,6 +78,9 @@ class Cuda:
         self._streams = _Streams(torch.device("cuda", torch.cuda.current_device()))
         torch.manual_seed(0)
         self.tensor() @ self.weights(1)[0]  # makes the handle of cuBLAS, which no capture may
+
+    def ready(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def tensor(self, rows: int = ROWS, width: int = _width) -> Tensor:
         return torch.randn(rows, width, device="cuda")
@@ -131,10 +141,16 @@ class Model:
     programs = int(os.environ.get("BRANCHES_PROGRAMS", "3000"))
     _width = 16
 
-    def __init__(self, folder: Path) -> None:
-        self._device = _built(folder)
+    def __init__(self) -> None:
+        with TemporaryDirectory() as folder:
+            self._device = _built(Path(folder))
         self.waits = True
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
         self.reset(0)
+        yield
+        assert self.races() == []
 
     def reset(self, seed: int) -> None:
         """Begins again; `seed`: which of its operators take memory for themselves."""
@@ -186,6 +202,12 @@ class Model:
     def unordered(self) -> int:
         """Returns how many pairs of kernels have no order."""
         return int(self._device.examine()[1])
+
+
+@cache
+def here() -> Device:
+    """Returns what there is."""
+    return Model() if ON_MODEL else Cuda()
 
 
 def _built(folder: Path) -> Any:
