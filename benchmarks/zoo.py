@@ -31,7 +31,7 @@ from benchmarks import record
 from benchmarks.cases import GROUPS, Case
 from benchmarks.families import attempt, counts, parser, speedup, without_folders
 from graphcache import cuda_graphed
-from graphcache.tree import flatten
+from graphcache.call.pytree import flatten
 
 BATCHES = (3, 8, 1, 5, 2, 7, 4, 6) * 3
 TIMED = (1, 8)

@@ -1,7 +1,6 @@
 """CUDA graphs for any `nn.Module`: one decorator, one memory pool, never silently wrong."""
 
 from graphcache._C import expire, is_expired, weak_ref
-from graphcache.buckets import Suggestion
 from graphcache.config import disabled, emulate
 from graphcache.decorators import cuda_graphed
 from graphcache.errors import (
@@ -12,7 +11,8 @@ from graphcache.errors import (
     OptionError,
 )
 from graphcache.pool import GraphPool, default_pool
-from graphcache.stats import CacheInfo
+from graphcache.report.cache_info import CacheInfo
+from graphcache.report.suggest_sizes import Suggestion
 
 __version__ = "0.1.0"
 

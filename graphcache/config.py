@@ -1,11 +1,18 @@
-"""Switches that change what every graphed call does: off altogether, or emulated on the CPU."""
+"""The keywords of `cuda_graphed`, checked, and the switches that change every graphed call."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from graphcache.errors import OptionError
+
+T = TypeVar("T")
+BatchDim = int | dict[str, int | None]
+Fill = float | int | bool | Literal["edge"]
+Pad = Fill | dict[str, Fill] | None
+Stale = Literal["error", "copy"]
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -66,3 +73,133 @@ def emulate() -> Iterator[None]:
     """
     with switched(emulated_var):
         yield
+
+
+class Options(NamedTuple):
+    """The keywords of `cuda_graphed`; see there."""
+
+    batch_dim: BatchDim = 0
+    sizes: tuple[int, ...] | None = None
+    pad: Pad = None
+    bind: tuple[str, ...] = ()
+    stale: Stale = "error"
+    pool: Any = None
+    fallback: bool = True
+    progress: bool | None = None
+    min_gain: float | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        batch_dim: Any,
+        sizes: Iterable[int] | None,
+        pad: Any,
+        bind: str | Iterable[str],
+        stale: Any,
+        pool: Any,
+        fallback: bool,
+        progress: bool | None,
+        min_gain: Any,
+    ) -> "Options":
+        """Returns the options, or raises `OptionError` for one that makes no sense."""
+        return cls(
+            batch_dim=_check_dims(batch_dim),
+            sizes=None if sizes is None else check_sizes(sizes),
+            pad=_check_pad(pad),
+            bind=_names(bind),
+            stale=_one_of("stale", stale, ("error", "copy")),
+            pool=pool,
+            fallback=fallback,
+            progress=progress,
+            min_gain=_share(min_gain),
+        )
+
+
+def _check_pad(pad: Any) -> Pad:
+    names, fills = (list(pad), list(pad.values())) if isinstance(pad, dict) else ([], [pad])
+    if not all(isinstance(name, str) for name in names) or not all(
+        (fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))
+        for fill in fills
+    ):
+        raise OptionError(
+            f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
+            "again), for all arguments or in a dictionary by argument name"
+        )
+    return pad  # type: ignore[no-any-return]
+
+
+def _names(bind: Any) -> tuple[str, ...]:
+    names = (bind,) if isinstance(bind, str) or not isinstance(bind, Iterable) else tuple(bind)
+    if not all(isinstance(name, str) for name in names):
+        raise OptionError(f"graphcache: bind={bind!r}; give the names of arguments, such as bind=('x',)")
+    return names
+
+
+def _check_dims(batch_dim: Any) -> BatchDim:
+    by_name = isinstance(batch_dim, dict)
+    dims = [dim for dim in batch_dim.values() if dim is not None] if by_name else [batch_dim]
+    names = batch_dim if by_name else ()
+    if not all(type(dim) is int for dim in dims) or not all(isinstance(name, str) for name in names):
+        raise OptionError(
+            f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension, for all arguments or "
+            "in a dictionary by argument name, where None stands for no batch"
+        )
+    return dict(batch_dim) if by_name else batch_dim
+
+
+def _share(min_gain: Any) -> float | None:
+    if min_gain is not None and not (isinstance(min_gain, (int, float)) and 0 <= min_gain < 1):
+        raise OptionError(
+            f"graphcache: min_gain={min_gain!r}; give the share of eager's time that a graph has to "
+            "save, such as 0.05, or None to keep all graphs"
+        )
+    return min_gain
+
+
+def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise OptionError(f"graphcache: {option}={value!r}; give one of {', '.join(allowed)}")
+    return value
+
+
+def top_name(path: str) -> str:
+    """Returns the parameter that a path such as `batch['ids'][0]` or `state.h` starts from."""
+    return path.partition("[")[0].partition(".")[0]
+
+
+def by_path(table: Mapping[str, T], path: str, default: T) -> T:
+    """Returns what an option by argument name says of a path: of that itself, or of its parameter."""
+    return table.get(path, table.get(top_name(path), default))
+
+
+def fill_of(pad: Pad, name: str) -> Fill:
+    """Returns what padded rows of the argument at path `name` hold.
+
+    Without `pad` the last row again: a row that the forward can take, where zeros may be no such index,
+    or none that goes with what is in other arguments.
+    """
+    if isinstance(pad, dict):
+        return by_path(pad, name, 0)
+    return "edge" if pad is None else pad
+
+
+def check_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Returns `sizes` ascending and without repetition.
+
+    Raises:
+        OptionError: unless they are one or more positive integers.
+    """
+    try:
+        given = tuple(sizes)
+    except TypeError:
+        raise OptionError(
+            f"graphcache: sizes={sizes!r} is not a sequence; give the batch sizes to capture, such as "
+            "sizes=(1, 2, 4, 8)"
+        ) from None
+    if not given or any(type(size) is not int or size < 1 for size in given):
+        raise OptionError(
+            f"graphcache: sizes={given!r}; give one or more positive integers, such as "
+            "sizes=(1, 2, 4, 8)"
+        )
+    return tuple(sorted(set(given)))

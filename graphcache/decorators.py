@@ -8,19 +8,18 @@ from typing import Any, TypeVar, overload
 from torch import nn
 from torch.jit import ScriptModule
 
-from graphcache.compiled import ASKED, CompiledCall, is_asked
+from graphcache.call.signature import parameters_of
+from graphcache.config import BatchDim, Options, Pad, Stale, top_name
 from graphcache.errors import GraphCacheWarning, OptionError
-from graphcache.forwards import (
+from graphcache.integrations.transformers import ASKED, CompiledCall, is_asked
+from graphcache.pool import GraphPool
+from graphcache.wrappers import (
     GraphedForward,
     InstanceForward,
     class_forward,
     is_compiled_in_place,
     over_compiled,
 )
-from graphcache.options import Options
-from graphcache.pool import GraphPool, Stale
-from graphcache.signature import BatchDim
-from graphcache.staging import Pad
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -127,6 +126,8 @@ def cuda_graphed(
         >>> with torch.inference_mode():
         ...     logits = model(tokens)
     """
+    if pool is not None and not isinstance(pool, GraphPool):
+        raise OptionError(f"graphcache: pool={pool!r}; give a GraphPool")
     options = Options.checked(
         batch_dim=batch_dim,
         sizes=sizes,
@@ -157,6 +158,22 @@ def _warn_of_other_ways_in(module: nn.Module) -> None:
     warnings.warn(f"graphcache: {kind} has graphs that are not used: {why}", GraphCacheWarning, 4)
 
 
+def _check_names(options: Options, function: Callable[..., Any]) -> None:
+    """Raises `OptionError` if an option names an argument that `function` does not take."""
+    parameters = parameters_of(function)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    pads = options.pad if isinstance(options.pad, dict) else {}
+    dims = options.batch_dim if isinstance(options.batch_dim, dict) else {}
+    for option, names in (("batch_dim", dims), ("pad", pads), ("bind", options.bind)):
+        for name in names:
+            if top_name(name) not in parameters:
+                raise OptionError(
+                    f"graphcache: {option} names {name!r}, and "
+                    f"{getattr(function, '__qualname__', function)} takes {', '.join(parameters)}"
+                )
+
+
 def _decorate(target: Any, options: Options) -> Any:
     if isinstance(target, ScriptModule):
         raise OptionError(
@@ -168,7 +185,7 @@ def _decorate(target: Any, options: Options) -> Any:
         if isinstance(own, InstanceForward):
             own = own.__wrapped__  # decorated again: the new options count
         function = own if own is not None else class_forward(type(target))
-        options.check_names(function)
+        _check_names(options, function)
         target.forward = InstanceForward(target, function, options)
         if is_asked(target):
             vars(target)[ASKED] = CompiledCall(target, over_compiled)
@@ -181,7 +198,7 @@ def _decorate(target: Any, options: Options) -> Any:
                 "that you want graphed"
             )
         function = class_forward(target)
-        options.check_names(function)
+        _check_names(options, function)
         target.forward = GraphedForward(function, options)  # type: ignore[attr-defined]
         return target
     if not callable(target) or isinstance(target, (staticmethod, classmethod)):
@@ -191,5 +208,5 @@ def _decorate(target: Any, options: Options) -> Any:
         )
     if isinstance(target, GraphedForward):
         target = target.__wrapped__
-    options.check_names(target)
+    _check_names(options, target)
     return GraphedForward(target, options)

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from functools import cache, partial, reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import _C
 from graphcache.errors import OptionError
-from graphcache.keepers import Homes
-from graphcache.runtime import Graph, PoolMemory, Runtime, Stopwatch, runtime_for
-
-Stale = Literal["error", "copy"]
+from graphcache.runtime.base import Graph, PoolMemory, Runtime, Stopwatch, runtime_for
 
 
 class Lane:
@@ -144,7 +141,6 @@ class GraphPool:
         self.weak = weak
         self.runtime = runtime_for(self.device)
         self.lanes: list[Lane] = []
-        self.homes = Homes(partial(_before_move, weakref.ref(self)))
         _pools.add(self)
         self.lock = _C.PoolLock()  # one graph of a pool is dispatched at a time
 
@@ -174,6 +170,12 @@ class GraphPool:
         """Returns the bytes of all lanes: taken from the device, and of that owned by somebody."""
         return reduce(add, (lane.arena.memory() for lane in self.lanes), PoolMemory(0, 0))
 
+    def use_here(self, tensors: list[Tensor]) -> None:
+        """Orders this call after the last replays, and uses `tensors` on the current stream."""
+        for lane in self.lanes:
+            lane.follow_stream()
+        self.runtime.use_here(tensors)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as an empty pool of its kind; the global one as the global one."""
         if self is _default_pool(self.device):
@@ -184,15 +186,6 @@ class GraphPool:
         mib = self.memory().reserved / 2**20
         kind = "weak" if self.weak else "strong"
         return f"<GraphPool on {self.device}: {len(self.lanes)} lanes, {mib:.1f} MiB, {kind} outputs>"
-
-
-def _before_move(pool: "weakref.ref[GraphPool]", tensors: list[Tensor]) -> None:
-    # Graphs may still read the memory that is written to, on a stream that the caller has left.
-    found = pool()
-    if found is not None:
-        for lane in found.lanes:
-            lane.follow_stream()
-        found.runtime.use_here(tensors)
 
 
 def default_pool(device: torch.device | str | None = None) -> GraphPool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import CaptureError, GraphCacheError, GraphCacheWarning, cuda_graphed
-from graphcache.compiled import without_graphs
+from graphcache.integrations.transformers import without_graphs
 from tests.conftest import MLP, Backend, close
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

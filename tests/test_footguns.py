@@ -37,9 +37,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import graphcache
 from graphcache import GraphCacheWarning, cuda_graphed
-from graphcache.kernels import loaded
+from graphcache.runtime.loaded_kernels import loaded
 from graphcache.pool import Lane
-from graphcache.stats import CacheInfo
+from graphcache.report.cache_info import CacheInfo
 from tests.conftest import Backend, Counter, hidden
 from tests.test_launch import on
 from tests.test_state import Capturing

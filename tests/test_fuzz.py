@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from graphcache.guards import Guards
-from graphcache.learn import Observation
+from graphcache.guards.guards import Guards
+from graphcache.tracing.trace import Observation
 from tests import fuzz
 from tests.conftest import RUNTIMES
 from tests.fuzz_machine import Fuzz, Mismatch, Stats

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import _C, GraphCacheWarning, cuda_graphed
-from graphcache.ops import is_library
+from graphcache.runtime.source_lines import is_library
 from tests.conftest import MLP, Backend, eager, hidden
 
 

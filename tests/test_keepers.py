@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed, default_pool
-from graphcache.keepers import Homes
+from graphcache.guards.static_objects import Homes
 from tests.conftest import Backend, Counter
 
 LENGTH = 16

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import graphcache
 from graphcache import cuda_graphed
-from graphcache.cache import GraphCache
+from graphcache.dispatch.cache import GraphCache
 from tests.conftest import MLP, Backend, close, eager
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import OptionError, cuda_graphed
-from graphcache.buckets import check_sizes, default_sizes, padded_size
+from graphcache.config import check_sizes
+from graphcache.capture.sizes import default_sizes, padded_size
 
 
 def forward(x: Tensor, slots: Tensor) -> Tensor:

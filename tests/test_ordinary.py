@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed
-from graphcache.host import Constants
+from graphcache.runtime.host_transfers import Constants
 from tests.conftest import Backend, hidden
 from tests.test_footguns import equal, info, replays
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import GraphCacheError, OptionError, cuda_graphed, timing
-from graphcache.buckets import best_sizes, interpolated, padded_size
+from graphcache.report.suggest_sizes import best_sizes, interpolated
+from graphcache.capture.sizes import padded_size
 from graphcache.pool import Lane
 from tests.conftest import MLP, Backend, close, eager
 

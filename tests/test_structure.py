@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import graphcache
-from graphcache.capture import capture_ladder
+from graphcache.capture.ladder import capture_ladder
 
 PACKAGE = Path(graphcache.__file__).parent
 

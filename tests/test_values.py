@@ -29,7 +29,7 @@ import wrapt
 from torch import Tensor, nn
 
 from graphcache import GraphCacheWarning, cuda_graphed
-from graphcache.guards import Guards
+from graphcache.guards.guards import Guards
 from tests.conftest import Backend
 
 Patch = pytest.MonkeyPatch

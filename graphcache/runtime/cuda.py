@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from graphcache import _C, config
-from graphcache.runtime import PoolMemory, Result
+from graphcache.runtime.base import PoolMemory, Result
 from graphcache.runtime.nvrtc import stage_kernel
-from graphcache.state import uncollected
+from graphcache.runtime.torch_state import uncollected
 
 RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, if that is more
 SIDES = 3  # streams for branches: attention has three products of its input

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
 from graphcache.errors import CaptureError
-from graphcache.host import HostReads
-from graphcache.ops import obstacle, take_apart, tensors_in, user_line, written_by
-from graphcache.patches import as_in_a_capture
-from graphcache.runtime import Result
-from graphcache.runtime.arena import EmulatedArena, copy_memory
-from graphcache.state import SavedState, uncompiled
+from graphcache.runtime.base import Result
+from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
+from graphcache.runtime.host_transfers import HostReads
+from graphcache.runtime.op_info import obstacle, take_apart, tensors_in, written_by
+from graphcache.runtime.source_lines import user_line
+from graphcache.runtime.torch_patches import as_in_a_capture
+from graphcache.runtime.torch_state import SavedState, uncompiled
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (

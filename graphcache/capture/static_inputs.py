@@ -1,0 +1,120 @@
+"""Static inputs: the memory that graphs read their arguments from, filled and padded at each call."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache import _C
+from graphcache.call.bound_call import BATCHED, Call, Leaf
+from graphcache.config import Fill, Pad, fill_of
+
+
+class StaticInputs:
+    """One buffer for each staged argument, as large as the largest size needs; all sizes share it.
+
+    Args:
+        call: the call whose staged arguments tell shapes and dtypes.
+        largest: the largest size, in rows.
+    """
+
+    def __init__(self, call: Call, largest: int) -> None:
+        self._leaves = [(call.leaves[index], leaf) for index, leaf in call.staged()]
+        self._shapes = [(tuple(tensor.shape), leaf) for tensor, leaf in self._leaves]
+        with torch.inference_mode(False):  # written to in any mode
+            self._buffers = [
+                torch.empty(prod(_shape(s, leaf, largest)), dtype=t.dtype, device=t.device)
+                for (t, _), (s, leaf) in zip(self._leaves, self._shapes, strict=True)
+            ]
+        del self._leaves
+
+    def at(self, size: int) -> list[Tensor]:
+        """Returns the static inputs of one size: dense, their dimensions ordered as the caller's are.
+
+        They start at the same address whatever the size, also where the batch is an inner dimension.
+        """
+        tensors = []
+        with torch.inference_mode(False):
+            for buffer, (shape, leaf) in zip(self._buffers, self._shapes, strict=True):
+                sizes = _shape(shape, leaf, size)
+                order = leaf.order or tuple(range(len(sizes)))
+                dense = buffer[: prod(sizes)].view([sizes[dim] for dim in order])
+                tensors.append(dense.permute([order.index(dim) for dim in range(len(sizes))]))
+        return tensors
+
+
+def _shape(shape: tuple[int, ...], leaf: Leaf, size: int) -> tuple[int, ...]:
+    if leaf.role is not BATCHED or leaf.dim is None:
+        return shape
+    return (*shape[: leaf.dim], size, *shape[leaf.dim + 1 :])
+
+
+def native_stage(static: list[Tensor], call: Call, pad: Pad) -> _C.Stage:
+    """Returns what copies arguments into the static inputs of one size without torch calls.
+
+    Args:
+        static: see `Stager`.
+        call: see `Stager`.
+        pad: see `Stager`.
+    """
+    fills = [fill_of(pad, call.names[index]) for index, _ in call.staged()]
+    return _C.Stage(
+        static,
+        [index for index, _ in call.staged()],
+        [-1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim for _, leaf in call.staged()],
+        [_sixteen_bytes(fill, tensor) for fill, tensor in zip(fills, static, strict=True)],
+        [fill == "edge" for fill in fills],
+    )
+
+
+def _sixteen_bytes(fill: Fill, like: Tensor) -> bytes:
+    with torch.inference_mode(False), torch.no_grad():
+        row = torch.empty(16 // like.element_size(), dtype=like.dtype, device="cpu")
+        row.fill_(0 if fill == "edge" else fill)
+        return bytes(row.view(torch.uint8).tolist())
+
+
+class Stager:
+    """The same by torch calls, for any device; every row is written at every call.
+
+    Args:
+        static: the static inputs, in the order of `call.staged()`.
+        call: a call with the same key as those to come.
+        size: rows of the static inputs.
+        pad: see `cuda_graphed`.
+    """
+
+    def __init__(self, static: list[Tensor], call: Call, size: int, pad: Pad) -> None:
+        self.static = static
+        self._size = size
+        self._positions = [index for index, _ in call.staged()]
+        self._dims = [leaf.dim for _, leaf in call.staged()]
+        self._fills = [fill_of(pad, call.names[index]) for index in self._positions]
+        self._views: dict[int, tuple[list[Tensor], list[Any]]] = {}
+
+    def stage(self, leaves: list[Tensor], batch: int) -> None:
+        """Copies the first `batch` rows and fills those after them."""
+        views = self._views.get(batch)
+        if views is None:
+            views = self._views[batch] = self._cut(batch)
+        rows, tails = views
+        with torch.no_grad():
+            if rows:
+                torch._foreach_copy_(rows, [leaves[index] for index in self._positions])
+            for tail, fill in tails:
+                tail.copy_(fill) if isinstance(fill, Tensor) else tail.fill_(fill)
+
+    def _cut(self, batch: int) -> tuple[list[Tensor], list[Any]]:
+        rows: list[Tensor] = []
+        tails: list[Any] = []
+        with torch.inference_mode(False):
+            for static, dim, fill in zip(self.static, self._dims, self._fills, strict=True):
+                if dim is None or batch == self._size:
+                    rows.append(static)
+                    continue
+                rows.append(static.narrow(dim, 0, batch))
+                edge = static.narrow(dim, batch - 1, 1)
+                tail = static.narrow(dim, batch, self._size - batch)
+                tails.append((tail, edge.expand_as(tail) if fill == "edge" else fill))
+        return rows, tails

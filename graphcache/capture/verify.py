@@ -1,0 +1,201 @@
+"""Compares a padded replay with eager: a module whose rows depend on each other is found out here.
+
+Padding can look harmless by the values of one call: where all rows are zero, as in a warm-up, the rows
+that are added look like those of the caller. So the tail holds other rows too, of this call and of an
+earlier one, and of both those with the largest and the least values, which a sum, a maximum or a
+softmax over rows shows most clearly. All are rows that a caller gave: one of the largest value of each
+argument, say, may be none that the forward can take. Where all are alike, numbers in floating point come
+in halves, too.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.call.bound_call import BATCHED, WHOLE, Call
+from graphcache.call.pytree import Kept, flatten
+from graphcache.capture.outputs import Output
+from graphcache.config import Pad, fill_of
+from graphcache.errors import CaptureError
+from graphcache.runtime.torch_patches import as_in_a_capture
+from graphcache.runtime.torch_state import kept_as_is
+from graphcache.tracing.trace import Observation, observe
+
+logger = logging.getLogger(__name__)
+
+# Of the largest value of an output. Another batch size takes another kernel, so rounding differs;
+# rows that mix are off by much more.
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-3,  # TF32 rounds to three digits
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+    torch.complex128: 1e-9,
+    torch.complex64: 2e-3,
+}
+
+
+_ORDERED = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+MAX_EXTREMES = 3  # arguments whose largest and least values are looked for
+
+
+class Sample:
+    """Rows of an earlier call, to put after those of a later one."""
+
+    def __init__(self, call: Call) -> None:
+        with _plainly(call):
+            self.rows: list[tuple[int, Tensor] | None] = [
+                (leaf.dim, tensor.clone()) if leaf.role is BATCHED and leaf.dim is not None else None
+                for tensor, leaf in zip(call.leaves, call.roles, strict=True)
+            ]
+            self._beside = [tensor.clone() for tensor in _whole(call)]
+
+    def tells(self, call: Call, pad: Pad) -> bool:
+        """Tells whether rows differ, or differ from padding: then a dependence on them can show."""
+        return self._are_unlike(call, "edge") or self._are_unlike(call, pad) or self._can_be_halved()
+
+    def _are_unlike(self, call: Call, pad: Pad) -> bool:
+        for name, held, rows in zip(call.names, self.rows, self._joined(call, call.batch), strict=True):
+            if held is not None:
+                fill = fill_of(pad, name)
+                if bool((rows != (rows.narrow(held[0], 0, 1) if fill == "edge" else fill)).any()):
+                    return True
+        return False
+
+    def _can_be_halved(self) -> bool:
+        return any(held is not None and bool((_half(held[1]) != held[1]).any()) for held in self.rows)
+
+    def _halved(self, call: Call) -> "Sample":
+        halved = Sample(call)
+        halved.rows = [held and (held[0], _half(held[1])) for held in halved.rows]
+        return halved
+
+    def full(self, call: Call, size: int) -> list[list[Tensor]]:
+        """Returns arguments of `size` rows, the first of which are those of `call`."""
+        with _plainly(call):
+            # What goes with other values beside it, such as offsets, may be no valid row here.
+            fits = all(map(torch.equal, self._beside, _whole(call)))
+            earlier = self if fits else Sample(call)
+            tails = [earlier, Sample(call), *earlier._extremes(call)]
+            if not self._are_unlike(call, "edge"):
+                tails.append(self._halved(call))
+        return [each._joined(call, size - call.batch) for each in tails]
+
+    def _extremes(self, call: Call) -> Iterator["Sample"]:
+        """Yields, by single rows of `call` and this, those that have the largest and least values.
+
+        Whole rows: the largest value of one argument need not go with that of another.
+        """
+        joined = self._joined(call, self._count())
+        batched = [(held[0], t) for t, held in zip(joined, self.rows, strict=True) if held is not None]
+        ordered = [(dim, t) for dim, t in batched if t.dtype in _ORDERED and t.numel()]
+        for dim, tensor in ordered[:MAX_EXTREMES]:
+            values = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).double()
+            for row in (values.amax(1).argmax(), values.amin(1).argmin()):
+                single = Sample(call)
+                single.rows = [
+                    held and (held[0], t.index_select(held[0], row.reshape(1)))
+                    for t, held in zip(joined, self.rows, strict=True)
+                ]
+                yield single
+
+    def _count(self) -> int:
+        return next((held[1].shape[held[0]] for held in self.rows if held is not None), 0)
+
+    def _joined(self, call: Call, count: int) -> list[Tensor]:
+        with _plainly(call):
+            return [
+                tensor if held is None else torch.cat([tensor, _cycle(held[1], held[0], count)], held[0])
+                for tensor, held in zip(call.leaves, self.rows, strict=True)
+            ]
+
+
+def _whole(call: Call) -> list[Tensor]:
+    return [t for t, leaf in zip(call.leaves, call.roles, strict=True) if leaf.role is WHOLE]
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor * 0.5 if tensor.is_floating_point() and tensor.dtype in _ORDERED else tensor
+
+
+@contextmanager
+def _plainly(call: Call) -> Iterator[None]:
+    """Keeps the modes of the caller out: autocast would refuse or convert what is only copied here."""
+    device = call.leaves[0].device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def _cycle(rows: Tensor, dim: int, count: int) -> Tensor:
+    index = torch.arange(count, device=rows.device) % rows.shape[dim]
+    return rows.index_select(dim, index)
+
+
+def first_rows(result: Any, outputs: Sequence[Output], batch: int) -> list[Tensor]:
+    """Returns the tensors of a result that a graph made, cut to their first `batch` rows."""
+    tensors: list[Tensor] = []
+    flatten(result, tensors, [], other=lambda *_: Kept(0))
+    for index, output in enumerate(outputs):
+        for dim in output.batch_dims or ():
+            if tensors[index].shape[dim] > batch:
+                tensors[index] = tensors[index].narrow(dim, 0, batch)
+    return [t for t, output in zip(tensors, outputs, strict=True) if output.is_weak()]
+
+
+def same(eager: Any, padded: Any) -> bool:
+    """Tells whether two results agree: exactly for integers, within rounding for floating point."""
+    mine: list[Tensor] = []
+    theirs: list[Tensor] = []
+    if flatten(eager, mine, []) != flatten(padded, theirs, []):
+        return False
+    return all(_close(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _close(eager: Tensor, padded: Tensor) -> bool:
+    if eager.shape != padded.shape or eager.dtype != padded.dtype:
+        return False
+    if not (eager.is_floating_point() or eager.is_complex()):
+        return torch.equal(eager, padded)
+    if eager.numel() == 0:
+        return True
+    exact = eager.to(torch.complex128 if eager.is_complex() else torch.float64)
+    finite = exact[exact.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    tolerance = _TOLERANCE.get(eager.dtype, 0.1) * scale
+    return torch.allclose(padded.to(exact.dtype), exact, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def as_captured(
+    function: Callable[..., Any], instance: Any, call: Call, seen: "Observation"
+) -> "Observation":
+    """Returns what a capture would do, where a forward asks whether one is under way.
+
+    Libraries then skip what a capture can't hold: transformers looks no further whether a mask hides
+    anything. So that is observed too, without effects, and has to have the same result.
+
+    Raises:
+        CaptureError: where it has another.
+    """
+    if not seen.asks or seen.changed:
+        return seen
+    written = seen.observer.written_outside()
+    moved = written or seen.observer.draws  # then the first call began elsewhere
+    try:
+        with kept_as_is(written):
+            like = observe(function, instance, call, restore=True) if moved else seen
+        with kept_as_is(written), as_in_a_capture:
+            again = observe(function, instance, call, restore=True)
+    except Exception as error:  # perhaps for want of a warm-up; the capture will show
+        logger.debug("it raised as in a capture", exc_info=error)
+        return seen
+    if again.layout() != like.layout() or not same(like.tensors, again.tensors):
+        raise CaptureError("it returns something else while a capture is under way")
+    return again

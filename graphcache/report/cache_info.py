@@ -1,0 +1,245 @@
+"""What `cache_info()` tells."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from graphcache import _C
+
+NO_GAIN = 0.02  # of eager's time; below it, a graph is not worth its memory
+
+
+class Times(NamedTuple):
+    """What one call of a size takes on the device.
+
+    Attributes:
+        eager: seconds from its first kernel to its last, as fast as Python launches them; None where
+            that was not measured (yet), as it is not for forwards that write to state outside.
+        replay: seconds of a replay.
+    """
+
+    eager: float | None
+    replay: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """The share of eager's time that a replay saves."""
+        if self.eager is None or self.replay is None or self.eager <= 0:
+            return None
+        return 1 - self.replay / self.eager
+
+
+def mean_times(times: Iterable[Times]) -> Times:
+    """Returns the means over several graphs of one size."""
+    return Times(*(_mean(column) for column in zip(*times, strict=True)))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Counts of one graphed forward since it was made, or since `cache_clear()`.
+
+    Attributes:
+        backend: "cuda" or "emulated"; "none" before the first capture.
+        launch: how a replay gets its inputs: "node" is one launch of a graph whose first node copies
+            them, "copies" is emulation's, "torch" is by torch calls where neither is to be had.
+        calls: all calls; each is either a replay or eager.
+        replays: calls served by each size.
+        padded: rows of each size that were replayed and cut away again; `padded_rows` in all.
+        eager: calls that ran eagerly, by reason.
+        batches: how many calls had so many rows, eager ones included.
+        times: what a call of each size takes, once 512 replays of it have shown that it matters.
+        sizes: captured sizes, ascending, of all signatures.
+        signatures: how many kinds of call have graphs.
+        dropped: kinds of call whose graphs went for others, as they were not called for longest.
+        captures: graphs captured, those dropped since included.
+        capture_seconds: time that took.
+        expired: held outputs that calls of this made unreadable (of forwards with stale="error").
+        copied: held outputs that calls of this moved away (of forwards with stale="copy").
+        pool_bytes: memory reserved by the pool, which other modules may share.
+        saved_bytes: outputs of other sizes than the largest, which strong references would pin as well.
+        notes: what keeps this forward from being padded or captured, if anything.
+    """
+
+    backend: str
+    launch: str
+    calls: int
+    replays: dict[int, int]
+    padded: dict[int, int]
+    eager: dict[str, int]
+    batches: dict[int, int]
+    times: dict[int, Times]
+    sizes: tuple[int, ...]
+    signatures: int
+    dropped: int
+    captures: int
+    capture_seconds: float
+    expired: int
+    copied: int
+    pool_bytes: int
+    saved_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that were replayed and cut away again."""
+        return sum(self.padded.values())
+
+    @property
+    def hits(self) -> int:
+        """Calls served by a graph, as `functools.lru_cache` names them."""
+        return sum(self.replays.values())
+
+    @property
+    def misses(self) -> int:
+        """Calls that ran eagerly."""
+        return sum(self.eager.values())
+
+    def __str__(self) -> str:
+        facts = [
+            ("calls", f"{self.calls}: {self.hits} replayed, {self.misses} eager"),
+            *((f"eager: {reason}", str(count)) for reason, count in self.eager.items()),
+            ("padded rows", str(self.padded_rows)),
+            ("signatures", f"{self.signatures} with graphs, {self.dropped} dropped for others"),
+            ("captures", f"{self.captures} in {self.capture_seconds:.2f} s"),
+            ("held outputs", f"{self.expired} expired, {self.copied} copied"),
+            ("launch", f"{self.backend}, {self.launch}"),
+            ("pool", _readable(self.pool_bytes)),
+            ("saved by weak references", _readable(self.saved_bytes)),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join([*_aligned(facts, left=2), "", *self._by_size()])
+
+    def _by_size(self) -> list[str]:
+        rows: list[tuple[str, ...]] = [
+            ("size", "replays", "padded rows", "replay us", "eager us", "saved")
+        ]
+        for size in sorted({*self.sizes, *self.replays}):
+            times = self.times.get(size, Times(None, None))
+            rows.append(
+                (
+                    f"{size}" if size in self.sizes else f"{size} (gone)",
+                    str(self.replays.get(size, 0)),
+                    str(self.padded.get(size, 0)),
+                    *("" if t is None else f"{t * 1e6:.1f}" for t in (times.replay, times.eager)),
+                    "" if times.gain is None else f"{times.gain:.0%}",
+                )
+            )
+        shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or len(rows) == 1]
+        return _aligned(list(zip(*shown, strict=True)), left=0)
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Returns lines of columns, the first `left` of which begin at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _saved_bytes(buckets: Iterable[Any]) -> int:
+    """Returns the bytes of the outputs of each lane's graphs, but for the largest."""
+    by_lane: dict[int, list[int]] = {}
+    for bucket in buckets:
+        by_lane.setdefault(id(bucket.lane), []).append(bucket.output_bytes())
+    return sum(sum(each) - max(each) for each in by_lane.values())
+
+
+def _relative(times: Times) -> str:
+    return f"{1 - (times.gain or 0.0):.0%}"
+
+
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
+
+
+@dataclass
+class Counts:
+    """The counters behind `CacheInfo` that outlive a graph."""
+
+    replays: Counter[int] = field(default_factory=Counter)
+    padded: Counter[int] = field(default_factory=Counter)
+    eager: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
+    captures: int = 0
+    capture_seconds: float = 0.0
+    expired: int = 0
+    copied: int = 0
+
+    def merge(self, other: "Counts") -> None:
+        """Adds all counts of `other`."""
+        for count in fields(self):
+            mine, theirs = getattr(self, count.name), getattr(other, count.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, count.name, mine + theirs)
+
+    def add(self, bucket: _C.Bucket) -> None:
+        """Adds what one graph counted."""
+        if bucket.replays:
+            self.replays[bucket.size] += bucket.replays
+            self.padded[bucket.size] += bucket.padded_rows
+        self.expired += bucket.expired
+        self.copied += bucket.copied
+
+    def info(
+        self,
+        calls: int,
+        signatures: Sequence[Mapping[int, Any]],
+        exact: Iterable[str],
+        pool: Any,
+        batches: Mapping[int, int],
+    ) -> CacheInfo:
+        """Returns what `cache_info()` tells.
+
+        Args:
+            calls: all of them.
+            signatures: the graphs of each, by size.
+            exact: why some are captured at exact sizes only.
+            pool: what they share, or None.
+            batches: how many calls had so many rows.
+        """
+        buckets = [bucket for graphs in signatures for bucket in graphs.values()]
+        live = [bucket for bucket in buckets if not bucket.native.retired]
+        times = {
+            size: mean_times(bucket.timing.times() for bucket in buckets if bucket.size == size)
+            for size in sorted({bucket.size for bucket in buckets if bucket.timing.replay})
+        }
+        slow = [size for size, each in times.items() if each.gain is not None and each.gain < NO_GAIN]
+        return CacheInfo(
+            backend=pool.runtime.name if pool is not None and buckets else "none",
+            launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
+            calls=calls,
+            replays=dict(sorted(self.replays.items())),
+            padded=dict(sorted(self.padded.items())),
+            eager=dict(self.eager),
+            batches=dict(sorted(batches.items())),
+            times=times,
+            sizes=tuple(sorted({bucket.size for bucket in live})),
+            signatures=len(signatures),
+            dropped=self.dropped,
+            captures=self.captures,
+            capture_seconds=self.capture_seconds,
+            expired=self.expired,
+            copied=self.copied,
+            pool_bytes=pool.memory().reserved if pool is not None else 0,
+            saved_bytes=_saved_bytes(live) if pool is not None and pool.weak else 0,
+            notes=(
+                *(f"exact sizes only: {why}" for why in exact),
+                *(
+                    f"size {size}: a replay takes {_relative(times[size])} of eager's time"
+                    for size in slow
+                ),
+            ),
+        )

@@ -1,0 +1,165 @@
+"""Finds the sizes that would have served the counted calls at the least cost."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
+from typing import Literal
+
+from graphcache.errors import GraphCacheError, OptionError
+from graphcache.report.cache_info import CacheInfo
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Sizes for the calls that came; what `suggest_sizes` returns.
+
+    Attributes:
+        sizes: to be given as `cuda_graphed(..., sizes=...)`.
+        unit: of the costs below: "us", where replays were timed, else "rows" that are computed.
+        expected: mean cost of a call with these sizes.
+        now: the same with the sizes that there are.
+        uncovered: calls above the largest of those; both means take them for replayed at their own size.
+    """
+
+    sizes: tuple[int, ...]
+    unit: Literal["us", "rows"]
+    expected: float
+    now: float
+    uncovered: int
+
+    @property
+    def saved(self) -> float:
+        """The share of today's cost that these sizes save; below 0 where they cost more."""
+        return 1 - self.expected / self.now if self.now else 0.0
+
+    def __str__(self) -> str:
+        text = (
+            f"sizes={self.sizes}: {self.expected:.4g} {self.unit} a call instead of {self.now:.4g} "
+            f"({self.saved:.1%} saved)"
+        )
+        if self.uncovered:
+            text += f"; {self.uncovered} calls were above the largest size, and ran eagerly"
+        return text
+
+
+def suggest(
+    batches: Mapping[int, int], sizes: Sequence[int], count: int, seconds: Mapping[int, float]
+) -> Suggestion:
+    """Returns the best `count` sizes beside those that there are.
+
+    Args:
+        batches: how many calls had so many rows; not empty.
+        sizes: today's, ascending.
+        count: how many are wanted.
+        seconds: what replays take at the sizes that were timed.
+    """
+    timed = len(seconds) > 1
+    microseconds = {size: time * 1e6 for size, time in seconds.items()}
+    cost = interpolated(microseconds) if timed else float
+    best = best_sizes(batches, count, cost)
+    return Suggestion(
+        best,
+        "us" if timed else "rows",
+        expected=_mean_cost(batches, best, cost),
+        now=_mean_cost(batches, sizes, cost),
+        uncovered=sum(calls for rows, calls in batches.items() if rows > sizes[-1]),
+    )
+
+
+def _mean_cost(batches: Mapping[int, int], sizes: Sequence[int], cost: Callable[[int], float]) -> float:
+    total = sum(
+        calls * cost(next((size for size in sizes if size >= rows), rows))
+        for rows, calls in batches.items()
+    )
+    return total / sum(batches.values())
+
+
+def best_sizes(batches: Mapping[int, int], count: int, cost: Callable[[int], float]) -> tuple[int, ...]:
+    """Returns the sizes that serve all calls at the least cost: exactly, not by search.
+
+    A larger size is taken to cost no less. Then only batches that came are worth a size, and where the
+    next smaller size of the best choice lies moves one way as the largest one moves: so each further
+    size takes one pass of divide and conquer.
+
+    Args:
+        batches: how many calls had so many rows; not empty.
+        count: how many sizes; fewer batches than that have a size each.
+        cost: of a replay at a size.
+    """
+    rows = sorted(batches)
+    calls = list(accumulate(batches[size] for size in rows))
+    costs = list(accumulate(map(cost, rows), max))
+    least = [calls[last] * costs[last] for last in range(len(rows))]
+    before: list[list[int]] = []
+    for _ in range(1, min(count, len(rows))):
+        least, chosen = _with_one_more(least, calls, costs)
+        before.append(chosen)
+    last = len(rows) - 1
+    sizes = [rows[last]]
+    for chosen in reversed(before):
+        last = chosen[last]
+        sizes.append(rows[last])
+    return tuple(reversed(sizes))
+
+
+def _with_one_more(
+    least: list[float], calls: list[int], costs: list[float]
+) -> tuple[list[float], list[int]]:
+    """Returns, for each largest size, the least cost with one more size below it, and which that is."""
+    now, chosen = [inf] * len(least), [0] * len(least)
+    pending = [(1, len(least), 0, len(least))]
+    while pending:
+        start, stop, lowest, highest = pending.pop()
+        if start >= stop:
+            continue
+        last = (start + stop) // 2
+        now[last], chosen[last] = min(
+            (least[below] + (calls[last] - calls[below]) * costs[last], below)
+            for below in range(lowest, min(last, highest + 1))
+        )
+        pending += (start, last, lowest, chosen[last]), (last + 1, stop, chosen[last], highest)
+    return now, chosen
+
+
+def interpolated(seconds: Mapping[int, float]) -> Callable[[int], float]:
+    """Returns the time of any size by those of two sizes or more: linear between them, and beyond."""
+    sizes = sorted(seconds)
+
+    def of(size: int) -> float:
+        right = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
+        low, high = sizes[right - 1], sizes[right]
+        slope = (seconds[high] - seconds[low]) / (high - low)
+        return max(seconds[low] + slope * (size - low), 0.0)
+
+    return of
+
+
+def suggestion(info: CacheInfo, exact: Sequence[str | None], name: str, count: int) -> Suggestion:
+    """Returns what `suggest_sizes` does.
+
+    Args:
+        info: of the forward.
+        exact: for each of its signatures that has graphs, why sizes are not chosen for it, or None.
+        name: of the forward, for messages.
+        count: how many sizes.
+
+    Raises:
+        GraphCacheError: where there is nothing to choose from, or nothing to choose.
+        OptionError: unless `count` is a positive integer.
+    """
+    if type(count) is not int or count < 1:
+        raise OptionError(f"graphcache: suggest_sizes({count!r}); give how many sizes you want")
+    if not info.batches:
+        raise GraphCacheError(
+            f"graphcache: no call of {name} was counted since it was graphed or cleared, so there are "
+            "no batch sizes to choose from; call suggest_sizes() after some real traffic"
+        )
+    if exact and None not in exact:
+        raise GraphCacheError(
+            f"graphcache: {name} is captured at exactly the sizes that it is called with, so there are "
+            f"none to choose: {exact[0]}"
+        )
+    seconds = {size: each.replay for size, each in info.times.items() if each.replay is not None}
+    return suggest(info.batches, info.sizes, count, seconds)

@@ -1,0 +1,245 @@
+"""What passes between the host and the device inside a forward, which no graph can hold.
+
+Values that the forward reads off the device stop a capture. What it copies there is made of Python
+values, which are baked in as all are (`guards.py`): a number fills a tensor, and anything else is copied
+from the host once, at the first call, and from there on the device.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from graphcache.errors import CaptureError
+from graphcache.runtime.source_lines import is_library, user_line
+from graphcache.runtime.torch_patches import without_mode
+
+_NUMBERS = (bool, int, float, complex)
+_LISTS = (list, tuple, torch.Size)
+_MAKES = (torch.tensor, torch.as_tensor)
+_MOVES = (Tensor.to, Tensor.cuda, Tensor.type_as)
+_INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
+Key = tuple[torch.dtype, torch.Size, bytes]
+
+
+class Unseen(TorchFunctionMode):
+    """A mode that no code is told of which asks whether there is one: a first call is what eager is."""
+
+    def __enter__(self) -> Any:
+        _unseen.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _unseen.__exit__(*error)
+
+
+_unseen = without_mode(Unseen)
+
+
+class HostReads(Unseen):
+    """Sees the calls that exchange values with the host below, or without, an operation.
+
+    Args:
+        device: tensors on it count. On the CPU, where emulation makes it the device, naming "cpu" is
+            taken for the host, and `x.to(y.device)` for what it is on a GPU: nothing.
+    """
+
+    _READS = (
+        Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__,
+        Tensor.__format__, Tensor.__dlpack__,
+    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and not is_constant(func, args, kwargs, self._device):
+            target = kwargs.get("device")
+            on_device = target is not None and torch.device(target).type == self._device.type
+            if on_device and not isinstance(args[0] if args else kwargs.get("data"), Tensor):
+                self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
+        elif func in self._READS and args[0].device == self._device:
+            self.found(f"{func.__name__} copies to the host")
+        elif func is Tensor.data_ptr and args[0].device == self._device:
+            if not is_library(sys._getframe(1).f_code.co_filename):
+                self.addressed(args[0])
+        elif func is Tensor.to and args[0].device == self._device and _names_the_host(args, kwargs):
+            self.found("to('cpu') copies to the host")
+        return func(*args, **kwargs)
+
+    def found(self, what: str) -> None:
+        """Called with what was seen; raises by default."""
+        raise CaptureError(f"{what} at {user_line()}")
+
+    def addressed(self, tensor: Tensor) -> None:
+        """Called where code past torch's operators gets the address of `tensor`, such as Triton's."""
+        if self._device.type == "cpu":
+            self.found("data_ptr() leads past the operators, where emulation sees nothing,")
+
+
+class Constants(Unseen):
+    """Makes tensors on a device of what is on the host, without a copy from there where one is known.
+
+    Args:
+        device: where they are to be.
+        made: those of the first call, for a capture; None at the first call.
+        read: told of each tensor on the host that is copied.
+        learned: told of each new tensor in `made`.
+
+    Attributes:
+        made: tensors on the device, by dtype, shape and bytes.
+        used: whether there was anything to do.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        made: dict[Key, Tensor] | None = None,
+        *,
+        read: Callable[[Tensor], None] = lambda tensor: None,
+        learned: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> None:
+        super().__init__()
+        self.made: dict[Key, Tensor] = {} if made is None else made
+        self.used = False
+        self._learns = made is None
+        self._device = device
+        self._read = read
+        self._learned = learned
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _INDEXES and args[0].device.type == self._device.type:
+            index, value = self._index(args[1]), args[2:]
+            if value and type(value[0]) in (bool, int, float) and _is_by_number(index):
+                value = (self._made_of(value[0], args[0].dtype),)
+            return func(args[0], index, *value, **kwargs)
+        if is_constant(func, args, kwargs, self._device):
+            dtype = kwargs.get("dtype") or (args[0].dtype if func is Tensor.new_tensor else None)
+            return self._made_of(args[-1], dtype)
+        if func in _MOVES and self._device.type != "cpu" and _is_dense_on_host(args[0]):
+            there, dtype = _target(func, args, kwargs)
+            if _is_on(there, self._device):
+                self._read(args[0])
+                with torch._C._DisableTorchDispatch():
+                    host = args[0].to(dtype or args[0].dtype)
+                return self._on_device(host)
+        return func(*args, **kwargs)
+
+    def _index(self, index: Any) -> Any:
+        """Returns an index with tensors for its lists of numbers."""
+        if type(index) is tuple:
+            return tuple(map(self._index, index))
+        if type(index) is not list or not index or any(type(item) is not int for item in index):
+            return index
+        return self._made_of(index, None)
+
+    def _made_of(self, data: Any, dtype: torch.dtype | None) -> Tensor:
+        if type(data) in _NUMBERS:  # whichever it is at another size
+            self.used = True
+            return torch.full((), data, dtype=dtype, device=self._device)
+        with torch._C._DisableTorchDispatch():
+            host = torch.tensor(data, dtype=dtype, device="cpu")
+        return self._on_device(host)
+
+    def _on_device(self, host: Tensor) -> Tensor:
+        """Returns a new tensor of these values."""
+        key = host.dtype, host.shape, ctypes.string_at(host.data_ptr(), host.nbytes)
+        self.used = True
+        if key not in self.made:
+            if not self._learns:
+                where = user_line()
+                raise CaptureError(f"it copies other values from the host than at first, at {where}")
+            with torch._C._DisableTorchDispatch():
+                self.made[key] = host.to(self._device, copy=True)
+            self._learned(self.made[key])
+        return self.made[key].clone()
+
+
+def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Tells whether this call of `func` makes a tensor on `device` of numbers."""
+    if func in _MAKES:
+        there = kwargs.get("device")
+        if there is None and device.type != "cpu":
+            there = torch.get_default_device()
+        return (
+            len(args) == 1
+            and kwargs.keys() <= {"device", "dtype"}
+            and _is_on(there, device)
+            and _is_numbers(args[0])
+        )
+    if func is Tensor.new_tensor:
+        there = kwargs.get("device") or args[0].device
+        return (
+            len(args) == 2
+            and kwargs.keys() <= {"device", "dtype"}
+            and _is_on(there, device)
+            and _is_numbers(args[1])
+        )
+    return False
+
+
+def _is_on(there: Any, device: torch.device) -> bool:
+    if there is None or torch.device(there).type != device.type:
+        return False
+    index: int | None = torch.device(there).index
+    if index is None and device.index is not None and device.type != "cpu":
+        index = torch.get_device_module(device).current_device()
+    return index == device.index
+
+
+def _is_by_number(index: Any) -> bool:
+    """Tells whether there are tensors in it, and no masks: torch copies a value from the host then."""
+    tensors = [
+        part for part in (index if type(index) is tuple else (index,)) if isinstance(part, Tensor)
+    ]
+    return bool(tensors) and not any(part.dtype in (torch.bool, torch.uint8) for part in tensors)
+
+
+def _is_numbers(data: Any) -> bool:
+    kind = type(data)
+    return kind in (*_NUMBERS, range) or (kind in _LISTS and all(map(_is_numbers, data)))
+
+
+def _is_dense_on_host(tensor: Tensor) -> bool:
+    """Tells whether its bytes, in order, are all that there is to it."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.requires_grad
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.is_quantized
+    )
+
+
+def _target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
+    """Returns the device and the dtype that a tensor is moved to; None for what is not told of."""
+    if func is Tensor.type_as:
+        return args[1].device, args[1].dtype
+    if func is Tensor.cuda:
+        return None if args[1:] or kwargs else "cuda", None
+    try:
+        there, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+    except (TypeError, RuntimeError):
+        return None, None
+    return there if memory_format in (None, torch.preserve_format) else None, dtype
+
+
+def _names_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = (*args[1:2], kwargs.get("device"))
+    return any(isinstance(to, str) and to == "cpu" for to in given)

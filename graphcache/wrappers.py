@@ -1,0 +1,402 @@
+"""What stands in place of a forward: native code is asked first, then the graph cache."""
+
+import copy
+import gc
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+from types import MethodType, ModuleType
+from typing import Any
+
+import wrapt
+from torch import nn
+from torch.compiler import is_compiling
+
+from graphcache import _C
+from graphcache.config import Options
+from graphcache.dispatch.cache import GraphCache
+from graphcache.errors import GraphCacheError, OptionError
+from graphcache.integrations.transformers import compiled_as
+from graphcache.report.cache_info import CacheInfo
+from graphcache.report.suggest_sizes import Suggestion
+
+
+class _Caches:
+    """The graph cache of each instance, by identity, for as long as the instance lives.
+
+    Not attributes of the instances: those would end up in its copies, its pickles and its state.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        # The last of each is for native code, which finds it here by the same id.
+        self.by_id: dict[int, tuple[weakref.ref[Any], GraphCache, Any]] = {}
+
+    def of(self, function: Callable[..., Any], instance: Any) -> GraphCache:
+        """Returns the cache of `instance`, or of the function itself where there is none."""
+        owner = self if instance is None else instance
+        found = self.by_id.get(id(owner))
+        if found is None:
+            # Not finalize: nothing has to run at exit, where CUDA may be gone already.
+            forget = partial(_forget, self.by_id, id(owner))
+            cache = GraphCache(function, _name(function, instance), self.options, instance)
+            found = weakref.ref(owner, forget), cache, cache.native.capsule
+            self.by_id[id(owner)] = found
+        return found[1]
+
+    def served(self, instance: Any) -> tuple[Any, ...]:
+        """Returns what native code finds the cache by, for a forward bound to `instance` for good."""
+        if instance is None:
+            return self.by_id, id(self), None
+        return self.by_id, id(instance), weakref.ref(instance)
+
+
+def _forget(caches: dict[int, Any], key: int, _: Any) -> None:
+    caches.pop(key, None)
+
+
+def _name(function: Callable[..., Any], instance: Any) -> str:
+    if instance is None:
+        return str(getattr(function, "__qualname__", function))
+    return f"{type(instance).__qualname__}.{getattr(function, '__name__', 'forward')}"
+
+
+def _bound_to(function: Callable[..., Any]) -> Any:
+    """Returns what a function is bound to, or None; functions of C call their module that."""
+    owner = getattr(function, "__self__", None)
+    return None if isinstance(owner, ModuleType) else owner
+
+
+class _Inspectable:
+    """The habits of `functools`: what a wrapped forward tells and does besides being called."""
+
+    def _cache(self) -> GraphCache:
+        raise NotImplementedError
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        raise NotImplementedError
+
+    def cache_info(self) -> CacheInfo:
+        """Returns what was captured, replayed and run eagerly; see `CacheInfo`."""
+        return self._cache().info()
+
+    def cache_clear(self) -> None:
+        """Drops the graphs and the counts; the next call captures anew."""
+        self._cache().clear()
+
+    def warmup(self, *args: Any, **kwargs: Any) -> None:
+        """Captures for calls like this one, without the effects of a call.
+
+        The forward runs once; what it writes to tensors, and the random generator, are put back.
+
+        Args:
+            *args: example arguments; of tensors, shapes and dtypes count, and the values must be
+                valid ones.
+            **kwargs: likewise.
+        """
+        function, instance = self._wrapped_call()
+        self._cache().warm_up(function, instance, args, kwargs)
+
+    def suggest_sizes(self, count: int) -> Suggestion:
+        """Returns the sizes that would serve the calls so far at the least cost; see `Suggestion`.
+
+        The cost of a replay is its time on the device where two sizes or more were timed (each is, after
+        512 replays), linear in between; until then, and in emulation, its rows.
+
+        Args:
+            count: how many sizes; fewer where fewer different batches came.
+
+        Raises:
+            GraphCacheError: without calls to go by, or where sizes are not chosen (exact sizes only).
+            OptionError: unless `count` is a positive integer.
+        """
+        return self._cache().suggest_sizes(count)
+
+    def __repr__(self) -> str:
+        if isinstance(self, _BoundForward) and self._self_instance is None:
+            return f"<cuda_graphed {self.__wrapped__.__qualname__}>"
+        info = self.cache_info()
+        return (
+            f"<cuda_graphed {self._cache().name}: {len(info.sizes)} sizes {list(info.sizes)}, "
+            f"{info.hits} replays, {info.misses} eager calls, {info.padded_rows} padded rows>"
+        )
+
+    __str__ = __repr__
+
+
+class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
+    """`module.forward` of a class whose forward is decorated."""
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        return self.__wrapped__, self._self_instance
+
+    def _cache(self) -> GraphCache:
+        if self._self_instance is None:
+            raise OptionError(
+                f"graphcache: {self.__wrapped__.__qualname__} has graphs for each instance; ask one "
+                "of them: module.forward.cache_info()"
+            )
+        caches: _Caches = self._self_parent._self_caches
+        return caches.of(self.__wrapped__, self._self_instance)
+
+
+class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    """A decorated function: a plain one, or the forward in the body of a class."""
+
+    __bound_function_wrapper__ = _BoundForward
+
+    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+        caches = _Caches(options)
+
+        def dispatch(
+            wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            if is_compiling():
+                return wrapped(*args, **kwargs)
+            if instance is not None and not isinstance(wrapped, MethodType):
+                wrapped = function.__get__(instance)  # called through the class
+            return caches.of(wrapped, instance)(wrapped, instance, args, kwargs)
+
+        super().__init__(function, dispatch)
+        self._self_caches = caches
+        self._self_served = caches.served(_bound_to(function))
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
+        return self.__wrapped__, _bound_to(self.__wrapped__)
+
+    def _cache(self) -> GraphCache:
+        caches: _Caches = self._self_caches
+        return caches.of(*self._wrapped_call())
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        return str(self.__qualname__)  # by name, as functions are pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphedForward":
+        return self  # as functions are
+
+
+_MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+
+
+def _called_module() -> Any:
+    """Returns the module whose call is under way right above; None where that is not to be told.
+
+    A shallow copy of a module (`copy.copy`, a DataParallel replica) shares all that lies in its
+    `__dict__`, so the forward there can't know by itself on whose behalf it is called.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_code.co_filename != _MODULE_FILE:
+        return None
+    return frame.f_locals.get("self") if frame.f_code.co_name in _MODULE_CALLS else None
+
+
+class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    """The forward of one module that was decorated after it was made.
+
+    It lies in the instance's `__dict__` and refers back to it weakly, so that the module, and its
+    graphs with it, go when their last user does.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        options: Options,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        reference, caches = weakref.ref(module), _Caches(options)
+        # A forward that somebody else put on the instance is called as it is.
+        is_method = compiled or function is class_forward(type(module))
+
+        # A closure, not a method: torch.compile traces it, and can't trace methods of a wrapper.
+        def dispatch(
+            wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            owner = reference()
+            if is_compiling():
+                return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
+            called = owner if compiled else _called_module()
+            if called is None:
+                _refuse_shared(vars(owner).get("forward"), owner, "missed")
+            elif called is not owner:
+                wrapped = class_forward(type(called)) if is_method else wrapped
+                return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
+            wrapped = mine()._as_it_is_now(owner)  # type: ignore[union-attr]
+            bound = MethodType(wrapped, owner) if is_method else wrapped
+            return caches.of(bound, owner)(bound, owner, args, kwargs)
+
+        super().__init__(function, dispatch)
+        mine = weakref.ref(self)  # or it would outlive its module until it is collected
+        self._self_known_counts: dict[str, int] = {}
+        self._self_module = reference
+        self._self_caches = caches
+        self._self_served = caches.served(module)
+        self._self_is_method = is_method
+        self._self_compiled = compiled
+        self._self_over: list[tuple[Any, InstanceForward]] = []
+        if not compiled:
+            self._enter_early(module)
+
+    def _enter_early(self, module: nn.Module) -> None:
+        """Has `module(...)` ask native code before it looks for hooks.
+
+        By the place where `Module.compile` puts what it made, which torch leaves out of copies and
+        pickles. Where there are hooks, or another forward, all goes its usual way.
+        """
+        kind = type(module)
+        plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
+        if plain and not is_compiled_in_place(module):
+            vars(module)["_compiled_call_impl"] = _early(weakref.ref(module), self)
+
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        module = self._self_module()
+        if module is None:
+            raise GraphCacheError("graphcache: the module of this forward is gone")
+        function = self._as_it_is_now(module)
+        return (MethodType(function, module) if self._self_is_method else function), module
+
+    def _as_it_is_now(self, module: Any) -> Callable[..., Any]:
+        """Returns the forward; where its class was patched, what is known of the old one is dropped."""
+        if not self._self_is_method or self._self_compiled:
+            return self.__wrapped__
+        function = class_forward(type(module))
+        if function is not self.__wrapped__:
+            self._self_caches.by_id.pop(id(module), None)
+            self._self_over.clear()
+            self.__wrapped__ = function
+        return function
+
+    def _cache(self) -> GraphCache:
+        caches: _Caches = self._self_caches
+        return caches.of(*self._wrapped_call())
+
+    def over(self, asked: Any) -> "InstanceForward | None":
+        """Returns a graphed forward over compiled code of the same function, counted with this one.
+
+        Args:
+            asked: how to compile; see `compiled_as`.
+
+        Returns:
+            None where the function is not of the module's class: it may be bound to something else.
+
+        Raises:
+            GraphCacheError: where a shallow copy of the module may be meant.
+        """
+        module = self._wrapped_call()[1]
+        _refuse_shared(self, module, "compiled")  # here, so that no call has to ask
+        for known, made in self._self_over:
+            if known == asked:
+                return made
+        if not self._self_is_method:
+            return None
+        code = compiled_as(asked, self.__wrapped__)
+        made = InstanceForward(module, code, self._self_caches.options, compiled=True)
+        self._self_over.append((asked, made))
+        self._cache().beside.append(made._cache())
+        return made
+
+    @property
+    def __self__(self) -> Any:
+        return self._wrapped_call()[1]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._wrapped_call()[0])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        own = None if self._self_is_method else self.__wrapped__
+        return _restore, (self.__self__, own, self._self_caches.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InstanceForward":
+        # The copy of the module is in `memo` by now: it was made before its attributes.
+        module = copy.deepcopy(self.__self__, memo)
+        function = self.__wrapped__
+        if not self._self_is_method:
+            function = copy.deepcopy(function, memo)
+        return InstanceForward(module, function, self._self_caches.options)
+
+
+def _is_alone(forward: InstanceForward, owner: Any) -> bool:
+    called = _called_module()
+    if called is None:
+        _refuse_shared(forward, owner, "served")
+    return called is None or called is owner
+
+
+def _refuse_shared(forward: Any, owner: Any, where: str) -> None:
+    """Raises where `forward` lies in other modules than its own: a call may be of any of them.
+
+    Args:
+        forward: of a module.
+        owner: the module that it was made for.
+        where: who asks: as many refer to the forward there each time, unless something was copied.
+    """
+    if not isinstance(forward, InstanceForward):
+        return
+    known = forward._self_known_counts
+    if sys.getrefcount(forward) == known.get(where):
+        return
+    for holder in gc.get_referrers(forward):
+        if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
+            raise GraphCacheError(
+                f"graphcache: {type(owner).__qualname__}.forward was called by itself, and a shallow "
+                "copy of its module shares it: which of the two is meant can't be told. Call the "
+                "module, or copy it with copy.deepcopy"
+            )
+    known[where] = sys.getrefcount(forward)
+
+
+def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
+    native = _C.module_call(forward._self_served, forward)
+    plain, is_method = forward.__wrapped__, forward._self_is_method
+
+    # Of Python, for torch.compile to see through: it can't trace the wrapper.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_compiling():
+            return native(*args, **kwargs)
+        module = reference()
+        if (
+            module.__dict__.get("forward") is not forward
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
+            return module._call_impl(*args, **kwargs)
+        return plain(module, *args, **kwargs) if is_method else plain(*args, **kwargs)
+
+    return call
+
+
+# Calls that graphs serve never get to wrapt, which takes a microsecond to find out what it wraps.
+_C.serve_calls(GraphedForward)
+_C.serve_instance_calls(InstanceForward)
+_C.serve_bound_calls(_BoundForward)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Tells whether `module.compile()` was called: then calls run what that made."""
+    made = vars(module).get("_compiled_call_impl")
+    return made is not None and getattr(made, "__module__", None) != __name__
+
+
+def class_forward(kind: type) -> Callable[..., Any]:
+    """Returns the forward of a class as it was written."""
+    forward = kind.forward  # type: ignore[attr-defined]
+    return forward.__wrapped__ if isinstance(forward, GraphedForward) else forward
+
+
+def over_compiled(module: nn.Module, asked: Any) -> InstanceForward | None:
+    """Returns the graphed forward of a module over compiled code; see `InstanceForward.over`."""
+    forward = vars(module).get("forward")
+    return forward.over(asked) if isinstance(forward, InstanceForward) else None
+
+
+def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:
+    function = class_forward(type(module)) if own is None else own
+    return InstanceForward(module, function, options)
