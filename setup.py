@@ -17,8 +17,8 @@ except ImportError:
         "    pip install --no-build-isolation .\n"
     )
 
-HEADERS = sorted(str(path) for path in Path("graphcache/_C").glob("*.h"))
-SOURCES = sorted(str(path) for path in Path("graphcache/_C").glob("*.cpp"))
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+HEADERS = sorted(map(str, (*Path("csrc").rglob("*.h"), *Path("graphcache/_C").glob("*.h"))))
 
 
 class BuildNative(BuildExtension):
@@ -38,6 +38,7 @@ setup(
             "graphcache._C._native",
             SOURCES,
             depends=HEADERS,
+            include_dirs=[str(Path(folder).absolute()) for folder in ("csrc", "graphcache/_C")],
             # No -std: torch's own headers say which they need, and it changes between versions.
             extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
         )

@@ -45,8 +45,8 @@ class Lane:
     def capture(
         self,
         body: Callable[[], list[Tensor]],
-        stage: _C.Stage | None = None,
-        kernel: _C.StageKernel | None = None,
+        stage: _C.InputCopier | None = None,
+        kernel: _C.CopyInKernel | None = None,
     ) -> tuple[Graph, list[Tensor]]:
         """Captures `body` into this lane.
 

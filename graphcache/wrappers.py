@@ -224,7 +224,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
             called = owner if compiled else _called_module()
             if called is None:
-                _refuse_shared(vars(owner).get("forward"), owner, "missed")
+                _check_not_shared(vars(owner).get("forward"), owner, "missed")
             elif called is not owner:
                 wrapped = class_forward(type(called)) if is_method else wrapped
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
@@ -290,7 +290,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             GraphCacheError: where a shallow copy of the module may be meant.
         """
         module = self._wrapped_call()[1]
-        _refuse_shared(self, module, "compiled")  # here, so that no call has to ask
+        _check_not_shared(self, module, "compiled")  # here, so that no call has to ask
         for known, made in self._self_over:
             if known == asked:
                 return made
@@ -326,11 +326,11 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
 def _is_alone(forward: InstanceForward, owner: Any) -> bool:
     called = _called_module()
     if called is None:
-        _refuse_shared(forward, owner, "served")
+        _check_not_shared(forward, owner, "served")
     return called is None or called is owner
 
 
-def _refuse_shared(forward: Any, owner: Any, where: str) -> None:
+def _check_not_shared(forward: Any, owner: Any, where: str) -> None:
     """Raises where `forward` lies in other modules than its own: a call may be of any of them.
 
     Args:

@@ -134,7 +134,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal) * scale
 
 
-class Named(NamedTuple):
+class NamesInCode(NamedTuple):
     twice: Tensor
     label: str
 
@@ -148,7 +148,7 @@ class Record:
 class Nested(nn.Module):
     def forward(self, x: Tensor, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         y = x if extra is None else x + extra["shift"] * extra["by"][0]
-        return {"named": Named(y * 2, "a"), "record": Record(y + 1, [y[..., :2], y]), "none": (None, 3)}
+        return {"named": NamesInCode(y * 2, "a"), "record": Record(y + 1, [y[..., :2], y]), "none": (None, 3)}
 
 
 class ViewOfInput(nn.Module):

@@ -435,15 +435,15 @@ def test_a_result_that_changes_its_structure(backend: Backend) -> None:
 
 def test_an_exception_of_the_forward_is_the_callers(backend: Backend) -> None:
     def forward(x: Tensor) -> Tensor:
-        if broken:
+        if explain:
             raise ZeroDivisionError("mine")
         return x * 2
 
-    broken = True
+    explain = True
     model = cuda_graphed(forward, sizes=(2,))
     with pytest.raises(ZeroDivisionError, match="mine"):
         model(backend.randn(2, 2))
-    broken = False
+    explain = False
     x = backend.randn(2, 2)
     model(x)
     assert torch.equal(model(x), x * 2)

@@ -97,12 +97,12 @@ def test_an_example_notices_padded_rows_that_write_where_they_must_not(
     tmp_path: Path, name: str, right: str, wrong: str, options: tuple[str, ...]
 ) -> None:
     """A check that can't fail is worth nothing: here padded rows write into the first row's slot."""
-    broken = tmp_path / "broken.py"
+    explain = tmp_path / "broken.py"
     text = (EXAMPLES / name).read_text()
     assert right in text
-    broken.write_text(text.replace(right, wrong))
+    explain.write_text(text.replace(right, wrong))
     done = subprocess.run(
-        [sys.executable, str(broken), "--device", "cpu", *options],
+        [sys.executable, str(explain), "--device", "cpu", *options],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -2138,11 +2138,11 @@ def test_a_failed_capture_is_not_tried_on_every_call(backend: Backend, monkeypat
 
 def test_an_exception_at_the_first_call(backend: Backend, x: Tensor) -> None:
     """It is the caller's, and no reason never to capture."""
-    model = cuda_graphed(lambda x: x @ backend.randn(8, 2) if broken else x * 2, sizes=(2,))
-    broken = True
+    model = cuda_graphed(lambda x: x @ backend.randn(8, 2) if explain else x * 2, sizes=(2,))
+    explain = True
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(x[:, :5])
-    broken = False
+    explain = False
     replays(model, x)
 
 

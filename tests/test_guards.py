@@ -394,8 +394,8 @@ def test_a_hook_of_a_submodule_is_noticed(backend: Backend, mlp: MLP) -> None:
 def test_only_the_root_may_have_hooks() -> None:
     module = nn.Identity()
     module.register_forward_hook(lambda *_: None)
-    assert not guard(module).hold(False)
-    assert guard(module, root=module).hold(False)
+    assert not guard(module).check(False)
+    assert guard(module, root=module).check(False)
 
 
 def guard(module: nn.Module, **what: object) -> _C.Guard:
@@ -417,7 +417,7 @@ def test_another_object_at_the_same_address_is_noticed() -> None:
         others.append(Anything())
         assert len(others) < 10**6
     module.held = others[-1]
-    assert not held.hold(False)
+    assert not held.check(False)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_only_what_leads_to_no_module_is_kept_alive(make, held: bool) -> None:
     vars(module)["value"] = value = make()
     before = sys.getrefcount(value)
     watching = guard(module)
-    assert watching.hold(False)
+    assert watching.check(False)
     assert sys.getrefcount(value) - before == held
 
 
@@ -448,18 +448,18 @@ def test_a_renamed_attribute_is_noticed() -> None:
     watching = guard(module)
     del module.first
     module.second = 1
-    assert not watching.hold(False)
+    assert not watching.check(False)
 
 
 def test_dict_of_a_module_replaced() -> None:
     module = nn.Identity()
     held = guard(module)
-    assert held.hold(False)
+    assert held.check(False)
     old = module.__dict__
     module.__dict__ = {**old, "training": not module.training}
-    assert not held.hold(False)
+    assert not held.check(False)
     module.__dict__ = old
-    assert held.hold(False)
+    assert held.check(False)
 
 
 @pytest.mark.parametrize("name", ["_parameters", "_buffers", "_modules", "_forward_hooks"])
@@ -467,11 +467,11 @@ def test_dict_of_a_module_replaced() -> None:
 def test_table_of_a_module_replaced(name: str, keep: bool) -> None:
     module = nn.Linear(2, 2)
     held = guard(module)
-    assert held.hold(False)
+    assert held.check(False)
     old = [getattr(module, name)] if keep else []
     setattr(module, name, type(getattr(module, name))(getattr(module, name)))
-    assert not held.hold(False)
-    assert not held.hold(False)
+    assert not held.check(False)
+    assert not held.check(False)
     assert len(old) == keep
 
 
@@ -486,13 +486,13 @@ def test_a_module_that_died_is_noticed() -> None:
     module = nn.Linear(2, 2)
     attributes = vars(module)
     held, other = guard(module), guard(nn.Identity())
-    assert held.hold(False)
-    assert not other.hold(False)
+    assert held.check(False)
+    assert not other.check(False)
     del module
     gc.collect()
-    assert not held.hold(False)
+    assert not held.check(False)
     attributes.clear()
-    assert not held.hold(False)
+    assert not held.check(False)
 
 
 @pytest.mark.parametrize(
@@ -514,16 +514,16 @@ def test_a_module_that_died_is_noticed() -> None:
 def test_storage(change, holds: bool) -> None:
     tensor = torch.ones(8, 4)[:4]
     held = guard(nn.Identity(), modules=[], tensors=[torch.ones(2), tensor])
-    assert held.hold(True)
+    assert held.check(True)
     change(tensor)
-    assert held.hold(False) == holds
+    assert held.check(False) == holds
 
 
 def test_gradients() -> None:
     held = guard(nn.Identity(), modules=[], tensors=[tensor := torch.ones(4)])
     tensor.requires_grad_()
-    assert held.hold(False)
-    assert not held.hold(True)
+    assert held.check(False)
+    assert not held.check(True)
 
 
 def cell(value: object):
@@ -552,10 +552,10 @@ class Doubled(dict):
     ids=["dict", "tuple key", "default", "override", "gone", "short", "list", "other", "cell", "empty"],
 )
 def test_places(container, key, change) -> None:
-    held = guard(nn.Identity(), modules=[], places=[(container, key, 1), ((0, 1), 1, 1)])
-    assert held.hold(False)
+    held = guard(nn.Identity(), modules=[], sources=[(container, key, 1), ((0, 1), 1, 1)])
+    assert held.check(False)
     change(container)
-    assert not held.hold(False)
+    assert not held.check(False)
     assert not isinstance(container, defaultdict) or not container
 
 
@@ -586,7 +586,7 @@ def test_guards_are_collected_with_what_leads_back_to_them(backend: Backend) -> 
 def test_what_a_class_says_of_itself_is_no_value_of_the_forward(backend: Backend) -> None:
     """Annotations lead to the docs of `typing`, which are made when somebody asks for them."""
 
-    class Reads(nn.Module):
+    class PythonRecorder(nn.Module):
         kinds: list[int]
 
         def __init__(self) -> None:
@@ -596,7 +596,7 @@ def test_what_a_class_says_of_itself_is_no_value_of_the_forward(backend: Backend
         def forward(self, x: Tensor) -> Tensor:
             return getattr(self, "co" + "nv")(x)  # it might read anything
 
-    model = cuda_graphed(Reads().to(backend.device))
+    model = cuda_graphed(PythonRecorder().to(backend.device))
     for _ in range(3):
         model(backend.randn(2, 2, 4))
     assert model.forward.cache_info().hits == 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed, default_pool
-from graphcache.guards.static_objects import Homes
+from graphcache.guards.static_objects import Slots
 from tests.conftest import Backend, Counter
 
 LENGTH = 16
@@ -68,9 +68,9 @@ class Pair:
             assert theirs["cache"] is caches[1]
             same(*caches)
 
-    def homes(self) -> list[Any]:
+    def slots(self) -> list[Any]:
         gc.collect()
-        return list(default_pool(self.backend.device).homes._by_shape.values())
+        return list(default_pool(self.backend.device).slots._by_shape.values())
 
     @property
     def info(self) -> Any:
@@ -504,7 +504,7 @@ def test_memory_is_not_kept_for_what_can_not_be_captured(
     with pytest.warns(GraphCacheWarning, match="it can't be"):
         pair.step(caches, steps=3)
     # That is not tried again for another object, and no place is looked for where it could live.
-    monkeypatch.setattr(Homes, "of", fails)
+    monkeypatch.setattr(Slots, "of", fails)
     pair.step(pair.new(), steps=3)
     assert pair.info.eager["it can't be"] == 5
-    assert not any(True for homes in pair.homes() for _ in homes)
+    assert not any(True for slots in pair.slots() for _ in slots)

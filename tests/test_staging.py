@@ -205,7 +205,7 @@ def test_the_static_buffer_itself_as_input_is_left_as_it_is(backend: Backend) ->
 
 def test_a_static_input_that_is_given_is_not_read() -> None:
     buffer = torch.arange(6).view(3, 2)
-    stage = _C.Stage([buffer], [0], [0], [bytes(16)], [False])
+    stage = _C.InputCopier([buffer], [0], [0], [bytes(16)], [False])
     stage.read([buffer], 3)
     assert stage.copied_bytes() == 0
     stage.read([buffer.clone()], 3)
@@ -216,7 +216,7 @@ def test_a_static_input_that_is_given_is_not_read() -> None:
 
 def test_nothing_is_patched_where_nothing_changed() -> None:
     buffer, x = torch.zeros(3, 2), torch.ones(3, 2)
-    stage = _C.Stage([buffer], [0], [0], [bytes(16)], [False])
+    stage = _C.InputCopier([buffer], [0], [0], [bytes(16)], [False])
     assert stage.read([x], 3)
     assert not stage.read([x], 3)
     assert stage.read([x[:2]], 2)
@@ -229,9 +229,9 @@ def test_nothing_is_patched_where_nothing_changed() -> None:
 
 def test_a_stage_refuses_what_it_could_not_fill() -> None:
     with pytest.raises(ValueError, match="16 bytes"):
-        _C.Stage([torch.zeros(2)], [0], [0], [b"1"], [False])
+        _C.InputCopier([torch.zeros(2)], [0], [0], [b"1"], [False])
     with pytest.raises(ValueError, match="not dense"):
-        _C.Stage([torch.zeros(4, 4)[::2]], [0], [0], [bytes(16)], [False])
+        _C.InputCopier([torch.zeros(4, 4)[::2]], [0], [0], [bytes(16)], [False])
 
 
 def test_a_call_that_raised_leaves_nothing_of_its_inputs(backend: Backend) -> None:

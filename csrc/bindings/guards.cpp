@@ -1,5 +1,5 @@
 // The Python face of the guards.
-#include "guard.h"
+#include "guards/guard.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -39,7 +39,7 @@ void make_collectable(PyHeapTypeObject* heap_type) {
 
 } // namespace
 
-void bind_guard(py::module_& m) {
+void bind_guards(py::module_& m) {
   py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard", py::custom_type_setup(&make_collectable))
       .def(
           py::init([](Guard::Objects modules,
@@ -48,18 +48,18 @@ void bind_guard(py::module_& m) {
                       std::vector<std::pair<py::object, bool>> dicts,
                       Guard::Objects lists,
                       Guard::Objects buffers,
-                      Guard::Objects places,
+                      Guard::Objects sources,
                       Guard::Objects tensors,
                       py::object names,
                       bool grads) {
-            return std::make_shared<Guard>(Guard::Watched{
+            return std::make_shared<Guard>(Guard::Expectations{
                 std::move(modules),
                 std::move(root),
                 std::move(objects),
                 std::move(dicts),
                 std::move(lists),
                 std::move(buffers),
-                std::move(places),
+                std::move(sources),
                 std::move(tensors),
                 std::move(names),
                 grads});
@@ -71,12 +71,12 @@ void bind_guard(py::module_& m) {
           py::arg("dicts") = std::vector<std::pair<py::object, bool>>(),
           py::arg("lists") = Guard::Objects(),
           py::arg("buffers") = Guard::Objects(),
-          py::arg("places") = Guard::Objects(),
+          py::arg("sources") = Guard::Objects(),
           py::arg("tensors") = Guard::Objects(),
           py::arg("names") = py::none(),
           py::arg("grads") = false)
-      .def("hold", &Guard::hold, py::arg("grad"))
-      .def("broken", &Guard::broken, py::arg("grad"));
+      .def("check", &Guard::check, py::arg("grad"))
+      .def("explain", &Guard::explain, py::arg("grad"));
 }
 
 } // namespace graphcache

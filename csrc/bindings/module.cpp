@@ -1,4 +1,4 @@
-#include "weak.h"
+#include "tensors/weak.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -12,8 +12,8 @@
 namespace py = pybind11;
 
 namespace graphcache {
-void bind_guard(py::module_& m); // bind_guard.cpp
-void bind_keeper(py::module_& m); // bind_keeper.cpp
+void bind_guards(py::module_& m); // bind_guards.cpp
+void bind_static_objects(py::module_& m); // bind_static_objects.cpp
 void bind_replay(py::module_& m); // bind_replay.cpp
 void bind_call(py::module_& m); // call.cpp
 }
@@ -109,8 +109,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "materialize",
       [](const at::Tensor& tensor) { graphcache::materialize(storage_of(tensor)); },
       py::arg("tensor"));
-  graphcache::bind_guard(m);
-  graphcache::bind_keeper(m);
+  graphcache::bind_guards(m);
+  graphcache::bind_static_objects(m);
   graphcache::bind_replay(m);
   graphcache::bind_call(m);
 }

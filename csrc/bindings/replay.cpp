@@ -1,6 +1,6 @@
 // The Python face of staging, branches, buckets and dispatch.
-#include "branches.h"
-#include "dispatcher.h"
+#include "capture/branches.h"
+#include "replay/dispatcher.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -43,8 +43,8 @@ void bind_lane(py::module_& m) {
       .def("is_held_elsewhere", &Lane::is_held_elsewhere);
 }
 
-void bind_stage(py::module_& m) {
-  py::class_<Stage, std::shared_ptr<Stage>>(m, "Stage")
+void bind_input_copier(py::module_& m) {
+  py::class_<InputCopier, std::shared_ptr<InputCopier>>(m, "InputCopier")
       .def(
           py::init([](const std::vector<at::Tensor>& buffers,
                       const std::vector<int64_t>& arguments,
@@ -60,7 +60,7 @@ void bind_stage(py::module_& m) {
                   fills.at(index),
                   edges.at(index)});
             }
-            return std::make_shared<Stage>(std::move(inputs));
+            return std::make_shared<InputCopier>(std::move(inputs));
           }),
           py::arg("buffers"),
           py::arg("arguments"),
@@ -69,46 +69,46 @@ void bind_stage(py::module_& m) {
           py::arg("edges"))
       .def(
           "read",
-          [](Stage& stage, const py::list& tensors, int64_t batch) {
+          [](InputCopier& stage, const py::list& tensors, int64_t batch) {
             return stage.read(leaves_of(tensors).tensors.data(), batch);
           },
           py::arg("tensors"),
           py::arg("batch"))
-      .def("copy", &Stage::copy)
-      .def("copied_bytes", &Stage::copied_bytes)
-      .def_property_readonly("count", &Stage::count);
-  py::class_<StageKernel, std::shared_ptr<StageKernel>>(m, "StageKernel")
+      .def("copy", &InputCopier::copy)
+      .def("copied_bytes", &InputCopier::copied_bytes)
+      .def_property_readonly("count", &InputCopier::count);
+  py::class_<CopyInKernel, std::shared_ptr<CopyInKernel>>(m, "CopyInKernel")
       .def(
           py::init([](const py::bytes& image, size_t capacity) {
-            return std::make_shared<StageKernel>(std::string(image), capacity);
+            return std::make_shared<CopyInKernel>(std::string(image), capacity);
           }),
           py::arg("image"),
           py::arg("capacity"));
-  py::class_<StageNode, std::shared_ptr<StageNode>>(m, "StageNode")
+  py::class_<CopyInNode, std::shared_ptr<CopyInNode>>(m, "CopyInNode")
       .def(
-          py::init([](const std::shared_ptr<StageKernel>& kernel, const std::shared_ptr<Stage>& stage) {
-            return std::make_shared<StageNode>(kernel, stage);
+          py::init([](const std::shared_ptr<CopyInKernel>& kernel, const std::shared_ptr<InputCopier>& stage) {
+            return std::make_shared<CopyInNode>(kernel, stage);
           }),
           py::arg("kernel"),
           py::arg("stage"))
       .def(
           "record",
-          [](StageNode& node, int64_t stream) {
+          [](CopyInNode& node, int64_t stream) {
             node.record(reinterpret_cast<driver::Stream>(stream));
           },
           py::arg("stream"))
       .def(
           "attach",
-          [](StageNode& node, int64_t graph, int64_t executable) {
+          [](CopyInNode& node, int64_t graph, int64_t executable) {
             node.attach(
                 reinterpret_cast<driver::GraphHandle>(graph),
                 reinterpret_cast<driver::GraphExec>(executable));
           },
           py::arg("graph"),
           py::arg("executable"))
-      .def_property_readonly("nodes", &StageNode::nodes);
+      .def_property_readonly("nodes", &CopyInNode::nodes);
   m.attr("MAX_DIMS") = kMaxDims;
-  m.attr("INPUT_BYTES") = sizeof(StagedInput);
+  m.attr("INPUT_BYTES") = sizeof(InputCopy);
 }
 
 void bind_branches(py::module_& m) {
@@ -144,8 +144,8 @@ void bind_bucket(py::module_& m) {
           py::init([](const std::string& name,
                       int64_t size,
                       const std::shared_ptr<Lane>& lane,
-                      const std::shared_ptr<Stage>& stage,
-                      const std::shared_ptr<StageNode>& node,
+                      const std::shared_ptr<InputCopier>& stage,
+                      const std::shared_ptr<CopyInNode>& node,
                       const py::object& fill,
                       const py::object& replay,
                       const py::handle& layout,
@@ -193,15 +193,15 @@ void bind_bucket(py::module_& m) {
       .def_readonly("size", &Bucket::size)
       .def_readonly("retired", &Bucket::retired)
       .def_readwrite("time_at", &Bucket::time_at)
-      .def_readwrite("trusted", &Bucket::trusted)
+      .def_readwrite("check_budget", &Bucket::check_budget)
       .def_readwrite("replays", &Bucket::replays)
       .def_readwrite("padded_rows", &Bucket::padded_rows)
-      .def_property_readonly("expired", [](const Bucket& bucket) { return bucket.given_up.expired; })
-      .def_property_readonly("copied", [](const Bucket& bucket) { return bucket.given_up.copied; });
+      .def_property_readonly("expired", [](const Bucket& bucket) { return bucket.invalidated.expired; })
+      .def_property_readonly("copied", [](const Bucket& bucket) { return bucket.invalidated.copied; });
 }
 
 void bind_dispatcher(py::module_& m) {
-  py::class_<Written, std::shared_ptr<Written>>(m, "Written")
+  py::class_<MutatedMemory, std::shared_ptr<MutatedMemory>>(m, "MutatedMemory")
       .def(
           py::init<std::vector<at::Tensor>, std::vector<size_t>, std::vector<size_t>>(),
           py::arg("outside"),
@@ -209,24 +209,24 @@ void bind_dispatcher(py::module_& m) {
           py::arg("staged"))
       .def(
           "overlaps",
-          [](const Written& written, const std::vector<at::Tensor>& arguments) {
+          [](const MutatedMemory& mutated, const std::vector<at::Tensor>& arguments) {
             std::vector<const at::Tensor*> each;
             for (const auto& argument : arguments) {
               each.push_back(&argument);
             }
-            return written.overlaps(each);
+            return mutated.overlaps(each);
           },
           py::arg("arguments"));
   py::class_<Entry, std::shared_ptr<Entry>>(m, "Entry")
       .def(
           py::init([](const std::shared_ptr<PoolLock>& lock,
                       const std::shared_ptr<Guard>& guard,
-                      const std::shared_ptr<Written>& written) {
-            return std::make_shared<Entry>(Entry{lock, guard, written});
+                      const std::shared_ptr<MutatedMemory>& mutated) {
+            return std::make_shared<Entry>(Entry{lock, guard, mutated});
           }),
           py::arg("lock"),
           py::arg("guard"),
-          py::arg("written"))
+          py::arg("mutated"))
       .def_readonly("last", &Entry::last)
       .def(
           "set",
@@ -323,7 +323,7 @@ void bind_dispatcher(py::module_& m) {
 
 void bind_replay(py::module_& m) {
   bind_lane(m);
-  bind_stage(m);
+  bind_input_copier(m);
   bind_branches(m);
   bind_bucket(m);
   bind_dispatcher(m);

@@ -1,5 +1,5 @@
 // The Python face of objects that keep tensors for a forward, and of their memory.
-#include "keeper.h"
+#include "guards/static_object.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -7,30 +7,30 @@ namespace py = pybind11;
 
 namespace graphcache {
 
-void bind_keeper(py::module_& m) {
-  py::class_<Keeper, std::shared_ptr<Keeper>>(m, "Keeper")
+void bind_static_objects(py::module_& m) {
+  py::class_<StaticObject, std::shared_ptr<StaticObject>>(m, "StaticObject")
       .def(py::init<>())
-      .def("bind", &Keeper::bind, py::arg("object"), py::arg("guard"))
-      .def("release", &Keeper::release)
+      .def("bind", &StaticObject::bind, py::arg("object"), py::arg("guard"))
+      .def("release", &StaticObject::release)
       .def(
           "holds",
-          [](const Keeper& keeper, const py::object& object) { return keeper.is(object.ptr()); },
+          [](const StaticObject& keeper, const py::object& object) { return keeper.is(object.ptr()); },
           py::arg("object"))
-      .def_property_readonly("object", &Keeper::object)
-      .def_readonly("calls", &Keeper::calls);
-  py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory")
+      .def_property_readonly("object", &StaticObject::object)
+      .def_readonly("calls", &StaticObject::calls);
+  py::class_<LeasedMemory, std::shared_ptr<LeasedMemory>>(m, "LeasedMemory")
       .def(
-          py::init([](const at::Tensor& tensor) { return std::make_shared<Memory>(tensor.storage()); }),
+          py::init([](const at::Tensor& tensor) { return std::make_shared<LeasedMemory>(tensor.storage()); }),
           py::arg("tensor"))
       .def(
-          "move_in",
-          [](Memory& memory, const at::Tensor& tensor) { memory.move_in(tensor.storage()); },
+          "adopt",
+          [](LeasedMemory& memory, const at::Tensor& tensor) { memory.adopt(tensor.storage()); },
           py::arg("tensor"))
-      .def("is_lent", &Memory::is_lent)
+      .def("is_leased", &LeasedMemory::is_leased)
       .def(
-          "is_lent_to",
-          [](const Memory& memory, const at::Tensor& tensor) {
-            return memory.is_lent_to(tensor.storage());
+          "is_leased_to",
+          [](const LeasedMemory& memory, const at::Tensor& tensor) {
+            return memory.is_leased_to(tensor.storage());
           },
           py::arg("tensor"));
   m.def("owned", &owned, py::arg("tensor"));

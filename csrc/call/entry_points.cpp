@@ -1,7 +1,7 @@
 // The ways into a decorated forward. wrapt takes a microsecond to find out what it wraps, and so does
 // nn.Module to find that it has no hooks; these ask the dispatcher first, and leave to them what that does
 // not serve.
-#include "dispatcher.h"
+#include "replay/dispatcher.h"
 
 #include <torch/csrc/Exceptions.h>
 
@@ -39,7 +39,7 @@ bool is_compiling() {
   return !found.is_none();
 }
 
-// `dispatchers`: see `_Caches.by_id` in forwards.py. `instance`: what the forward is bound to.
+// `dispatchers`: see `_Caches.by_id` in wrappers.py. `instance`: what the forward is bound to.
 py::object serve(PyObject* dispatchers, PyObject* key, PyObject* instance, PyObject* args, PyObject* kwargs) {
   PyObject* found = PyDict_GetItemWithError(dispatchers, key);
   if (found == nullptr) {
@@ -88,7 +88,7 @@ py::object serve_instance(PyObject* self, PyObject* args, PyObject* kwargs) {
   if (own_attribute(self, compiled) == Py_True) {
     return serve_own(self, args, kwargs);
   }
-  static const auto alone = py::object(py::module_::import("graphcache.forwards").attr("_is_alone")).release();
+  static const auto alone = py::object(py::module_::import("graphcache.wrappers").attr("_is_alone")).release();
   const auto instance = referent(PyTuple_GET_ITEM(served, 2));
   if (!py::cast<bool>(alone(py::handle(self), instance))) {
     return Dispatcher::miss();
@@ -185,7 +185,7 @@ PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* const forward = PyTuple_GET_ITEM(self, 1);
   // One more, and a shallow copy of the module may be what is called.
   if (Py_REFCNT(forward) > kOwnReferences && !is_compiling()) {
-    static const auto called = py::object(py::module_::import("graphcache.forwards").attr("_called_module")).release();
+    static const auto called = py::object(py::module_::import("graphcache.wrappers").attr("_called_module")).release();
     const py::object caller = called();
     if (!caller.is_none() && !caller.is(module)) {
       static PyObject* const impl = interned("_call_impl");

@@ -1,6 +1,6 @@
-#include "modes.h"
+#include "call/modes.h"
 
-#include "dict_watch.h"
+#include "guards/dict_watcher.h"
 
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>

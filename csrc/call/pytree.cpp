@@ -1,4 +1,4 @@
-#include "tree.h"
+#include "call/pytree.h"
 
 #include <torch/csrc/Device.h>
 #include <torch/csrc/Size.h>
@@ -100,8 +100,8 @@ Tree::Tree(const py::handle& layout) {
   }
   extra_ = parts[4];
   make_ = parts[5];
-  if (kind_ == Kept) {
-    keeper_ = py::cast<std::shared_ptr<Keeper>>(extra_);
+  if (kind_ == ObjectRef) {
+    object_ = py::cast<std::shared_ptr<StaticObject>>(extra_);
   }
 }
 
@@ -116,8 +116,8 @@ bool Tree::match(PyObject* value, Leaves& leaves) const {
   if (kind_ == Constant) {
     return same(extra_.ptr(), value);
   }
-  if (kind_ == Kept) {
-    return keeper_->serves(value);
+  if (kind_ == ObjectRef) {
+    return object_->serves(value);
   }
   if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != type_.ptr()) {
     return false;
@@ -216,8 +216,8 @@ py::object Tree::build(std::vector<py::object>::const_iterator& tensors) const {
       return *tensors++;
     case Constant:
       return extra_;
-    case Kept:
-      return keeper_->object();
+    case ObjectRef:
+      return object_->object();
     case Tuple: {
       py::tuple made(children_.size());
       for (size_t index = 0; index < children_.size(); ++index) {

@@ -1,7 +1,7 @@
-// Nested arguments and results, as graphcache/tree.py lays them out: matched, and put together.
+// Nested arguments and results, as graphcache/pytree.py lays them out: matched, and put together.
 #pragma once
 
-#include "keeper.h"
+#include "guards/static_object.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
@@ -33,7 +33,7 @@ class Tree {
   pybind11::object build(std::vector<pybind11::object>::const_iterator& tensors) const;
 
  private:
-  enum Kind { Slot, Constant, List, Tuple, Dict, NamedTuple, Fields, Mapping, Kept };
+  enum Kind { Slot, Constant, List, Tuple, Dict, NamedTuple, Fields, Mapping, ObjectRef };
 
   bool match_fields(PyObject* value, Leaves& leaves) const;
   bool match_mapping(PyObject* value, Leaves& leaves) const;
@@ -42,8 +42,8 @@ class Tree {
   pybind11::object type_;
   std::vector<pybind11::object> keys_;
   std::vector<Tree> children_;
-  pybind11::object extra_; // of a constant, its value; else what tree.py keeps beside the children
-  std::shared_ptr<Keeper> keeper_; // whose object is passed or returned
+  pybind11::object extra_; // of a constant, its value; else what pytree.py keeps beside the children
+  std::shared_ptr<StaticObject> object_; // whose object is passed or returned
   pybind11::object make_; // puts containers together that C++ does not know
 };
 

@@ -1,7 +1,7 @@
-#include "signature.h"
+#include "call/signature.h"
 
-#include "strides.h"
-#include "weak.h"
+#include "tensors/strides.h"
+#include "tensors/weak.h"
 
 #include <c10/core/DispatchKeySet.h>
 

@@ -1,8 +1,8 @@
 // Which calls one signature serves: graphcache/signature.py says it in Python, and decides on a miss.
 #pragma once
 
-#include "modes.h"
-#include "tree.h"
+#include "call/modes.h"
+#include "call/pytree.h"
 
 #include <c10/core/Device.h>
 

@@ -1,4 +1,4 @@
-#include "branches.h"
+#include "capture/branches.h"
 
 #include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
@@ -213,9 +213,9 @@ void Branches::end(const at::RecordFunction& function, const Part& part) {
   const auto& output = outputs.front().toTensor();
   // Somebody gave memory away under a tensor that lives (`untyped_storage().resize_`).
   TORCH_CHECK(
-      !part.side || part.has_out || !(overlap(run_->read, output) || overlap(run_->written, output)),
+      !part.side || part.has_out || !(overlap(run_->read, output) || overlap(run_->mutated, output)),
       "graphcache: a product was given memory that one beside it uses");
-  note(output, run_->written);
+  note(output, run_->mutated);
   count_ += part.beside ? 1 : 0;
   tips_ = tips();
 }
@@ -231,9 +231,9 @@ bool Branches::may_join(const std::vector<at::Tensor>& read, const std::optional
     return false;
   }
   const bool reads_a_result = std::any_of(read.begin(), read.end(), [this](const at::Tensor& tensor) {
-    return overlap(run_->written, tensor);
+    return overlap(run_->mutated, tensor);
   });
-  return !reads_a_result && !(out && (overlap(run_->read, *out) || overlap(run_->written, *out)));
+  return !reads_a_result && !(out && (overlap(run_->read, *out) || overlap(run_->mutated, *out)));
 }
 
 bool Branches::is_plain(const at::Tensor& tensor) const {

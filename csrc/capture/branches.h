@@ -1,7 +1,7 @@
 // Branches of a captured graph: matrix products that do not need one another run side by side.
 #pragma once
 
-#include "driver.h"
+#include "driver/driver.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/record_function.h>
@@ -53,7 +53,7 @@ class Branches {
     bool on_main; // whether any part is
     size_t sides = 0; // how often one was taken
     std::vector<Extent> read;
-    std::vector<Extent> written;
+    std::vector<Extent> mutated;
     std::vector<c10::Storage> held;
   };
 

@@ -1,4 +1,4 @@
-#include "weak.h"
+#include "tensors/weak.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Winterference-size" // about the ABI of torch's header, not ours

@@ -1,4 +1,4 @@
-#include "dict_watch.h"
+#include "guards/dict_watcher.h"
 
 #if PY_VERSION_HEX >= 0x030C0000
 #include <algorithm>

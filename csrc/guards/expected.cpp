@@ -1,4 +1,4 @@
-#include "noted.h"
+#include "guards/expected.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -43,9 +43,9 @@ py::object keeper_of(PyObject* object) {
 
 } // namespace
 
-Noted::Noted(PyObject* object)
-    : address_(object), keeper_(object != nullptr ? keeper_of(object) : py::object()) {
-  if (object != nullptr && !keeper_ && PyTuple_CheckExact(object)) {
+Expected::Expected(PyObject* object)
+    : address_(object), object_(object != nullptr ? keeper_of(object) : py::object()) {
+  if (object != nullptr && !object_ && PyTuple_CheckExact(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
       items_.emplace_back(PyTuple_GET_ITEM(object, index));
     }
@@ -53,7 +53,7 @@ Noted::Noted(PyObject* object)
 }
 
 // The caller found something at the address: if that is a tuple of this length, it lives.
-bool Noted::holds_items() const {
+bool Expected::holds_items() const {
   if (!PyTuple_CheckExact(address_) || PyTuple_GET_SIZE(address_) != static_cast<Py_ssize_t>(items_.size())) {
     return false;
   }
@@ -65,8 +65,8 @@ bool Noted::holds_items() const {
   return true;
 }
 
-int Noted::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(keeper_.ptr());
+int Expected::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(object_.ptr());
   for (const auto& item : items_) {
     if (const int stop = item.traverse(visit, arg)) {
       return stop;
@@ -76,8 +76,8 @@ int Noted::traverse(visitproc visit, void* arg) const {
 }
 
 // Exact types only: no code of the user's runs here.
-bool Noted::equals(PyObject* object) const {
-  if (address_ == nullptr || keeper_.ptr() != address_ || Py_TYPE(object) != Py_TYPE(address_)) {
+bool Expected::equals(PyObject* object) const {
+  if (address_ == nullptr || object_.ptr() != address_ || Py_TYPE(object) != Py_TYPE(address_)) {
     return false;
   }
   if (PyFloat_CheckExact(object)) {
@@ -91,18 +91,18 @@ bool Noted::equals(PyObject* object) const {
       PyObject_RichCompareBool(object, address_, Py_EQ) == 1;
 }
 
-Table::Table(PyObject* dict, py::object names) : dict_(dict), names_(std::move(names)) {
+ExpectedDict::ExpectedDict(PyObject* dict, py::object names) : dict_(dict), names_(std::move(names)) {
   // Held meanwhile: a weak reference is an allocation, which may set off the cycle collector.
   const auto items = py::reinterpret_steal<py::list>(PyDict_Items(dict));
   for (const auto item : items) {
     auto* const key = PyTuple_GET_ITEM(item.ptr(), 0);
     if (counts(key)) {
-      entries_.emplace_back(Noted(key), Noted(PyTuple_GET_ITEM(item.ptr(), 1)));
+      entries_.emplace_back(Expected(key), Expected(PyTuple_GET_ITEM(item.ptr(), 1)));
     }
   }
 }
 
-bool Table::counts(PyObject* key) const {
+bool ExpectedDict::counts(PyObject* key) const {
   // torch.compile replaces the first two of nn.Module, and no forward of what exists already runs them;
   // the others are caches of Python: of what copies and pickles, and of annotations.
   if (PyUnicode_CheckExact(key)) {
@@ -115,7 +115,7 @@ bool Table::counts(PyObject* key) const {
   return names_.is_none() || !PyUnicode_CheckExact(key) || PySet_Contains(names_.ptr(), key) == 1;
 }
 
-std::optional<py::object> Table::changed() const {
+std::optional<py::object> ExpectedDict::changed() const {
   if (!PyDict_Check(dict_)) {
     return py::object();
   }
@@ -135,7 +135,7 @@ std::optional<py::object> Table::changed() const {
   return expected == entries_.end() ? std::nullopt : std::make_optional(py::object());
 }
 
-int Table::traverse(visitproc visit, void* arg) const {
+int ExpectedDict::traverse(visitproc visit, void* arg) const {
   for (const auto& [name, expected] : entries_) {
     if (const int stop = expected.traverse(visit, arg)) {
       return stop;
@@ -169,15 +169,15 @@ void each(PyObject* container, Visit visit) {
 
 } // namespace
 
-Items::Items(PyObject* items) : container_(items) {
-  const auto held = py::reinterpret_steal<py::object>(PySequence_Tuple(items)); // as in Table
+ExpectedItems::ExpectedItems(PyObject* items) : container_(items) {
+  const auto held = py::reinterpret_steal<py::object>(PySequence_Tuple(items)); // as in ExpectedDict
   each(items, [&](PyObject* item) {
     items_.emplace_back(item);
     return true;
   });
 }
 
-bool Items::same() const {
+bool ExpectedItems::same() const {
   size_t index = 0;
   bool same = true;
   each(container_, [&](PyObject* item) {
@@ -188,7 +188,7 @@ bool Items::same() const {
   return same && index == items_.size();
 }
 
-int Items::traverse(visitproc visit, void* arg) const {
+int ExpectedItems::traverse(visitproc visit, void* arg) const {
   for (const auto& item : items_) {
     if (const int stop = item.traverse(visit, arg)) {
       return stop;
@@ -225,14 +225,14 @@ bool with_bytes(const py::object& array, Read read) {
 
 } // namespace
 
-Bytes::Bytes(py::object array) : array_(std::move(array)) {
+ExpectedBytes::ExpectedBytes(py::object array) : array_(std::move(array)) {
   with_bytes(array_, [&](std::string_view now) {
     bytes_ = now;
     return true;
   });
 }
 
-bool Bytes::same() const {
+bool ExpectedBytes::same() const {
   return with_bytes(array_, [&](std::string_view now) { return now == bytes_; });
 }
 

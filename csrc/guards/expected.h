@@ -13,9 +13,9 @@ namespace graphcache {
 // One object. Its address stands for it only while it lives, so tensors and plain values are kept alive.
 // Other objects are known by a weak reference, since they may lead back to what owns this; those that
 // allow none (lists, dicts) by nothing but their address, and tuples by their items besides.
-class Noted {
+class Expected {
  public:
-  explicit Noted(PyObject* object); // null: nothing is to be there
+  explicit Expected(PyObject* object); // null: nothing is to be there
 
   // The same object; or, of numbers and texts, one of the same type and value.
   bool is(PyObject* object) const;
@@ -26,8 +26,8 @@ class Noted {
   bool holds_items() const;
 
   PyObject* address_;
-  pybind11::object keeper_; // the object itself, a weak reference to it, or nothing
-  std::vector<Noted> items_; // of a tuple that is not kept
+  pybind11::object object_; // the object itself, a weak reference to it, or nothing
+  std::vector<Expected> items_; // of a tuple that is not kept
 };
 
 // Tells whether the object of a weak reference still lives.
@@ -35,18 +35,18 @@ inline bool is_alive(PyObject* reference) {
   return reinterpret_cast<PyWeakReference*>(reference)->wr_object != Py_None;
 }
 
-inline bool Noted::is(PyObject* object) const {
+inline bool Expected::is(PyObject* object) const {
   if (object != address_) {
     return object != nullptr && equals(object);
   }
-  return keeper_ ? keeper_.ptr() == address_ || is_alive(keeper_.ptr()) : items_.empty() || holds_items();
+  return object_ ? object_.ptr() == address_ || is_alive(object_.ptr()) : items_.empty() || holds_items();
 }
 
 // The keys and values of one dict, in their order.
-class Table {
+class ExpectedDict {
  public:
   // `names`: a frozenset of the keys that count, besides those that are no strings; None: all do.
-  Table(PyObject* dict, pybind11::object names);
+  ExpectedDict(PyObject* dict, pybind11::object names);
 
   // Tells whether the dict is as it was; whoever asks knows that it lives.
   bool same() const { return !changed().has_value(); }
@@ -59,13 +59,13 @@ class Table {
 
   PyObject* dict_;
   pybind11::object names_;
-  std::vector<std::pair<Noted, Noted>> entries_;
+  std::vector<std::pair<Expected, Expected>> entries_;
 };
 
 // The items of one list or set.
-class Items {
+class ExpectedItems {
  public:
-  explicit Items(PyObject* items);
+  explicit ExpectedItems(PyObject* items);
 
   // Tells whether it is as it was; whoever asks knows that it lives.
   bool same() const;
@@ -73,13 +73,13 @@ class Items {
 
  private:
   PyObject* container_;
-  std::vector<Noted> items_;
+  std::vector<Expected> items_;
 };
 
-// The bytes of an array on the host. Kept alive, as it leads nowhere.
-class Bytes {
+// The bytes of an array on the host. ObjectRef alive, as it leads nowhere.
+class ExpectedBytes {
  public:
-  explicit Bytes(pybind11::object array);
+  explicit ExpectedBytes(pybind11::object array);
   bool same() const;
 
  private:

@@ -1,4 +1,4 @@
-#include "guard.h"
+#include "guards/guard.h"
 
 #include <c10/core/StorageImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -74,19 +74,19 @@ void Guard::watch(const Module& module, bool is_root, const py::object& names, s
 }
 
 void Guard::watch(PyObject* dict, const py::object& names, Owner owner) {
-  watched_.add(dict); // first: what changes from here on is noticed
+  dict_watcher_.add(dict); // first: what changes from here on is noticed
   tables_.emplace_back(dict, names);
   owners_.push_back(owner);
 }
 
 // Places
 
-Guard::Place::Place(const py::tuple& place)
+Guard::Source::Source(const py::tuple& source)
     : kind(Kind::kOther),
       index(0),
-      container(place[0]),
-      key(place[1]),
-      expected(PyTuple_GET_SIZE(place.ptr()) > 2 ? PyTuple_GET_ITEM(place.ptr(), 2) : nullptr) {
+      container(source[0]),
+      key(source[1]),
+      expected(PyTuple_GET_SIZE(source.ptr()) > 2 ? PyTuple_GET_ITEM(source.ptr(), 2) : nullptr) {
   if (is_read_as_dict(container.ptr())) {
     kind = Kind::kDict;
   } else if (PyCell_Check(container.ptr())) {
@@ -101,7 +101,7 @@ Guard::Place::Place(const py::tuple& place)
   }
 }
 
-bool Guard::Place::holds() const {
+bool Guard::Source::holds() const {
   auto* held = container.ptr();
   switch (kind) {
     case Kind::kDict: {
@@ -176,70 +176,70 @@ bool Guard::Address::requires_grad() const {
 
 // All of them
 
-Guard::Guard(const Watched& watched) {
-  for (const auto& module : watched.modules) {
+Guard::Guard(const Expectations& expectations) {
+  for (const auto& module : expectations.modules) {
     const auto index = modules_.size();
-    watch(modules_.emplace_back(module), module.is(watched.root), watched.names, index);
+    watch(modules_.emplace_back(module), module.is(expectations.root), expectations.names, index);
   }
-  for (const auto& object : watched.objects) {
-    const auto index = modules_.size() - watched.modules.size();
-    watch(modules_.emplace_back(object).dict, watched.names, {"object", index});
+  for (const auto& object : expectations.objects) {
+    const auto index = modules_.size() - expectations.modules.size();
+    watch(modules_.emplace_back(object).dict, expectations.names, {"object", index});
   }
-  for (size_t index = 0; index < watched.dicts.size(); ++index) {
-    const auto& [dict, filtered] = watched.dicts[index];
+  for (size_t index = 0; index < expectations.dicts.size(); ++index) {
+    const auto& [dict, filtered] = expectations.dicts[index];
     watch(
         py::cast<py::dict>(dict).ptr(),
-        filtered ? watched.names : py::object(py::none()),
+        filtered ? expectations.names : py::object(py::none()),
         {"dict", index});
   }
-  for (const auto& list : watched.lists) {
+  for (const auto& list : expectations.lists) {
     if (!PyList_Check(list.ptr()) && !PyAnySet_Check(list.ptr())) {
       throw py::type_error("graphcache: lists are lists or sets");
     }
     lists_.emplace_back(list.ptr());
   }
-  for (const auto& buffer : watched.buffers) {
+  for (const auto& buffer : expectations.buffers) {
     buffers_.emplace_back(buffer);
   }
-  for (size_t index = 0; index < watched.places.size(); ++index) {
-    Place place(py::cast<py::tuple>(watched.places[index]));
-    if (place.kind == Kind::kDict) {
-      scopes_.add(place.container.ptr());
-      dict_places_.push_back(std::move(place));
-      place_numbers_.push_back(index);
+  for (size_t index = 0; index < expectations.sources.size(); ++index) {
+    Source source(py::cast<py::tuple>(expectations.sources[index]));
+    if (source.kind == Kind::kDict) {
+      scopes_.add(source.container.ptr());
+      dict_sources_.push_back(std::move(source));
+      source_numbers_.push_back(index);
     } else {
-      places_.push_back(std::move(place));
+      sources_.push_back(std::move(source));
     }
   }
-  for (size_t index = 0; index < watched.places.size(); ++index) {
-    if (!is_read_as_dict(PyTuple_GET_ITEM(watched.places[index].ptr(), 0))) {
-      place_numbers_.push_back(index);
+  for (size_t index = 0; index < expectations.sources.size(); ++index) {
+    if (!is_read_as_dict(PyTuple_GET_ITEM(expectations.sources[index].ptr(), 0))) {
+      source_numbers_.push_back(index);
     }
   }
-  grads_ = watched.grads;
-  for (const auto& tensor : watched.tensors) {
+  grads_ = expectations.grads;
+  for (const auto& tensor : expectations.tensors) {
     addresses_.emplace_back(tensor, strides_);
   }
 }
 
 // Places first: they keep what they look at alive, and what is watched after them may hang on them.
-bool Guard::hold(bool grad) {
-  return !never_ && places_hold() && modules_hold() && addresses_hold(grad);
+bool Guard::check(bool grad) {
+  return !never_ && check_sources() && check_modules() && check_addresses(grad);
 }
 
-bool Guard::modules_hold() {
+bool Guard::check_modules() {
   for (const auto& module : modules_) {
     if (!module.is_there()) {
       return false;
     }
   }
-  if (!watched_.clean()) {
+  if (!dict_watcher_.clean()) {
     // Changed, but perhaps back to what it was, as by eval() on what is in eval mode already.
-    if (watched_.lost() ||
+    if (dict_watcher_.lost() ||
         !std::all_of(tables_.begin(), tables_.end(), [](const auto& table) { return table.same(); })) {
       return false;
     }
-    watched_.rearm();
+    dict_watcher_.rearm();
   }
   // After what holds them.
   const auto same = [](const auto& items) { return items.same(); };
@@ -247,26 +247,26 @@ bool Guard::modules_hold() {
       std::all_of(buffers_.begin(), buffers_.end(), same);
 }
 
-bool Guard::places_hold() {
-  const auto holds = [](const auto& place) { return place.holds(); };
+bool Guard::check_sources() {
+  const auto holds = [](const auto& source) { return source.holds(); };
   if (!scopes_.clean()) {
-    if (!std::all_of(dict_places_.begin(), dict_places_.end(), holds)) {
+    if (!std::all_of(dict_sources_.begin(), dict_sources_.end(), holds)) {
       return false;
     }
     scopes_.rearm();
   }
-  return std::all_of(places_.begin(), places_.end(), holds);
+  return std::all_of(sources_.begin(), sources_.end(), holds);
 }
 
-py::object Guard::broken(bool grad) {
+py::object Guard::explain(bool grad) {
   const auto found = [](const char* kind, size_t index, py::object key = py::none()) -> py::object {
     return py::make_tuple(kind, index, key ? std::move(key) : py::object(py::none()));
   };
   size_t number = 0;
-  for (const auto* places : {&dict_places_, &places_}) {
-    for (const auto& place : *places) {
-      if (!place.holds()) {
-        return found("place", place_numbers_[number]);
+  for (const auto* sources : {&dict_sources_, &sources_}) {
+    for (const auto& source : *sources) {
+      if (!source.holds()) {
+        return found("place", source_numbers_[number]);
       }
       ++number;
     }
@@ -276,7 +276,7 @@ py::object Guard::broken(bool grad) {
       return found("gone", index);
     }
   }
-  if (!watched_.lost()) {
+  if (!dict_watcher_.lost()) {
     for (size_t index = 0; index < tables_.size(); ++index) {
       if (auto key = tables_[index].changed()) {
         return found(owners_[index].first, owners_[index].second, std::move(*key));
@@ -300,7 +300,7 @@ py::object Guard::broken(bool grad) {
     }
     strides += addresses_[index].dims;
   }
-  return hold(grad) ? py::object(py::none()) : found("other", 0);
+  return check(grad) ? py::object(py::none()) : found("other", 0);
 }
 
 bool Guard::holds(const Address& address, const int64_t* strides, bool grad) const {
@@ -308,7 +308,7 @@ bool Guard::holds(const Address& address, const int64_t* strides, bool grad) con
       !(grads_ && address.requires_grad() != address.grad);
 }
 
-bool Guard::addresses_hold(bool grad) const {
+bool Guard::check_addresses(bool grad) const {
   try {
     const auto* strides = strides_.data();
     for (const auto& address : addresses_) {
@@ -334,11 +334,11 @@ int Guard::traverse(visitproc visit, void* arg) const {
       return stop;
     }
   }
-  for (const auto* places : {&dict_places_, &places_}) {
-    for (const auto& place : *places) {
-      Py_VISIT(place.container.ptr());
-      Py_VISIT(place.key.ptr());
-      if (const int stop = place.expected.traverse(visit, arg)) {
+  for (const auto* sources : {&dict_sources_, &sources_}) {
+    for (const auto& source : *sources) {
+      Py_VISIT(source.container.ptr());
+      Py_VISIT(source.key.ptr());
+      if (const int stop = source.expected.traverse(visit, arg)) {
         return stop;
       }
     }
@@ -355,8 +355,8 @@ void Guard::clear() {
   const auto modules = std::move(modules_);
   const auto tables = std::move(tables_);
   const auto lists = std::move(lists_);
-  const auto dict_places = std::move(dict_places_);
-  const auto places = std::move(places_);
+  const auto dict_places = std::move(dict_sources_);
+  const auto sources = std::move(sources_);
   const auto addresses = std::move(addresses_);
 }
 

@@ -1,8 +1,8 @@
 // What the graphs of one signature depend on besides their arguments, compared on every call.
 #pragma once
 
-#include "dict_watch.h"
-#include "noted.h"
+#include "guards/dict_watcher.h"
+#include "guards/expected.h"
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
@@ -22,28 +22,28 @@ class Guard {
   // `modules`: their parameters, buffers, children and, of their attributes, those in `names` (None:
   // all); of all but `root` also that they have no hooks. `objects`: the same of other objects that have
   // attributes. `dicts` (with a flag: only `names` count) and `lists` must stay as they are; each is held
-  // by something that is watched before it. `places`: (container, key, value) that have to stay so, or
+  // by something that is watched before it. `sources`: (container, key, value) that have to stay so, or
   // (container, key) that have to stay empty; a container may be a context variable, with any key.
   // `tensors` keep their storage, address and layout.
-  struct Watched {
+  struct Expectations {
     Objects modules;
     pybind11::object root;
     Objects objects;
     std::vector<std::pair<pybind11::object, bool>> dicts;
     Objects lists; // and sets
     Objects buffers; // arrays on the host that keep their bytes
-    Objects places;
+    Objects sources;
     Objects tensors;
     pybind11::object names;
     bool grads; // whether it counts which of `tensors` require gradients
   };
-  explicit Guard(const Watched& watched);
+  explicit Guard(const Expectations& expectations);
 
   // Tells whether all is as it was; with `grad`, also that nothing requires gradients.
-  bool hold(bool grad);
+  bool check(bool grad);
 
   // What is not, for a message: (kind, index among its kind, key or None). None where all is.
-  pybind11::object broken(bool grad);
+  pybind11::object explain(bool grad);
 
   // For Python's cycle collector, to be called by the only owner; after `clear` nothing holds.
   int traverse(visitproc visit, void* arg) const;
@@ -62,15 +62,15 @@ class Guard {
 
   enum class Kind : char { kDict, kList, kTuple, kCell, kSlot, kContext, kOther };
 
-  struct Place {
-    explicit Place(const pybind11::tuple& place);
+  struct Source {
+    explicit Source(const pybind11::tuple& source);
     bool holds() const;
 
     Kind kind;
     Py_ssize_t index; // in a list or a tuple
     pybind11::object container;
     pybind11::object key;
-    Noted expected;
+    Expected expected;
   };
 
   struct Address {
@@ -92,21 +92,21 @@ class Guard {
 
   void watch(const Module& module, bool is_root, const pybind11::object& names, size_t index);
   void watch(PyObject* dict, const pybind11::object& names, Owner owner);
-  bool modules_hold();
-  bool places_hold();
-  bool addresses_hold(bool grad) const;
+  bool check_modules();
+  bool check_sources();
+  bool check_addresses(bool grad) const;
   bool holds(const Address& address, const int64_t* strides, bool grad) const;
 
   std::vector<Module> modules_; // and other objects after them
-  std::vector<Table> tables_; // those of each module behind its __dict__, which keeps them alive
+  std::vector<ExpectedDict> tables_; // those of each module behind its __dict__, which keeps them alive
   std::vector<Owner> owners_; // of each table
-  DictGroup watched_; // the same dicts, in the same order
-  std::vector<Items> lists_;
-  std::vector<Bytes> buffers_;
-  std::vector<Place> dict_places_; // globals of Python modules: they change often, elsewhere
+  DictGroup dict_watcher_; // the same dicts, in the same order
+  std::vector<ExpectedItems> lists_;
+  std::vector<ExpectedBytes> buffers_;
+  std::vector<Source> dict_sources_; // globals of Python modules: they change often, elsewhere
   DictGroup scopes_; // the containers of these
-  std::vector<Place> places_;
-  std::vector<size_t> place_numbers_; // as they were given: those in dicts, then the others
+  std::vector<Source> sources_;
+  std::vector<size_t> source_numbers_; // as they were given: those in dicts, then the others
   std::vector<Address> addresses_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
   bool grads_ = false;

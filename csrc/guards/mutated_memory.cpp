@@ -1,4 +1,4 @@
-#include "written.h"
+#include "guards/mutated_memory.h"
 
 #include <algorithm>
 
@@ -28,7 +28,7 @@ Range range_of(const at::Tensor& tensor) {
 
 } // namespace
 
-bool Written::overlaps(at::ArrayRef<const at::Tensor*> arguments) const {
+bool MutatedMemory::overlaps(at::ArrayRef<const at::Tensor*> arguments) const {
   if (outside_.empty() && bound_.empty()) {
     return false;
   }

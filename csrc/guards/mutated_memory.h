@@ -10,11 +10,11 @@ namespace graphcache {
 
 // A staged argument is copied before the graph runs. If it lies in memory that the graph writes, eager would
 // have read what was written meanwhile.
-class Written {
+class MutatedMemory {
  public:
   // `outside`: tensors whose storages are written to; `bound`, `staged`: positions of the arguments that are
   // written to, and of those that are copied.
-  Written(std::vector<at::Tensor> outside, std::vector<size_t> bound, std::vector<size_t> staged)
+  MutatedMemory(std::vector<at::Tensor> outside, std::vector<size_t> bound, std::vector<size_t> staged)
       : outside_(std::move(outside)), bound_(std::move(bound)), staged_(std::move(staged)) {}
 
   bool overlaps(at::ArrayRef<const at::Tensor*> arguments) const;

@@ -1,7 +1,7 @@
 // Objects that are passed to a forward and keep tensors for it, such as a cache of keys and values.
 #pragma once
 
-#include "guard.h"
+#include "guards/guard.h"
 
 #include <c10/core/Storage.h>
 
@@ -10,7 +10,7 @@
 namespace graphcache {
 
 // The object that the graphs of some signatures stand for at present. Known weakly, like its guard.
-class Keeper {
+class StaticObject {
  public:
   // The guard tells whether the object still keeps what it kept.
   void bind(const pybind11::object& object, const std::shared_ptr<Guard>& guard);
@@ -30,26 +30,26 @@ class Keeper {
 
 // Memory that graphs were captured over, lent to one storage after another: the first owned it, later ones
 // had memory of their own, which went when theirs was moved here.
-class Memory {
+class LeasedMemory {
  public:
   // Takes the memory of a storage, and lends it back.
-  explicit Memory(const c10::Storage& storage);
+  explicit LeasedMemory(const c10::Storage& storage);
 
   // Moves the bytes of another storage of the same size here and lends it this memory: all of its views
-  // follow. Only while it is not lent.
-  void move_in(const c10::Storage& storage);
+  // follow. Only while it is not lease.
+  void adopt(const c10::Storage& storage);
 
-  bool is_lent() const;
-  bool is_lent_to(const c10::Storage& storage) const;
+  bool is_leased() const;
+  bool is_leased_to(const c10::Storage& storage) const;
 
  private:
-  void lend(const c10::Storage& storage);
+  void lease(const c10::Storage& storage);
 
   c10::Storage owner_;
-  std::shared_ptr<void> lent_; // shared by every lease
+  std::shared_ptr<void> lease_; // shared by every lease
 };
 
-// An alias of `tensor` that keeps its memory alive and, where that is lent, does not count as a use.
+// An alias of `tensor` that keeps its memory alive and, where that is lease, does not count as a use.
 at::Tensor owned(const at::Tensor& tensor);
 
 } // namespace graphcache

@@ -1,4 +1,4 @@
-#include "bucket.h"
+#include "replay/bucket.h"
 
 #include <utility>
 
@@ -25,7 +25,7 @@ py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int
   auto made = result.give(batch, size, arguments, origin, *lane);
   ++replays;
   padded_rows += size - batch;
-  trusted -= static_cast<int64_t>(batch != size);
+  check_budget -= static_cast<int64_t>(batch != size);
   return made;
 }
 
@@ -37,14 +37,14 @@ void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin,
       tensors.append(py::handle(tensor));
     }
     launch_.fill(tensors, batch);
-    given_up += lane->give_up(origin);
+    invalidated += lane->invalidate(origin);
     launch_.replay();
     return;
   }
   // Whatever raises before the patch, the node lacks what was read: it must not pass for unchanged.
   const bool unpatched = std::exchange(unpatched_, true);
   const bool changed = launch_.stage->read(arguments.tensors.data(), batch);
-  given_up += lane->give_up(origin);
+  invalidated += lane->invalidate(origin);
   if (!launch_.node) {
     launch_.stage->copy();
     launch_.replay();

@@ -1,4 +1,4 @@
-#include "node.h"
+#include "replay/copy_in_node.h"
 
 #include <c10/util/Exception.h>
 
@@ -36,20 +36,20 @@ class InContext {
 
 } // namespace
 
-StageKernel::StageKernel(const std::string& image, size_t capacity) : capacity_(capacity) {
+CopyInKernel::CopyInKernel(const std::string& image, size_t capacity) : capacity_(capacity) {
   check(api().cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
   check(api().cuModuleLoadData(&module_, image.data()), "cuModuleLoadData");
-  check(api().cuModuleGetFunction(&function_, module_, "graphcache_stage"), "cuModuleGetFunction");
-  check(api().cuModuleGetFunction(&plain_, module_, "graphcache_stage_plain"), "cuModuleGetFunction");
+  check(api().cuModuleGetFunction(&function_, module_, "graphcache_copy_in"), "cuModuleGetFunction");
+  check(api().cuModuleGetFunction(&plain_, module_, "graphcache_copy_in_dense"), "cuModuleGetFunction");
 }
 
-StageKernel::~StageKernel() {
+CopyInKernel::~CopyInKernel() {
   if (module_ != nullptr) {
     api().cuModuleUnload(module_); // at exit the driver may be gone already, and its memory with it
   }
 }
 
-StageNode::StageNode(std::shared_ptr<const StageKernel> kernel, std::shared_ptr<Stage> stage)
+CopyInNode::CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_ptr<InputCopier> stage)
     : kernel_(std::move(kernel)), stage_(std::move(stage)) {
   TORCH_CHECK_VALUE(
       stage_->count() <= kernel_->capacity(), "graphcache: more inputs than the kernel takes");
@@ -62,7 +62,7 @@ StageNode::StageNode(std::shared_ptr<const StageKernel> kernel, std::shared_ptr<
   params_.parameters = parameters_;
 }
 
-void StageNode::fill_in() {
+void CopyInNode::fill_in() {
   if (stage_->plain(plain_)) {
     params_.function = kernel_->plain();
     parameters_[0] = plain_.data();
@@ -73,7 +73,7 @@ void StageNode::fill_in() {
   parameters_[0] = staged_.data();
 }
 
-void StageNode::record(driver::Stream stream) {
+void CopyInNode::record(driver::Stream stream) {
   if (stage_->count() == 0) {
     return;
   }
@@ -95,7 +95,7 @@ void StageNode::record(driver::Stream stream) {
       "cuLaunchKernel");
 }
 
-void StageNode::attach(driver::GraphHandle graph, driver::GraphExec executable) {
+void CopyInNode::attach(driver::GraphHandle graph, driver::GraphExec executable) {
   const InContext here(kernel_->context());
   check(api().cuGraphGetNodes(graph, nullptr, &nodes_), "cuGraphGetNodes");
   executable_ = executable;
@@ -120,7 +120,7 @@ void StageNode::attach(driver::GraphHandle graph, driver::GraphExec executable) 
   TORCH_CHECK(node_ != nullptr, "graphcache: the captured graph does not begin with its staging node");
 }
 
-void StageNode::patch() {
+void CopyInNode::patch() {
   if (stage_->count() == 0) {
     return;
   }
@@ -131,12 +131,12 @@ void StageNode::patch() {
       "cuGraphExecKernelNodeSetParams");
 }
 
-void StageNode::launch(driver::Stream stream) const {
+void CopyInNode::launch(driver::Stream stream) const {
   const InContext here(kernel_->context());
   check(api().cuGraphLaunch(executable_, stream), "cuGraphLaunch");
 }
 
-bool StageNode::is_capturing(driver::Stream stream) const {
+bool CopyInNode::is_capturing(driver::Stream stream) const {
   const InContext here(kernel_->context());
   int status = 0;
   check(api().cuStreamIsCapturing(stream, &status), "cuStreamIsCapturing");

@@ -1,8 +1,8 @@
 // The staging node: the first kernel of a captured graph, patched before every launch.
 #pragma once
 
-#include "driver.h"
-#include "stage.h"
+#include "driver/driver.h"
+#include "replay/input_copier.h"
 
 #include <memory>
 #include <string>
@@ -11,13 +11,13 @@
 namespace graphcache {
 
 // The staging kernel in its two forms, loaded into the current context.
-class StageKernel {
+class CopyInKernel {
  public:
   // `image`: stage_kernel.h compiled for the device, for at most `capacity` inputs.
-  StageKernel(const std::string& image, size_t capacity);
-  ~StageKernel();
-  StageKernel(const StageKernel&) = delete;
-  StageKernel& operator=(const StageKernel&) = delete;
+  CopyInKernel(const std::string& image, size_t capacity);
+  ~CopyInKernel();
+  CopyInKernel(const CopyInKernel&) = delete;
+  CopyInKernel& operator=(const CopyInKernel&) = delete;
 
   driver::Function function() const { return function_; }
   driver::Function plain() const { return plain_; }
@@ -32,9 +32,9 @@ class StageKernel {
   size_t capacity_;
 };
 
-class StageNode {
+class CopyInNode {
  public:
-  StageNode(std::shared_ptr<const StageKernel> kernel, std::shared_ptr<Stage> stage);
+  CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_ptr<InputCopier> stage);
 
   // Launches the kernel, so that a capture on `stream` begins with it.
   void record(driver::Stream stream);
@@ -42,7 +42,7 @@ class StageNode {
   // Finds its node in the captured graph. Both must live as long as this is used.
   void attach(driver::GraphHandle graph, driver::GraphExec executable);
 
-  // Brings what `Stage::read` took down into the executable; only later launches see it.
+  // Brings what `InputCopier::read` took down into the executable; only later launches see it.
   void patch();
 
   void launch(driver::Stream stream) const;
@@ -54,10 +54,10 @@ class StageNode {
  private:
   void fill_in();
 
-  std::shared_ptr<const StageKernel> kernel_;
-  std::shared_ptr<Stage> stage_;
-  std::vector<PlainInput> plain_; // the parameter of the kernel in its short form
-  std::vector<StagedInput> staged_; // and in its long one
+  std::shared_ptr<const CopyInKernel> kernel_;
+  std::shared_ptr<InputCopier> stage_;
+  std::vector<DenseInputCopy> plain_; // the parameter of the kernel in its short form
+  std::vector<InputCopy> staged_; // and in its long one
   void* parameters_[1];
   driver::KernelNodeParams params_{};
   driver::GraphNode node_ = nullptr;

@@ -1,4 +1,4 @@
-#include "dispatcher.h"
+#include "replay/dispatcher.h"
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -48,7 +48,7 @@ Bucket* Entry::find(int64_t batch) const {
     return nullptr;
   }
   auto* bucket = found->get();
-  const bool serves = bucket->trusted > 0 || batch == bucket->size;
+  const bool serves = bucket->check_budget > 0 || batch == bucket->size;
   return serves && bucket->replays < bucket->time_at && !bucket->retired ? bucket : nullptr;
 }
 
@@ -153,8 +153,8 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
     return miss();
   }
   const auto guard = entry.guard.lock();
-  if (guard == nullptr || !guard->hold(signature.grad()) || bucket->lane->is_held_elsewhere() ||
-      entry.written->overlaps(leaves.tensors)) {
+  if (guard == nullptr || !guard->check(signature.grad()) || bucket->lane->is_held_elsewhere() ||
+      entry.mutated->overlaps(leaves.tensors)) {
     return miss();
   }
   entry.last = ++calls;

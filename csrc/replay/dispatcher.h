@@ -1,10 +1,10 @@
 // The hot path: from the arguments of a call to its result, or to Python, which serves what misses.
 #pragma once
 
-#include "bucket.h"
-#include "guard.h"
-#include "signature.h"
-#include "written.h"
+#include "replay/bucket.h"
+#include "guards/guard.h"
+#include "call/signature.h"
+#include "guards/mutated_memory.h"
 
 #include <memory>
 #include <unordered_map>
@@ -19,7 +19,7 @@ struct Entry {
   // Weakly: it refers to what may lead back here, and only Python's own reference shows that to Python's
   // cycle collector.
   std::weak_ptr<Guard> guard;
-  std::shared_ptr<const Written> written;
+  std::shared_ptr<const MutatedMemory> mutated;
   bool exact = false; // batches of exactly these sizes only
   int64_t last = 0; // the number of the last call that it served
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending

@@ -1,6 +1,6 @@
-#include "stage.h"
+#include "replay/input_copier.h"
 
-#include "strides.h"
+#include "tensors/strides.h"
 
 #include <c10/util/Exception.h>
 
@@ -25,7 +25,7 @@ int unit_of(uint64_t lengths) {
 
 } // namespace
 
-Stage::Stage(std::vector<StaticInput> inputs)
+InputCopier::InputCopier(std::vector<StaticInput> inputs)
     : inputs_(std::move(inputs)), staged_(inputs_.size()) {
   for (size_t index = 0; index < inputs_.size(); ++index) {
     const auto& input = inputs_[index];
@@ -51,7 +51,7 @@ Stage::Stage(std::vector<StaticInput> inputs)
   read_nothing();
 }
 
-void Stage::read_nothing() {
+void InputCopier::read_nothing() {
   for (auto& staged : staged_) {
     staged.source = nullptr;
     staged.given = staged.period;
@@ -62,7 +62,7 @@ void Stage::read_nothing() {
   }
 }
 
-bool Stage::read(const at::Tensor* const* arguments, int64_t batch) {
+bool InputCopier::read(const at::Tensor* const* arguments, int64_t batch) {
   bool changed = false;
   for (size_t index = 0; index < inputs_.size(); ++index) {
     const auto& input = inputs_[index];
@@ -70,7 +70,7 @@ bool Stage::read(const at::Tensor* const* arguments, int64_t batch) {
     const at::Tensor& source = *arguments[input.argument];
     const auto* address = static_cast<const char*>(source.const_data_ptr());
     if (!is_dense(source, orders_[index])) {
-      const StagedInput before = staged;
+      const InputCopy before = staged;
       read_strided(staged, index, source, batch);
       staged.source = address;
       changed = changed || std::memcmp(&before, &staged, sizeof(before)) != 0;
@@ -99,7 +99,7 @@ bool Stage::read(const at::Tensor* const* arguments, int64_t batch) {
 }
 
 // Dimensions that follow one another in the source become one; the batch stays alone, for its padding.
-void Stage::read_strided(StagedInput& staged, size_t index, const at::Tensor& source, int64_t batch) {
+void InputCopier::read_strided(InputCopy& staged, size_t index, const at::Tensor& source, int64_t batch) {
   const auto& input = inputs_[index];
   staged.dims = 0;
   staged.batch_dim = -1;
@@ -131,7 +131,7 @@ void Stage::read_strided(StagedInput& staged, size_t index, const at::Tensor& so
   }
 }
 
-bool Stage::plain(std::vector<PlainInput>& plain) const {
+bool InputCopier::plain(std::vector<DenseInputCopy>& plain) const {
   for (size_t index = 0; index < staged_.size(); ++index) {
     const auto& staged = staged_[index];
     const bool padded = staged.given != staged.period;
@@ -152,7 +152,7 @@ bool Stage::plain(std::vector<PlainInput>& plain) const {
   return true;
 }
 
-int64_t Stage::copied_bytes() const {
+int64_t InputCopier::copied_bytes() const {
   int64_t bytes = 0;
   for (const auto& staged : staged_) {
     const bool given = staged.dims == 0 && staged.source == nullptr && staged.period > 0;
@@ -161,7 +161,7 @@ int64_t Stage::copied_bytes() const {
   return bytes;
 }
 
-void Stage::copy() const {
+void InputCopier::copy() const {
   for (const auto& staged : staged_) {
     for (long long position = 0; position < staged.bytes; position += staged.unit) {
       const char* from = origin(staged, position);

@@ -1,6 +1,6 @@
-#include "lane.h"
+#include "replay/lane.h"
 
-#include "weak.h"
+#include "tensors/weak.h"
 
 #include <c10/util/Exception.h>
 
@@ -14,7 +14,7 @@ std::string Origin::text() const {
       ", size " + std::to_string(size) + ")";
 }
 
-bool Handed::held() const {
+bool SharedOutputs::held() const {
   for (const auto& storage : storages) {
     if (storage && is_held(storage)) {
       return true;
@@ -23,15 +23,15 @@ bool Handed::held() const {
   return false;
 }
 
-GivenUp Handed::give_up(const Origin& overwritten_by) {
-  GivenUp given_up;
+Invalidated SharedOutputs::invalidate(const Origin& overwritten_by) {
+  Invalidated invalidated;
   for (auto& storage : storages) {
     if (!storage || !is_held(storage)) {
       continue;
     }
     if (copy) {
       materialize(storage);
-      ++given_up.copied;
+      ++invalidated.copied;
     } else {
       storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
           "graphcache: this tensor is an output of " + origin.text() +
@@ -39,36 +39,36 @@ GivenUp Handed::give_up(const Origin& overwritten_by) {
           ". An output is valid until the next graph of its pool runs. Use it before that, or keep a "
           "copy with .clone(), or decorate with cuda_graphed(..., stale='copy') to have outputs that "
           "are still held copied for you.");
-      ++given_up.expired;
+      ++invalidated.expired;
     }
     storage = c10::Storage();
   }
-  return given_up;
+  return invalidated;
 }
 
 Lane::~Lane() {
   try {
-    give_up(Origin{});
+    invalidate(Origin{});
   } catch (...) { // at exit, the device may be gone already
   }
 }
 
 bool Lane::holds_outputs() const {
   for (const auto& handed : live_) {
-    if (handed->held()) {
+    if (shared->held()) {
       return true;
     }
   }
   return false;
 }
 
-GivenUp Lane::give_up(const Origin& overwritten_by) {
-  GivenUp given_up;
+Invalidated Lane::invalidate(const Origin& overwritten_by) {
+  Invalidated invalidated;
   for (const auto& handed : live_) {
-    given_up += handed->give_up(overwritten_by);
+    invalidated += shared->invalidate(overwritten_by);
   }
   live_.clear();
-  return given_up;
+  return invalidated;
 }
 
 } // namespace graphcache

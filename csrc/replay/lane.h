@@ -23,11 +23,11 @@ struct Origin {
 };
 
 // Held outputs that were overwritten, by what became of them.
-struct GivenUp {
+struct Invalidated {
   int64_t expired = 0;
   int64_t copied = 0;
 
-  GivenUp& operator+=(const GivenUp& more) {
+  Invalidated& operator+=(const Invalidated& more) {
     expired += more.expired;
     copied += more.copied;
     return *this;
@@ -35,13 +35,13 @@ struct GivenUp {
 };
 
 // The storages of one result. The caller holds them through tensors that alias them.
-struct Handed {
+struct SharedOutputs {
   std::vector<c10::Storage> storages; // null where the caller keeps it for good
   bool copy = false; // what is held when it is overwritten moves away, instead of expiring
   Origin origin;
 
   bool held() const;
-  GivenUp give_up(const Origin& overwritten_by);
+  Invalidated invalidate(const Origin& overwritten_by);
 };
 
 class Lane {
@@ -58,16 +58,16 @@ class Lane {
   bool is_held_elsewhere() const { return thread_ != std::this_thread::get_id() && holds_outputs(); }
 
   // Expires or moves what is still held, as its maker wants; returns how many storages that were.
-  GivenUp give_up(const Origin& overwritten_by);
-  void hand_out(std::shared_ptr<Handed> handed) {
-    live_.push_back(std::move(handed));
+  Invalidated invalidate(const Origin& overwritten_by);
+  void track(std::shared_ptr<SharedOutputs> shared) {
+    live_.push_back(std::move(shared));
     thread_ = std::this_thread::get_id();
   }
 
   int64_t stream = 0; // that the last replay was launched on
 
  private:
-  std::vector<std::shared_ptr<Handed>> live_;
+  std::vector<std::shared_ptr<SharedOutputs>> live_;
   std::thread::id thread_; // that was given them
 };
 

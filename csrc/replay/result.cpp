@@ -1,6 +1,6 @@
-#include "result.h"
+#include "replay/result.h"
 
-#include "strides.h"
+#include "tensors/strides.h"
 
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty_strided.h>
@@ -14,8 +14,8 @@ namespace py = pybind11;
 
 namespace graphcache {
 Result::Result(Tree layout, std::vector<Output> outputs, bool copy)
-    : layout_(std::move(layout)), outputs_(std::move(outputs)), handed_(std::make_shared<Handed>()) {
-  handed_->copy = copy;
+    : layout_(std::move(layout)), outputs_(std::move(outputs)), shared_(std::make_shared<SharedOutputs>()) {
+  shared_->copy = copy;
   for (const auto& output : outputs_) {
     metadata_.emplace_back(output.tensor);
     groups_.push_back(-1);
@@ -31,7 +31,7 @@ Result::Result(Tree layout, std::vector<Output> outputs, bool copy)
       first_.push_back(storage);
     }
   }
-  handed_->storages.resize(first_.size());
+  shared_->storages.resize(first_.size());
 }
 
 namespace {
@@ -54,12 +54,12 @@ void Result::set_batch_dims(const std::vector<std::vector<int64_t>>& dims) {
 py::object Result::give(
     int64_t batch, int64_t size, const Leaves& arguments, const Origin& made_by, Lane& lane) {
   for (size_t group = 0; group < first_.size(); ++group) {
-    auto& storage = handed_->storages[group];
+    auto& storage = shared_->storages[group];
     if (!storage || is_expired(storage)) { // by the user's own hand
       storage = weak_storage(first_[group], 0, first_[group].nbytes());
     }
   }
-  handed_->origin = made_by;
+  shared_->origin = made_by;
   made_.clear();
   for (size_t index = 0; index < outputs_.size(); ++index) {
     made_.push_back(tensor(index, batch, size, arguments));
@@ -67,7 +67,7 @@ py::object Result::give(
   auto next = made_.cbegin();
   auto result = layout_.build(next);
   made_.clear();
-  lane.hand_out(handed_);
+  lane.track(shared_);
   return result;
 }
 
@@ -96,7 +96,7 @@ py::object Result::tensor(
       }
       auto made = batch == size || output.batch_dims.empty()
           ? over(
-                handed_->storages[groups_[index]],
+                shared_->storages[groups_[index]],
                 metadata_[index],
                 captured.sizes(),
                 captured.strides(),
@@ -116,7 +116,7 @@ at::Tensor Result::cut(size_t index, int64_t batch) const {
     sizes[dim] = batch;
   }
   auto part = over(
-      handed_->storages[groups_[index]],
+      shared_->storages[groups_[index]],
       metadata_[index],
       sizes,
       whole.strides(),

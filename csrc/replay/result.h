@@ -1,9 +1,9 @@
 // What a replay returns: new tensors over the memory of the graph, cut back to the caller's batch.
 #pragma once
 
-#include "lane.h"
-#include "tree.h"
-#include "weak.h"
+#include "replay/lane.h"
+#include "call/pytree.h"
+#include "tensors/weak.h"
 
 #include <memory>
 #include <vector>
@@ -48,7 +48,7 @@ class Result {
   std::vector<c10::Storage> first_;
   std::vector<pybind11::object> made_; // scratch
   // Told apart from the graph's own storages: those of the caller can expire while the graph goes on.
-  std::shared_ptr<Handed> handed_;
+  std::shared_ptr<SharedOutputs> shared_;
 };
 
 } // namespace graphcache

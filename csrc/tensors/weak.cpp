@@ -1,4 +1,4 @@
-#include "weak.h"
+#include "tensors/weak.h"
 
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>

@@ -23,7 +23,7 @@ at::Tensor carve(const c10::Storage& storage, int64_t offset, int64_t nbytes);
 c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbytes);
 bool is_weak(const c10::Storage& storage);
 
-// What a tensor is besides its place.
+// What a tensor is besides its source.
 struct Metadata {
   explicit Metadata(const at::Tensor& like);
   c10::DispatchKeySet keys;

@@ -15,10 +15,10 @@ __all__ = [
     "Guard",
     "Lane",
     "PoolLock",
-    "Stage",
-    "StageKernel",
-    "StageNode",
-    "Written",
+    "InputCopier",
+    "CopyInKernel",
+    "CopyInNode",
+    "MutatedMemory",
     "alias",
     "carve",
     "check_driver",
@@ -134,7 +134,7 @@ class Guard:
         dicts: `(dict, named)`: have to stay as they are; with `named`, in the keys in `names`.
         lists: lists and sets that have to keep their items.
         buffers: arrays on the host that have to keep their bytes.
-        places: `(container, key, value)`: `container[key]` has to stay `value`. A closure cell is a
+        sources: `(container, key, value)`: `container[key]` has to stay `value`. A closure cell is a
             container too, its key is ignored; so is an object with slots, its key is the descriptor;
             and a context variable. `(container, key)`: there has to stay nothing.
         tensors: have to keep their storage, at its address, and their offset in it.
@@ -151,19 +151,19 @@ class Guard:
         dicts: Sequence[tuple[dict[Any, Any], bool]] = ...,
         lists: Sequence[list[Any] | set[Any]] = ...,
         buffers: Sequence[object] = ...,
-        places: Sequence[tuple[Any, ...]] = ...,
+        sources: Sequence[tuple[Any, ...]] = ...,
         tensors: Sequence[Tensor] = ...,
         names: frozenset[str] | None = ...,
         grads: bool = ...,
     ) -> None: ...
-    def broken(self, grad: bool) -> tuple[str, int, object] | None:
+    def explain(self, grad: bool) -> tuple[str, int, object] | None:
         """Tells what is not as it was: its kind, its index among these, and a key or None."""
-    def hold(self, grad: bool) -> bool:
+    def check(self, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
 
 # Staging
 
-class Stage:
+class InputCopier:
     """What copies the arguments of a call into the static inputs of one size, and pads them.
 
     Args:
@@ -200,11 +200,11 @@ class Stage:
     def copied_bytes(self) -> int:
         """Returns how much a launch writes; an argument that is the static input itself is not."""
 
-class StageKernel:
+class CopyInKernel:
     """The staging kernel, loaded into the current CUDA context.
 
     Args:
-        image: `stage_kernel.h`, compiled.
+        image: `copy_in_kernel.h`, compiled.
         capacity: how many inputs it was compiled for.
 
     Raises:
@@ -213,7 +213,7 @@ class StageKernel:
 
     def __init__(self, image: bytes, capacity: int) -> None: ...
 
-class StageNode:
+class CopyInNode:
     """The first node of a captured graph.
 
     Args:
@@ -222,7 +222,7 @@ class StageNode:
     """
 
     nodes: int
-    def __init__(self, kernel: StageKernel, stage: Stage) -> None: ...
+    def __init__(self, kernel: CopyInKernel, stage: InputCopier) -> None: ...
     def record(self, stream: int) -> None:
         """Launches the kernel on a stream that is capturing."""
 
@@ -267,7 +267,7 @@ class PoolLock:
     def renew(self) -> None:
         """Makes it free again, in the child of a fork."""
 
-class Keeper:
+class StaticObject:
     """The object that the graphs of some signatures stand for at present; known weakly.
 
     Attributes:
@@ -287,7 +287,7 @@ class Keeper:
     def holds(self, object: Any) -> bool:
         """Tells whether it stands for `object`."""
 
-class Memory:
+class LeasedMemory:
     """Memory that graphs were captured over, lent to one storage after another.
 
     Args:
@@ -295,15 +295,15 @@ class Memory:
     """
 
     def __init__(self, tensor: Tensor) -> None: ...
-    def move_in(self, tensor: Tensor) -> None:
+    def adopt(self, tensor: Tensor) -> None:
         """Moves the bytes of another storage here, and lends it this memory; its views follow.
 
         Raises:
             ValueError: while it is lent, or for a storage of another size.
         """
-    def is_lent(self) -> bool:
+    def is_leased(self) -> bool:
         """Tells whether a storage that uses it is alive."""
-    def is_lent_to(self, tensor: Tensor) -> bool:
+    def is_leased_to(self, tensor: Tensor) -> bool:
         """Tells whether the storage of `tensor` uses it."""
 
 def owned(tensor: Tensor) -> Tensor:
@@ -346,7 +346,7 @@ class Bucket:
     """
 
     size: int
-    trusted: int
+    check_budget: int
     time_at: int
     retired: bool
     replays: int
@@ -360,8 +360,8 @@ class Bucket:
         name: str,
         size: int,
         lane: Lane,
-        stage: Stage | None,
-        node: StageNode | None,
+        stage: InputCopier | None,
+        node: CopyInNode | None,
         fill: Callable[[list[Tensor], int], None],
         replay: Callable[[], None] | None,
         layout: tuple[Any, ...],
@@ -377,7 +377,7 @@ class Bucket:
     def run(self, tensors: list[Tensor], batch: int, call: int, stream: int) -> Any:
         """Serves one call, with the lock of the pool held, and returns its result."""
 
-class Written:
+class MutatedMemory:
     """What the graphs of one signature write besides their own memory.
 
     Args:
@@ -398,7 +398,7 @@ class Entry:
     Args:
         lock: of their pool.
         guard: what they depend on; referred to weakly.
-        written: what they write besides their own memory.
+        mutated: what they write besides their own memory.
 
     Attributes:
         last: the number of the last call that they served natively.
@@ -406,7 +406,7 @@ class Entry:
 
     @property
     def last(self) -> int: ...
-    def __init__(self, lock: PoolLock, guard: Guard, written: Written) -> None: ...
+    def __init__(self, lock: PoolLock, guard: Guard, mutated: MutatedMemory) -> None: ...
     def set(self, buckets: Sequence[Bucket], exact: bool) -> None:
         """Replaces the graphs, by ascending size; `exact`: they serve no smaller batches."""
     def set_eager(self, why: str) -> None:

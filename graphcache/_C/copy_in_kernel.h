@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 
 // Lengths, strides and positions are in bytes. The dimensions go from the outermost to the innermost of
 // the static buffer, which is dense in that order.
-struct alignas(16) StagedInput {
+struct alignas(16) InputCopy {
   unsigned char fill[16]; // an element of a padded row, repeated
   const char* source; // null: the caller gave the static buffer itself, and only padding is written
   char* target;
@@ -35,7 +35,7 @@ struct alignas(16) StagedInput {
 
 // The common case, in the fewest bytes: patching a node costs about a nanosecond for each. The source is
 // dense, and its rows come first: then padding, all of one value, or the last row again.
-struct PlainInput {
+struct DenseInputCopy {
   const char* source; // as above
   char* target;
   unsigned long long fill;
@@ -46,7 +46,7 @@ struct PlainInput {
 };
 
 // Where the bytes at `position` of the static buffer come from; null: they stay.
-GRAPHCACHE_INLINE const char* origin(const StagedInput& input, long long position) {
+GRAPHCACHE_INLINE const char* origin(const InputCopy& input, long long position) {
   if (input.dims == 0) {
     const char* source = input.source;
     long long start = 0;
@@ -88,11 +88,11 @@ GRAPHCACHE_INLINE const char* origin(const StagedInput& input, long long positio
 #ifdef __CUDACC__
 
 struct Staged {
-  StagedInput inputs[GRAPHCACHE_CAPACITY];
+  InputCopy inputs[GRAPHCACHE_CAPACITY];
 };
 
 struct Plain {
-  PlainInput inputs[GRAPHCACHE_CAPACITY];
+  DenseInputCopy inputs[GRAPHCACHE_CAPACITY];
 };
 
 template <typename Unit>
@@ -112,8 +112,8 @@ __device__ __forceinline__ void copy_unit(const char* from, char* to, int unit) 
 
 // A row of blocks for each input. No loop is unrolled: the first call waits for the compiler.
 
-extern "C" __global__ void graphcache_stage_plain(const __grid_constant__ Plain plain) {
-  const PlainInput& input = plain.inputs[blockIdx.y];
+extern "C" __global__ void graphcache_copy_in_dense(const __grid_constant__ Plain plain) {
+  const DenseInputCopy& input = plain.inputs[blockIdx.y];
   const unsigned long long step = (unsigned long long)gridDim.x * kThreads * input.unit;
   unsigned long long position = (blockIdx.x * kThreads + threadIdx.x) * (unsigned long long)input.unit;
 #pragma unroll 1
@@ -131,8 +131,8 @@ extern "C" __global__ void graphcache_stage_plain(const __grid_constant__ Plain 
   }
 }
 
-extern "C" __global__ void graphcache_stage(const __grid_constant__ Staged staged) {
-  const StagedInput& input = staged.inputs[blockIdx.y];
+extern "C" __global__ void graphcache_copy_in(const __grid_constant__ Staged staged) {
+  const InputCopy& input = staged.inputs[blockIdx.y];
   const long long step = (long long)gridDim.x * kThreads * input.unit;
   long long position = (blockIdx.x * kThreads + threadIdx.x) * (long long)input.unit;
 #pragma unroll 1

@@ -1,13 +1,12 @@
-"""One call, read: its arguments, the role of each tensor, and the key of its graphs."""
+"""One call of a forward, read: its arguments, the role of each tensor, and the key of its graphs."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from graphcache import _C
-from graphcache.call.object_args import Passed
-from graphcache.call.pytree import Kept, rebuild
+from graphcache.call.object_args import ObjectArg
+from graphcache.call.pytree import ObjectRef, rebuild
 
 BATCHED, WHOLE, BOUND = "batched", "whole", "bound"
 
@@ -16,7 +15,7 @@ class Leaf(NamedTuple):
     """The role of one tensor argument.
 
     Attributes:
-        role: BATCHED (staged and padded), WHOLE (staged as it is) or BOUND (by address).
+        role: BATCHED (copied in and padded), WHOLE (copied in as it is) or BOUND (read at its address).
         dim: the batch dimension, counted from the front; None without one.
         order: dimensions by descending stride, None if that is 0, 1, 2, …
     """
@@ -26,61 +25,61 @@ class Leaf(NamedTuple):
     order: tuple[int, ...] | None
 
 
-class Call(NamedTuple):
+class BoundCall(NamedTuple):
     """One call of a forward, read.
 
     Attributes:
-        args, kwargs: as the caller gave them.
-        layout: the arguments in order of the parameters, tensors taken out; see `tree.flatten`.
-        leaves: those tensors.
-        names: their paths, such as `batch['ids'][0]`.
-        roles: what becomes of each.
-        same: for each of them, the first one that is the same tensor: forwards ask (`key is value`).
+        args, kwargs: the arguments as the caller gave them.
+        layout: the arguments in the order of the parameters, tensors taken out; see `pytree.flatten`.
+        tensors: the tensors of the arguments.
+        paths: the path of each tensor, such as `batch['ids'][0]`.
+        roles: the role of each tensor.
+        identities: for each tensor, the first one that is the same tensor: forwards ask (`key is value`).
         batch: rows of this call.
         key: equal for calls that the same graphs serve, at any batch.
-        kept: the objects among the arguments that keep tensors; see `keepers`.
-        homes: what graphs know in place of each.
+        objects: the objects among the arguments that hold tensors; see `object_args`.
+        slots: the slot that graphs know in place of each object; see `static_objects`.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     layout: Any
-    leaves: list[Tensor]
-    names: list[str]
+    tensors: list[Tensor]
+    paths: list[str]
     roles: list[Leaf]
-    same: tuple[int, ...]
+    identities: tuple[int, ...]
     batch: int
     key: tuple[Any, ...]
-    kept: list[Passed]
-    homes: tuple[Any, ...] = ()
+    objects: list[ObjectArg]
+    slots: tuple[Any, ...] = ()
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """The arguments but for all that is told of their tensors."""
-        return self.layout, self.same
+        """The layout of the arguments, without the metadata of their tensors."""
+        return self.layout, self.identities
 
     @property
     def bare_key(self) -> tuple[Any, ...]:
-        """The key without homes: of calls that differ by objects of one shape at most."""
-        return self.key[: len(self.key) - len(self.homes)]
+        """The key without slots: equal for calls that differ only by objects of one shape."""
+        return self.key[: len(self.key) - len(self.slots)]
 
-    def place(self, value: Any, _: str) -> Kept | None:
-        """Returns the place of an object among `kept`, None for another one; for `tree.flatten`."""
-        for index, passed in enumerate(self.kept):
+    def object_ref(self, value: Any, _: str) -> ObjectRef | None:
+        """Returns the reference to one of `objects`, None for any other value; for `pytree.flatten`."""
+        for index, passed in enumerate(self.objects):
             if passed.value is value:
-                return Kept(index)
+                return ObjectRef(index)
         return None
 
-    def keepers(self) -> list[_C.Keeper]:
-        """Returns what native code knows in place of each of `kept`."""
-        return [home.native for home in self.homes]
+    def static_objects(self) -> list[Any]:
+        """Returns the native counterpart of each slot."""
+        return [slot.native for slot in self.slots]
 
-    def staged(self) -> Iterator[tuple[int, Leaf]]:
-        """Yields the positions and roles of the leaves that are copied into static inputs."""
+    def copied_in(self) -> Iterator[tuple[int, Leaf]]:
+        """Yields the positions and roles of the tensors that are copied into static inputs."""
         return ((i, leaf) for i, leaf in enumerate(self.roles) if leaf.role is not BOUND)
 
-    def arguments(self, leaves: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of this call, in its own style, with other tensors in them."""
-        values = rebuild(self.layout, iter(leaves), [passed.value for passed in self.kept])
+        values = rebuild(self.layout, iter(tensors), [passed.value for passed in self.objects])
         positional = tuple(values.values())[: len(self.args)]
         return positional, {name: values[name] for name in self.kwargs}

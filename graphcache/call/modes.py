@@ -11,37 +11,37 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
-from graphcache.report.reasons import Unservable
+from graphcache.report.reasons import Bypass
 
 NEEDS_GRAD = "gradients are needed (torch.no_grad() or inference_mode() is not on)"
 
 
-def refuse_where_watched(instance: Any) -> None:
-    """Raises `Unservable` where somebody watches the operations, which a replay would hide."""
+def check_nobody_watches(instance: Any) -> None:
+    """Raises `Bypass` where somebody watches the operations, which a replay would hide."""
     if config.is_disabled():
-        raise Unservable("disabled")
+        raise Bypass("disabled")
     if is_capturing():
-        raise Unservable("inside another capture or first call")
+        raise Bypass("inside another capture or first call")
     if torch._C._get_tracing_state() is not None:
-        raise Unservable("torch.jit tracing")
+        raise Bypass("torch.jit tracing")
     if torch._C._len_torch_dispatch_stack() > 0:
-        raise Unservable("a TorchDispatchMode is active")
+        raise Bypass("a TorchDispatchMode is active")
     if forward_ad._current_level >= 0:
-        raise Unservable("forward-mode differentiation")
+        raise Bypass("forward-mode differentiation")
     if _C.modes(DeviceContext) is None:
-        raise Unservable("a TorchFunctionMode is active")
+        raise Bypass("a TorchFunctionMode is active")
     if torch._C._functorch.maybe_current_level() is not None:
-        raise Unservable("a torch.func transform")
+        raise Bypass("a torch.func transform")
     if getattr(instance, "_is_replica", False):
-        raise Unservable("a DataParallel replica")
+        raise Bypass("a DataParallel replica")
     if torch.is_grad_enabled() and _wants_grad(instance):
-        raise Unservable(NEEDS_GRAD)
+        raise Bypass(NEEDS_GRAD)
 
 
-def refuse_where_profiled() -> None:
-    """Raises `Unservable` where a first call can't be watched, as a profiler in C does already."""
+def check_no_profiler() -> None:
+    """Raises `Bypass` where a first call can't be watched, as a profiler in C does already."""
     if not (sys.getprofile() is None or callable(sys.getprofile())):
-        raise Unservable("a profiler of Python code is on (cProfile, with_stack=True); captured later")
+        raise Bypass("a profiler of Python code is on (cProfile, with_stack=True); captured later")
 
 
 def modes_of(instance: Any) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ _POINTER = 8  # bytes
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 
 
-class Passed(NamedTuple):
+class ObjectArg(NamedTuple):
     """One such object, in one call.
 
     Attributes:
@@ -45,7 +45,7 @@ class Passed(NamedTuple):
     tensors: list[Tensor]
 
     @classmethod
-    def read(cls, value: Any, name: str) -> "Passed | None":
+    def read(cls, value: Any, name: str) -> "ObjectArg | None":
         """Returns what `value` holds; None if it is no such object.
 
         Raises:
@@ -74,7 +74,7 @@ class Passed(NamedTuple):
         return None if same else (f"the tensors of {self.name}", True)
 
 
-class Habits:
+class MutationHistory:
     """What a forward does to the objects that it is passed, other than by values in their tensors.
 
     To fill a new one, as the first step of a decode does, is no habit: such calls run eagerly, and later
@@ -92,11 +92,11 @@ class Habits:
         if kind in self._refused:
             raise NotATree(self._refused[kind])
 
-    def known(self, kept: list[Passed]) -> str | None:
+    def known(self, kept: list[ObjectArg]) -> str | None:
         """Says why a call runs eagerly that passes these, as far as that is known; or returns None."""
         return next((self._filling[p.shape] for p in kept if p.shape in self._filling), None)
 
-    def note(self, kept: list[Passed]) -> None:
+    def note(self, kept: list[ObjectArg]) -> None:
         """Notes what a call has changed.
 
         Raises:

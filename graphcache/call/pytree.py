@@ -28,14 +28,14 @@ class NotATree(TypeError):
     """A value that is neither a tensor, nor a plain constant, nor a container of such."""
 
 
-class _Slot:
+class _TensorMark:
     """The place of a tensor in a layout."""
 
     def __repr__(self) -> str:
         return "tensor"
 
 
-SLOT = _Slot()
+TENSOR = _TensorMark()
 
 
 class Constant(NamedTuple):
@@ -68,8 +68,8 @@ class Node(NamedTuple):
     extra: Any = None
 
 
-class Kept(NamedTuple):
-    """The place of an object that keeps tensors for the forward; see `keepers`.
+class ObjectRef(NamedTuple):
+    """The place of an object that keeps tensors for the forward; see `static_objects`.
 
     Attributes:
         number: which of those that a call passes.
@@ -177,7 +177,7 @@ def flatten(
     if kind in EXACT_TENSORS:
         leaves.append(value)
         names.append(name)
-        return SLOT
+        return TENSOR
     plain = constant(value)
     if plain is not None:
         return plain
@@ -213,11 +213,11 @@ def flatten(
 
 def rebuild(layout: Any, leaves: Iterator[Any], kept: Sequence[Any] = ()) -> Any:
     """Returns a new value of a layout, its tensors from `leaves`, in order, and with `kept` objects."""
-    if layout is SLOT:
+    if layout is TENSOR:
         return next(leaves)
     if isinstance(layout, Constant):
         return layout.value
-    if isinstance(layout, Kept):
+    if isinstance(layout, ObjectRef):
         return kept[layout.number]
     return _assemble(layout, [rebuild(child, leaves, kept) for child in layout.children])
 
@@ -247,11 +247,11 @@ def native(layout: Any, kept: Sequence[Any] = ()) -> tuple[Any, ...]:
         layout: see `flatten`.
         kept: what stands for each object that keeps tensors.
     """
-    if layout is SLOT:
+    if layout is TENSOR:
         return 0, None, (), (), None, None
     if isinstance(layout, Constant):
         return 1, layout.kind, (), (), layout.value, None
-    if isinstance(layout, Kept):
+    if isinstance(layout, ObjectRef):
         return 8, None, (), (), kept[layout.number], None
     kind, keys, children, extra = layout
     codes = {list: 2, tuple: 3, dict: 4, OrderedDict: 7, defaultdict: 7}

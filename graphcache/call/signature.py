@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import BATCHED, BOUND, WHOLE, Call, Leaf
-from graphcache.call.object_args import Habits, Passed
-from graphcache.call.pytree import Kept, Node, NotATree, attributes_of_tensor, flatten, native
+from graphcache.call.bound_call import BATCHED, BOUND, WHOLE, BoundCall, Leaf
+from graphcache.call.object_args import MutationHistory, ObjectArg
+from graphcache.call.pytree import ObjectRef, Node, NotATree, attributes_of_tensor, flatten, native
 from graphcache.config import BatchDim, by_path, top_name
-from graphcache.report.reasons import Unservable
+from graphcache.report.reasons import Bypass
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
-STAGE_LIMIT = 4 * 2**20  # bytes
+COPY_LIMIT = 4 * 2**20  # bytes
 
 _NOT_NAMED = object()
 _REQUIRED = inspect.Parameter.empty
@@ -45,7 +45,7 @@ class Signature:
     def __init__(self, function: Callable[..., Any], batch_dim: BatchDim, bind: Iterable[str]) -> None:
         self.batch_dim = batch_dim
         self.bind = frozenset(bind)
-        self.habits = Habits()
+        self.mutation_history = MutationHistory()
         parameters = parameters_of(function).values()
         self.defaults = {
             p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
@@ -57,7 +57,7 @@ class Signature:
         self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
-    def native(self, call: Call) -> tuple[list[Any], list[Any]]:
+    def native(self, call: BoundCall) -> tuple[list[Any], list[Any]]:
         """Returns what `graphcache._C.Dispatcher.add` takes: the parameters and the leaves."""
         positions = {name: index for index, name in enumerate(self.positional)}
         parameters = []
@@ -70,14 +70,14 @@ class Signature:
                     position,
                     None if extra or name in self.by_position_only else name,
                     None if default is _REQUIRED else (default,),
-                    native(layout, call.keepers()),
+                    native(layout, call.static_objects()),
                 )
             )
         leaves = []
-        for tensor, name, leaf in zip(call.leaves, call.names, call.roles, strict=True):
+        for tensor, name, leaf in zip(call.tensors, call.paths, call.roles, strict=True):
             dim = self._dim(tensor, name)
             carries = dim is not None and tensor.shape[dim] == call.batch
-            weak = leaf.role is WHOLE and _nbytes(tensor) > STAGE_LIMIT
+            weak = leaf.role is WHOLE and _nbytes(tensor) > COPY_LIMIT
             role = (BATCHED, WHOLE, BOUND).index(leaf.role)
             leaves.append((role, -1 if dim is None else dim, carries, weak, leaf.order or (), tensor))
         return parameters, leaves
@@ -85,7 +85,7 @@ class Signature:
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments by name: given or default, in the order of the parameters."""
         if len(args) > len(self.positional) and not self.varargs:
-            raise Unservable("arguments that the forward does not take")
+            raise Bypass("arguments that the forward does not take")
         named = dict(zip(self.positional, args, strict=False))
         for index, extra in enumerate(args[len(self.positional) :]):
             named[f"*{index}"] = extra
@@ -95,12 +95,12 @@ class Signature:
                 by_name = name in kwargs and name not in self.by_position_only
                 named[name] = value = kwargs[name] if by_name else default
                 if value is _REQUIRED:
-                    raise Unservable("arguments that the forward does not take")
+                    raise Bypass("arguments that the forward does not take")
                 given += by_name
         if given != len(args) + len(kwargs):
             extra = sorted(kwargs.keys() - self.defaults.keys())
             if not self.open or given + len(extra) != len(args) + len(kwargs):
-                raise Unservable("arguments that the forward does not take")
+                raise Bypass("arguments that the forward does not take")
             for name in extra:
                 named[name] = kwargs[name]
         return named
@@ -111,35 +111,35 @@ class Signature:
         kwargs: dict[str, Any],
         modes: tuple[Any, ...],
         written: dict[Any, frozenset[int]],
-    ) -> Call:
+    ) -> BoundCall:
         """Reads one call.
 
         Args:
             args: as the caller gave them.
             kwargs: likewise.
             modes: everything else that the key has to tell apart.
-            written: for each `Call.form`, the positions of the tensors that the forward writes to.
+            written: for each `BoundCall.form`, the positions of the tensors that the forward writes to.
 
         Raises:
             Unservable: where no graph can serve such a call.
         """
         leaves: list[Tensor] = []
         names: list[str] = []
-        kept: list[Passed] = []
+        kept: list[ObjectArg] = []
 
-        def other(value: Any, name: str) -> Kept | None:
-            self.habits.check(type(value))
-            passed = Passed.read(value, name)
+        def other(value: Any, name: str) -> ObjectRef | None:
+            self.mutation_history.check(type(value))
+            passed = ObjectArg.read(value, name)
             if passed is None:
                 return None
             kept.append(passed)
-            return Kept(len(kept) - 1, passed.shape)
+            return ObjectRef(len(kept) - 1, passed.shape)
 
         try:
             named = self._named(args, kwargs)
             parts = [flatten(value, leaves, names, name, other) for name, value in named.items()]
         except NotATree as error:
-            raise Unservable(str(error)) from None
+            raise Bypass(str(error)) from None
         layout = Node(dict, tuple(named), tuple(parts))
         places: dict[int, int] = {}
         same = tuple(places.setdefault(id(tensor), index) for index, tensor in enumerate(leaves))
@@ -156,8 +156,8 @@ class Signature:
         same: tuple[int, ...],
         modes: tuple[Any, ...],
         by_address: frozenset[int],
-        kept: list[Passed],
-    ) -> Call:
+        kept: list[ObjectArg],
+    ) -> BoundCall:
         bound = {
             index
             for index, name in enumerate(names)
@@ -168,11 +168,11 @@ class Signature:
         key: list[Any] = [layout, modes, leaves[0].device, same]
         for index, tensor in enumerate(leaves):
             if tensor.layout is not torch.strided:
-                raise Unservable(f"{names[index]} has layout {tensor.layout}")
+                raise Bypass(f"{names[index]} has layout {tensor.layout}")
             if tensor.is_quantized:
-                raise Unservable(f"{names[index]} is quantised; pass it dequantised")
+                raise Bypass(f"{names[index]} is quantised; pass it dequantised")
             if attributes := attributes_of_tensor(tensor):
-                raise Unservable(
+                raise Bypass(
                     f"{names[index]} is a tensor with attributes ({', '.join(attributes)}); pass them "
                     "as arguments"
                 )
@@ -182,8 +182,8 @@ class Signature:
                 dim = None
             weak = _C.is_weak(tensor)
             if weak and index in bound:
-                raise Unservable(f"{names[index]} is bound by address, and is the output of a graph")
-            large = dim is None and _nbytes(tensor) > STAGE_LIMIT
+                raise Bypass(f"{names[index]} is bound by address, and is the output of a graph")
+            large = dim is None and _nbytes(tensor) > COPY_LIMIT
             if index in bound or (large and not weak):
                 roles.append(Leaf(BOUND, dim, None))
                 bits = (tensor.is_conj(), tensor.is_neg())
@@ -192,7 +192,7 @@ class Signature:
                 continue
             order = None if tensor.is_contiguous() else _order(tensor)
             if tensor.dim() > _C.MAX_DIMS and not _is_dense(tensor, order):
-                raise Unservable(
+                raise Bypass(
                     f"{names[index]} has strides over more than {_C.MAX_DIMS} dimensions; "
                     "pass it .contiguous()"
                 )
@@ -202,12 +202,12 @@ class Signature:
             else:
                 roles.append(Leaf(BATCHED, dim, order))
                 key.append((BATCHED, tensor.dtype, (*shape[:dim], -1, *shape[dim + 1 :]), order))
-        return Call(args, kwargs, layout, leaves, names, roles, same, batch, tuple(key), kept)
+        return BoundCall(args, kwargs, layout, leaves, names, roles, same, batch, tuple(key), kept)
 
-    def names_batch(self, call: Call) -> bool:
+    def names_batch(self, call: BoundCall) -> bool:
         """Tells whether `batch_dim` names every argument that carries the batch."""
         carriers = (
-            name for name, leaf in zip(call.names, call.roles, strict=True) if leaf.role is BATCHED
+            name for name, leaf in zip(call.paths, call.roles, strict=True) if leaf.role is BATCHED
         )
         dims = self.batch_dim
         return isinstance(dims, dict) and all(
@@ -223,12 +223,12 @@ class Signature:
 
     def _batch(self, leaves: list[Tensor], names: list[str], bound: set[int]) -> int:
         if not leaves:
-            raise Unservable("no tensor among the arguments")
+            raise Bypass("no tensor among the arguments")
         for index, tensor in enumerate(leaves):
             dim = self._dim(tensor, names[index])
             if dim is not None and index not in bound:
                 return tensor.shape[dim]
-        raise Unservable(f"no argument has dimension {self.batch_dim} (batch_dim)")
+        raise Bypass(f"no argument has dimension {self.batch_dim} (batch_dim)")
 
 
 def _nbytes(tensor: Tensor) -> int:

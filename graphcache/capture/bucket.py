@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import Call
+from graphcache.call.bound_call import BoundCall
 from graphcache.capture.outputs import Result
 from graphcache.pool import Lane
 from graphcache.report.cache_info import Times
@@ -61,18 +61,18 @@ class Bucket:
     constants: list[Tensor] = field(default_factory=list)
     kernels: list[object] = field(default_factory=list)
 
-    def replay(self, call: Call, number: int) -> Any:
+    def replay(self, call: BoundCall, number: int) -> Any:
         """Serves call `number`, with the lock of the pool held."""
         stream = self.lane.follow_stream()
-        tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.leaves]
+        tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.tensors]
         return self.native.run(tensors, call.batch, number, stream)
 
-    def try_out(self, call: Call, number: int) -> Any:
+    def try_out(self, call: BoundCall, number: int) -> Any:
         """Replays for a comparison: the result goes to nobody, and counts for nothing."""
         native = self.native
-        before = native.replays, native.padded_rows, native.trusted
+        before = native.replays, native.padded_rows, native.check_budget
         result = self.replay(call, number)
-        native.replays, native.padded_rows, native.trusted = before
+        native.replays, native.padded_rows, native.check_budget = before
         return result
 
     def retire(self) -> None:

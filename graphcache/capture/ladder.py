@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from graphcache import _C, config
 from graphcache.call import pytree
-from graphcache.call.bound_call import BOUND, Call
+from graphcache.call.bound_call import BOUND, BoundCall
 from graphcache.call.modes import inlining
 from graphcache.call.pytree import NotATree, flatten
 from graphcache.capture.bucket import AFTER, Bucket
 from graphcache.capture.outputs import Output, Place, Result
-from graphcache.capture.static_inputs import Stager, StaticInputs, native_stage
+from graphcache.capture.static_inputs import TorchInputCopier, StaticInputs, native_input_copier
 from graphcache.config import Pad, Stale
 from graphcache.errors import CaptureError
 from graphcache.pool import GraphPool, Lane
@@ -24,8 +24,8 @@ from graphcache.runtime import loaded_kernels
 from graphcache.runtime.base import Graph
 from graphcache.runtime.host_transfers import Constants, Key
 from graphcache.runtime.source_lines import user_line_of
-from graphcache.runtime.torch_state import kept_as_is, uncached_autocast
-from graphcache.tracing.op_recorder import Observer
+from graphcache.runtime.torch_state import restored_afterwards, uncached_autocast
+from graphcache.tracing.op_recorder import OpRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
     name: str
     function: Callable[..., Any]
-    call: Call
+    call: BoundCall
     outside: dict[int, Tensor]
     reached: dict[int, Tensor]
     written: list[Tensor]
@@ -62,10 +62,10 @@ class Job(NamedTuple):
 
     def arguments(self, static: list[Tensor]) -> list[Tensor]:
         """Returns the tensors of the call: static inputs where it is staged, its own where bound."""
-        leaves = list(self.call.leaves)
-        for (index, _), tensor in zip(self.call.staged(), static, strict=True):
+        leaves = list(self.call.tensors)
+        for (index, _), tensor in zip(self.call.copied_in(), static, strict=True):
             leaves[index] = tensor
-        return [leaves[first] for first in self.call.same]
+        return [leaves[first] for first in self.call.identities]
 
     def run(self, leaves: list[Tensor]) -> Any:
         """Runs the forward over other tensors than the caller's."""
@@ -90,7 +90,7 @@ def capture_ladder(job: Job, sizes: Sequence[int]) -> list[Bucket]:
     with job.pool.runtime.ladder(job.pool.device), inlining(), uncached_autocast(), _constants(job):
         for size in _progress(job, sorted(sizes, reverse=True)):
             static = inputs.at(size)
-            stage = native_stage(static, job.call, job.pad) if native else None
+            stage = native_input_copier(static, job.call, job.pad) if native else None
             body = _Body(job, static)
             try:
                 graph, weak = lane.capture(body, stage, kernel)
@@ -112,7 +112,7 @@ def _constants(job: Job) -> AbstractContextManager[Any]:
     return Constants(job.pool.device, job.constants)
 
 
-def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.StageKernel | None, bool]:
+def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.CopyInKernel | None, bool]:
     """Puts rows of the call into the static inputs, and says how calls to come will get there.
 
     Returns:
@@ -124,7 +124,7 @@ def _staging(job: Job, inputs: StaticInputs, largest: int) -> tuple[_C.StageKern
     if config.is_portable():
         return None, False
     try:
-        stage = native_stage(static, job.call, job.pad)
+        stage = native_input_copier(static, job.call, job.pad)
         return job.pool.runtime.prepare(stage, job.pool.device), True
     except RuntimeError as error:
         logger.warning("graphcache: %s is staged by torch calls: %s", job.name, error)
@@ -137,7 +137,7 @@ def _bucket(
     lane: Lane,
     graph: Graph,
     static: list[Tensor],
-    stage: _C.Stage | None,
+    stage: _C.InputCopier | None,
     result: Result,
 ) -> Bucket:
     by_driver = graph.node is not None and not job.draws
@@ -147,9 +147,9 @@ def _bucket(
         lane.native,
         stage,
         graph.node,
-        Stager(static, job.call, size, job.pad).stage,
+        TorchInputCopier(static, job.call, size, job.pad).stage,
         None if by_driver else graph.replay,
-        pytree.native(result.layout, job.call.keepers()),
+        pytree.native(result.layout, job.call.static_objects()),
         [output.native() for output in result.outputs],
         job.stale == "copy",
     )
@@ -194,13 +194,13 @@ def _warm_up(job: Job, sizes: Sequence[int]) -> None:
         static = inputs.at(size)
         _fill(job, static, size)
         leaves = job.arguments(static)
-        observer = Observer(job.pool.device, leaves, restore=True)
+        recorder = OpRecorder(job.pool.device, leaves, restore=True)
         try:
-            with inlining(), kept_as_is(job.written):
-                with observer.watch():
+            with inlining(), restored_afterwards(job.written):
+                with recorder.watch():
                     job.run(leaves)
                 if job.compiled:  # what is compiled does not run while it is watched
-                    with uncached_autocast(), observer.undone():
+                    with uncached_autocast(), recorder.undone():
                         job.run(leaves)
         except torch.OutOfMemoryError:
             continue  # as its capture will
@@ -251,7 +251,7 @@ class _Body:
         leaves = self._job.arguments(self._static)
         tensors: list[Tensor] = []
         try:
-            self._layout = flatten(self._job.run(leaves), tensors, [], other=self._job.call.place)
+            self._layout = flatten(self._job.run(leaves), tensors, [], other=self._job.call.object_ref)
         except NotATree as error:
             raise CaptureError(str(error)) from None
         owned = []
@@ -302,9 +302,9 @@ def _fill(job: Job, static: list[Tensor], size: int) -> None:
     rows = min(job.call.batch, size)
     leaves = [
         tensor if role.dim is None or role.role is BOUND else tensor.narrow(role.dim, 0, rows)
-        for tensor, role in zip(job.call.leaves, job.call.roles, strict=True)
+        for tensor, role in zip(job.call.tensors, job.call.roles, strict=True)
     ]
-    Stager(static, job.call, size, "edge").stage(leaves, rows)
+    TorchInputCopier(static, job.call, size, "edge").stage(leaves, rows)
 
 
 def _progress(job: Job, sizes: list[int]) -> "tqdm[int]":

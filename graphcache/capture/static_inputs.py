@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import BATCHED, Call, Leaf
+from graphcache.call.bound_call import BATCHED, BoundCall, Leaf
 from graphcache.config import Fill, Pad, fill_of
 
 
@@ -19,8 +19,8 @@ class StaticInputs:
         largest: the largest size, in rows.
     """
 
-    def __init__(self, call: Call, largest: int) -> None:
-        self._leaves = [(call.leaves[index], leaf) for index, leaf in call.staged()]
+    def __init__(self, call: BoundCall, largest: int) -> None:
+        self._leaves = [(call.tensors[index], leaf) for index, leaf in call.copied_in()]
         self._shapes = [(tuple(tensor.shape), leaf) for tensor, leaf in self._leaves]
         with torch.inference_mode(False):  # written to in any mode
             self._buffers = [
@@ -50,19 +50,19 @@ def _shape(shape: tuple[int, ...], leaf: Leaf, size: int) -> tuple[int, ...]:
     return (*shape[: leaf.dim], size, *shape[leaf.dim + 1 :])
 
 
-def native_stage(static: list[Tensor], call: Call, pad: Pad) -> _C.Stage:
+def native_input_copier(static: list[Tensor], call: BoundCall, pad: Pad) -> _C.InputCopier:
     """Returns what copies arguments into the static inputs of one size without torch calls.
 
     Args:
-        static: see `Stager`.
-        call: see `Stager`.
-        pad: see `Stager`.
+        static: see `TorchInputCopier`.
+        call: see `TorchInputCopier`.
+        pad: see `TorchInputCopier`.
     """
-    fills = [fill_of(pad, call.names[index]) for index, _ in call.staged()]
-    return _C.Stage(
+    fills = [fill_of(pad, call.paths[index]) for index, _ in call.copied_in()]
+    return _C.InputCopier(
         static,
-        [index for index, _ in call.staged()],
-        [-1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim for _, leaf in call.staged()],
+        [index for index, _ in call.copied_in()],
+        [-1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim for _, leaf in call.copied_in()],
         [_sixteen_bytes(fill, tensor) for fill, tensor in zip(fills, static, strict=True)],
         [fill == "edge" for fill in fills],
     )
@@ -75,7 +75,7 @@ def _sixteen_bytes(fill: Fill, like: Tensor) -> bytes:
         return bytes(row.view(torch.uint8).tolist())
 
 
-class Stager:
+class TorchInputCopier:
     """The same by torch calls, for any device; every row is written at every call.
 
     Args:
@@ -85,12 +85,12 @@ class Stager:
         pad: see `cuda_graphed`.
     """
 
-    def __init__(self, static: list[Tensor], call: Call, size: int, pad: Pad) -> None:
+    def __init__(self, static: list[Tensor], call: BoundCall, size: int, pad: Pad) -> None:
         self.static = static
         self._size = size
-        self._positions = [index for index, _ in call.staged()]
-        self._dims = [leaf.dim for _, leaf in call.staged()]
-        self._fills = [fill_of(pad, call.names[index]) for index in self._positions]
+        self._positions = [index for index, _ in call.copied_in()]
+        self._dims = [leaf.dim for _, leaf in call.copied_in()]
+        self._fills = [fill_of(pad, call.paths[index]) for index in self._positions]
         self._views: dict[int, tuple[list[Tensor], list[Any]]] = {}
 
     def stage(self, leaves: list[Tensor], batch: int) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.call.bound_call import BATCHED, WHOLE, Call
-from graphcache.call.pytree import Kept, flatten
+from graphcache.call.bound_call import BATCHED, WHOLE, BoundCall
+from graphcache.call.pytree import ObjectRef, flatten
 from graphcache.capture.outputs import Output
 from graphcache.config import Pad, fill_of
 from graphcache.errors import CaptureError
 from graphcache.runtime.torch_patches import as_in_a_capture
-from graphcache.runtime.torch_state import kept_as_is
-from graphcache.tracing.trace import Observation, observe
+from graphcache.runtime.torch_state import restored_afterwards
+from graphcache.tracing.trace import Trace, trace
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +50,20 @@ MAX_EXTREMES = 3  # arguments whose largest and least values are looked for
 class Sample:
     """Rows of an earlier call, to put after those of a later one."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: BoundCall) -> None:
         with _plainly(call):
             self.rows: list[tuple[int, Tensor] | None] = [
                 (leaf.dim, tensor.clone()) if leaf.role is BATCHED and leaf.dim is not None else None
-                for tensor, leaf in zip(call.leaves, call.roles, strict=True)
+                for tensor, leaf in zip(call.tensors, call.roles, strict=True)
             ]
             self._beside = [tensor.clone() for tensor in _whole(call)]
 
-    def tells(self, call: Call, pad: Pad) -> bool:
+    def tells(self, call: BoundCall, pad: Pad) -> bool:
         """Tells whether rows differ, or differ from padding: then a dependence on them can show."""
         return self._are_unlike(call, "edge") or self._are_unlike(call, pad) or self._can_be_halved()
 
-    def _are_unlike(self, call: Call, pad: Pad) -> bool:
-        for name, held, rows in zip(call.names, self.rows, self._joined(call, call.batch), strict=True):
+    def _are_unlike(self, call: BoundCall, pad: Pad) -> bool:
+        for name, held, rows in zip(call.paths, self.rows, self._joined(call, call.batch), strict=True):
             if held is not None:
                 fill = fill_of(pad, name)
                 if bool((rows != (rows.narrow(held[0], 0, 1) if fill == "edge" else fill)).any()):
@@ -73,12 +73,12 @@ class Sample:
     def _can_be_halved(self) -> bool:
         return any(held is not None and bool((_half(held[1]) != held[1]).any()) for held in self.rows)
 
-    def _halved(self, call: Call) -> "Sample":
+    def _halved(self, call: BoundCall) -> "Sample":
         halved = Sample(call)
         halved.rows = [held and (held[0], _half(held[1])) for held in halved.rows]
         return halved
 
-    def full(self, call: Call, size: int) -> list[list[Tensor]]:
+    def full(self, call: BoundCall, size: int) -> list[list[Tensor]]:
         """Returns arguments of `size` rows, the first of which are those of `call`."""
         with _plainly(call):
             # What goes with other values beside it, such as offsets, may be no valid row here.
@@ -89,7 +89,7 @@ class Sample:
                 tails.append(self._halved(call))
         return [each._joined(call, size - call.batch) for each in tails]
 
-    def _extremes(self, call: Call) -> Iterator["Sample"]:
+    def _extremes(self, call: BoundCall) -> Iterator["Sample"]:
         """Yields, by single rows of `call` and this, those that have the largest and least values.
 
         Whole rows: the largest value of one argument need not go with that of another.
@@ -110,16 +110,16 @@ class Sample:
     def _count(self) -> int:
         return next((held[1].shape[held[0]] for held in self.rows if held is not None), 0)
 
-    def _joined(self, call: Call, count: int) -> list[Tensor]:
+    def _joined(self, call: BoundCall, count: int) -> list[Tensor]:
         with _plainly(call):
             return [
                 tensor if held is None else torch.cat([tensor, _cycle(held[1], held[0], count)], held[0])
-                for tensor, held in zip(call.leaves, self.rows, strict=True)
+                for tensor, held in zip(call.tensors, self.rows, strict=True)
             ]
 
 
-def _whole(call: Call) -> list[Tensor]:
-    return [t for t, leaf in zip(call.leaves, call.roles, strict=True) if leaf.role is WHOLE]
+def _whole(call: BoundCall) -> list[Tensor]:
+    return [t for t, leaf in zip(call.tensors, call.roles, strict=True) if leaf.role is WHOLE]
 
 
 def _half(tensor: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ def _half(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _plainly(call: Call) -> Iterator[None]:
+def _plainly(call: BoundCall) -> Iterator[None]:
     """Keeps the modes of the caller out: autocast would refuse or convert what is only copied here."""
-    device = call.leaves[0].device.type
+    device = call.tensors[0].device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
@@ -142,7 +142,7 @@ def _cycle(rows: Tensor, dim: int, count: int) -> Tensor:
 def first_rows(result: Any, outputs: Sequence[Output], batch: int) -> list[Tensor]:
     """Returns the tensors of a result that a graph made, cut to their first `batch` rows."""
     tensors: list[Tensor] = []
-    flatten(result, tensors, [], other=lambda *_: Kept(0))
+    flatten(result, tensors, [], other=lambda *_: ObjectRef(0))
     for index, output in enumerate(outputs):
         for dim in output.batch_dims or ():
             if tensors[index].shape[dim] > batch:
@@ -173,9 +173,9 @@ def _close(eager: Tensor, padded: Tensor) -> bool:
     return torch.allclose(padded.to(exact.dtype), exact, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def as_captured(
-    function: Callable[..., Any], instance: Any, call: Call, seen: "Observation"
-) -> "Observation":
+def retraced_as_captured(
+    function: Callable[..., Any], instance: Any, call: BoundCall, seen: "Trace"
+) -> "Trace":
     """Returns what a capture would do, where a forward asks whether one is under way.
 
     Libraries then skip what a capture can't hold: transformers looks no further whether a mask hides
@@ -186,13 +186,13 @@ def as_captured(
     """
     if not seen.asks or seen.changed:
         return seen
-    written = seen.observer.written_outside()
-    moved = written or seen.observer.draws  # then the first call began elsewhere
+    written = seen.recorder.mutated_external()
+    moved = written or seen.recorder.draws  # then the first call began elsewhere
     try:
-        with kept_as_is(written):
-            like = observe(function, instance, call, restore=True) if moved else seen
-        with kept_as_is(written), as_in_a_capture:
-            again = observe(function, instance, call, restore=True)
+        with restored_afterwards(written):
+            like = trace(function, instance, call, restore=True) if moved else seen
+        with restored_afterwards(written), as_in_a_capture:
+            again = trace(function, instance, call, restore=True)
     except Exception as error:  # perhaps for want of a warm-up; the capture will show
         logger.debug("it raised as in a capture", exc_info=error)
         return seen

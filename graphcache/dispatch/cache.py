@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from graphcache import config
-from graphcache.call.bound_call import Call
+from graphcache.call.bound_call import BoundCall
 from graphcache.call.modes import (
     NEEDS_GRAD,
     inlining,
     modes_of,
-    refuse_where_profiled,
-    refuse_where_watched,
+    check_no_profiler,
+    check_nobody_watches,
 )
-from graphcache.call.object_args import Habits
+from graphcache.call.object_args import MutationHistory
 from graphcache.call.pytree import NotATree, flatten
 from graphcache.capture.bucket import SETTLED, Bucket
 from graphcache.capture.ladder import learn_batch_dims
@@ -29,11 +29,11 @@ from graphcache.dispatch.entry import CHANGE_IN_PLACE, MANY_WAYS, MAX_SIGNATURES
 from graphcache.dispatch.first_call import first_call, learn
 from graphcache.dispatch.store import Graphs
 from graphcache.guards.guards import submodule_with_hooks
-from graphcache.guards.static_objects import at_home
+from graphcache.guards.static_objects import with_slots
 from graphcache.report.cache_info import CacheInfo, Counts
-from graphcache.report.reasons import Unservable
+from graphcache.report.reasons import Bypass
 from graphcache.report.suggest_sizes import Suggestion, suggestion
-from graphcache.tracing.trace import observe
+from graphcache.tracing.trace import trace
 
 logger = logging.getLogger(__name__)
 
@@ -67,95 +67,95 @@ class GraphCache(Graphs):
             self.counts.eager[why] += 1
             return function(*args, **kwargs)
         try:
-            refuse_where_watched(instance)
-            call = self.signature.read(args, kwargs, modes_of(instance), self.written)
+            check_nobody_watches(instance)
+            call = self.signature.read(args, kwargs, modes_of(instance), self.mutated)
             pool = self.pool_for(call)
             self.native.count(call.batch)
-            if (why := self.signature.habits.known(call.kept)) is not None:
-                raise Unservable(why)
-            self._refuse_known(call)  # before homes are looked for, which takes longer
+            if (why := self.signature.mutation_history.known(call.objects)) is not None:
+                raise Bypass(why)
+            self._bypass_known(call)  # before homes are looked for, which takes longer
             with pool.lock:
-                call = at_home(call, pool)
+                call = with_slots(call, pool)
                 entry = self._serving(call, instance)
                 if entry is None or (bucket := entry.bucket(call.batch)) is None:
                     return first_call(self, function, instance, call)
                 if bucket.native.retired:
-                    raise Unservable(TOO_SLOW)
-                if entry.written.overlaps(call.leaves):
-                    raise Unservable("an argument lies in memory that the forward writes")
+                    raise Bypass(TOO_SLOW)
+                if entry.mutated.overlaps(call.tensors):
+                    raise Bypass("an argument lies in memory that the forward writes")
                 if bucket.lane.native.is_held_elsewhere():
-                    raise Unservable("another thread holds an output of its lane")
-                if call.batch != bucket.size and bucket.native.trusted <= 0:
+                    raise Bypass("another thread holds an output of its lane")
+                if call.batch != bucket.size and bucket.native.check_budget <= 0:
                     if entry.is_ambiguous(call) and not self.signature.names_batch(call):
                         return first_call(self, function, instance, call, exactly=True)
                     return self._compared(function, call, entry, bucket)
                 if bucket.native.replays >= bucket.native.time_at:
                     return self._timed(function, call, entry, bucket)
                 return bucket.replay(call, self.native.calls)
-        except Unservable as reason:
+        except Bypass as reason:
             self.counts.eager[str(reason)] += 1
             return function(*args, **kwargs)
 
-    def _refuse_known(self, call: Call) -> None:
-        """Raises `Unservable` for a kind of calls that was refused for good."""
+    def _bypass_known(self, call: BoundCall) -> None:
+        """Raises `Bypass` for a kind of calls that was refused for good."""
         entry = self.entries.get(call.bare_key)
         if entry is not None and entry.eager is not None:
             entry.last = self.native.calls
-            raise Unservable(entry.eager)
+            raise Bypass(entry.eager)
 
-    def _serving(self, call: Call, instance: Any) -> Entry | None:
+    def _serving(self, call: BoundCall, instance: Any) -> Entry | None:
         """Returns the entry that serves `call`; None if there is none, or no more.
 
         Raises:
             Unservable: where the call has to run eagerly.
         """
         if call.batch == 0:
-            raise Unservable("an empty batch")
+            raise Bypass("an empty batch")
         grad = torch.is_grad_enabled()
-        if grad and any(tensor.requires_grad for tensor in call.leaves):
-            raise Unservable(NEEDS_GRAD)
+        if grad and any(tensor.requires_grad for tensor in call.tensors):
+            raise Bypass(NEEDS_GRAD)
         entry = self.entries.get(call.key)
         if entry is not None:
             entry.last = self.native.calls
-            if not entry.guards.hold(grad=grad):
-                self._note_recapture(entry, grad=grad)
+            if not entry.guards.check(grad=grad):
+                self._count_recapture(entry, grad=grad)
                 self.drop(self.entries.pop(call.key))
                 entry = None
 
         if entry is None:
             hooked = submodule_with_hooks(instance)
             if hooked is not None:
-                raise Unservable(f"hooks inside the forward, on {hooked}")
+                raise Bypass(f"hooks inside the forward, on {hooked}")
             if self.recaptures > MAX_RECAPTURES:
                 many = f"after {self.recaptures} captures in a row"
                 self.warn(
                     "recaptures", f"{self.replaced} was replaced or changed {many}; {CHANGE_IN_PLACE}"
                 )
-                raise Unservable("what it captured is replaced again and again")
+                raise Bypass("what it captured is replaced again and again")
             # An object that a call changes is another kind of call each time.
-            if not self.entries.is_due(call.bare_key) and not call.kept:
+            if not self.entries.is_due(call.bare_key) and not call.objects:
                 if self.entries.once > MAX_SIGNATURES:
                     self.warn("signatures", MANY_WAYS)
-                raise Unservable("the first call of another signature")
+                raise Bypass("the first call of another signature")
             if len(self.entries) >= MAX_SIGNATURES:
-                surplus = self.entries.surplus()
-                if surplus is None:
+                lru_victim = self.entries.lru_victim()
+                if lru_victim is None:
                     self.warn("signatures", MANY_WAYS)
-                    raise Unservable(f"more than {MAX_SIGNATURES} signatures")
-                self.drop(self.entries.pop(surplus))
+                    raise Bypass(f"more than {MAX_SIGNATURES} signatures")
+                self.drop(self.entries.pop(lru_victim))
                 self.counts.dropped += 1
-        elif entry.complete and entry.exact is None and entry.bucket(call.batch) is None:
-            raise Unservable("a batch above the largest size")
+        elif entry.complete and entry.no_padding_reason is None and entry.bucket(call.batch) is None:
+            raise Bypass("a batch above the largest size")
         return entry
 
-    def _note_recapture(self, entry: Entry, *, grad: bool) -> None:
-        if entry.paid():
+    def _count_recapture(self, entry: Entry, *, grad: bool) -> None:
+        if entry.amortized():
             self.recaptures = 0
         self.recaptures += 1
-        self.replaced = entry.guards.broken(grad=grad)
+        self.replaced = entry.guards.explain(grad=grad)
         logger.info("%s is captured anew: %s changed", self.name, self.replaced)
 
-    def _compared(self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket) -> Any:
+    def _compared(self, function: Callable[..., Any], call: BoundCall, entry: Entry, bucket: Bucket) -> Any:
         """Returns the eager result, and compares padded replays with it."""
         try:
             with inlining():
@@ -163,22 +163,22 @@ class GraphCache(Graphs):
         except torch.OutOfMemoryError:  # which a replay needs none of
             if not entry.pure or not bucket.native.padded_rows:
                 raise
-            bucket.native.trusted = entry.trust
+            bucket.native.check_budget = entry.check_interval
             return bucket.replay(call, self.native.calls)
         self.counts.eager["compared with a padded replay"] += 1
         tensors: list[Tensor] = []
         try:
-            layout = flatten(eager, tensors, [], other=call.place)
+            layout = flatten(eager, tensors, [], other=call.object_ref)
             why = learn_batch_dims([bucket], call.batch, layout, tensors)
         except NotATree as error:
             why = str(error)
         if why is None and entry.pure:
             why = entry.why_unlike(tensors, call, bucket, self.options.pad, self.native.calls)
         if why is None:
-            if entry.exact is not None:
+            if entry.no_padding_reason is not None:
                 self.publish(call, None, entry)
             return eager
-        entry.exact = why
+        entry.no_padding_reason = why
         self.publish(call, None, entry)
         self.warn(
             "rows",
@@ -187,7 +187,7 @@ class GraphCache(Graphs):
         )
         return eager
 
-    def _timed(self, function: Callable[..., Any], call: Call, entry: Entry, bucket: Bucket) -> Any:
+    def _timed(self, function: Callable[..., Any], call: BoundCall, entry: Entry, bucket: Bucket) -> Any:
         """Serves a call of a graph that is timed: one runs eagerly, and the next by the graph."""
         timing, native = bucket.timing, bucket.native
         if entry.pure and timing.eager is None:
@@ -208,7 +208,7 @@ class GraphCache(Graphs):
         gain = timing.times().gain
         if gain is not None and self.options.min_gain is not None and gain < self.options.min_gain:
             bucket.retire()
-            raise Unservable(TOO_SLOW)
+            raise Bypass(TOO_SLOW)
         return bucket.replay(call, self.native.calls)
 
     def warm_up(
@@ -220,19 +220,19 @@ class GraphCache(Graphs):
     ) -> None:
         """Captures for such calls without making one: what the forward writes is put back."""
         try:
-            refuse_where_watched(instance)
-            refuse_where_profiled()
-            call = self.signature.read(args, kwargs, modes_of(instance), self.written)
-            if call.kept:
-                raise Unservable(f"it may change {call.kept[0].name}; call the forward itself instead")
-            self._refuse_known(call)
+            check_nobody_watches(instance)
+            check_no_profiler()
+            call = self.signature.read(args, kwargs, modes_of(instance), self.mutated)
+            if call.objects:
+                raise Bypass(f"it may change {call.objects[0].name}; call the forward itself instead")
+            self._bypass_known(call)
             self.entries.is_due(call.bare_key)  # it is asked for
             with self.pool_for(call).lock:
                 entry = self._serving(call, instance)
                 if entry is not None and entry.bucket(call.batch) is not None:
                     return
-                learn(self, function, instance, call, observe(function, instance, call, restore=True))
-        except Unservable as reason:
+                learn(self, function, instance, call, trace(function, instance, call, restore=True))
+        except Bypass as reason:
             if not config.is_disabled():
                 self.warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
 
@@ -252,14 +252,14 @@ class GraphCache(Graphs):
         return counts.info(
             calls,
             [entry.buckets for entry in graphed],
-            [entry.exact for entry in graphed if entry.exact is not None],
+            [entry.no_padding_reason for entry in graphed if entry.no_padding_reason is not None],
             next((cache.pool for cache in (self, *self.beside) if cache.pool is not None), None),
             batches,
         )
 
     def suggest_sizes(self, count: int) -> Suggestion:
         """Returns the sizes that would have served the calls so far best."""
-        return suggestion(self.info(), [entry.exact for entry in self._graphed()], self.name, count)
+        return suggestion(self.info(), [entry.no_padding_reason for entry in self._graphed()], self.name, count)
 
     def _graphed(self) -> list[Entry]:
         entries = chain(*(cache.entries.values() for cache in (self, *self.beside)))
@@ -279,9 +279,9 @@ class GraphCache(Graphs):
             self.entries = Entries()
         if self.pool is not None:
             self.pool.trim()
-        self.written.clear()
+        self.mutated.clear()
         self.warned.clear()
-        self.signature.habits = Habits()
+        self.signature.mutation_history = MutationHistory()
         self.recaptures = self.unsettled = 0
         self.native.calls, self.native.batches = 0, {}
         self.counts = Counts()

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
-from graphcache.call.bound_call import Call
+from graphcache.call.bound_call import BoundCall
 from graphcache.call.modes import is_stream_capturing
 from graphcache.call.signature import Signature
 from graphcache.capture.bucket import Bucket
@@ -16,7 +16,7 @@ from graphcache.dispatch.entry import Entries, Entry
 from graphcache.errors import GraphCacheWarning, OptionError
 from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
-from graphcache.report.reasons import Unservable
+from graphcache.report.reasons import Bypass
 
 
 class Graphs:
@@ -51,7 +51,7 @@ class Graphs:
             hasattr(instance, "training"),
         )
         self.entries = Entries()
-        self.written: dict[Any, frozenset[int]] = {}
+        self.mutated: dict[Any, frozenset[int]] = {}
         self.recaptures = 0
         self.replaced = ""
         self.unsettled = 0
@@ -59,20 +59,20 @@ class Graphs:
         self.counts = Counts()
         self.pool: GraphPool | None = options.pool
 
-    def pool_for(self, call: Call) -> GraphPool:
+    def pool_for(self, call: BoundCall) -> GraphPool:
         """Returns the pool that a call's graphs belong to.
 
         Raises:
             Unservable: where there are no graphs on its device.
             OptionError: where the pool that was given is on another device.
         """
-        device = call.leaves[0].device
-        if any(tensor.device != device for tensor in call.leaves):
-            raise Unservable("tensors on several devices")
+        device = call.tensors[0].device
+        if any(tensor.device != device for tensor in call.tensors):
+            raise Bypass("tensors on several devices")
         if device.type == "cpu" and not config.is_emulated():
-            raise Unservable("CPU tensors (graphcache.emulate() emulates graphs there)")
+            raise Bypass("CPU tensors (graphcache.emulate() emulates graphs there)")
         if device.type not in ("cuda", "cpu"):
-            raise Unservable(f"tensors on {device.type}")
+            raise Bypass(f"tensors on {device.type}")
         pool = self.options.pool or self.pool
         if pool is None or (pool.device != device and self.options.pool is None):
             pool = default_pool(device)
@@ -84,17 +84,17 @@ class Graphs:
         self.pool = pool
         return pool
 
-    def publish(self, call: Call, instance: Any, entry: Entry) -> None:
+    def publish(self, call: BoundCall, instance: Any, entry: Entry) -> None:
         """Lets native code serve calls like this one with the graphs that there are now, or eagerly."""
         if entry.native is None:
             lock = self.pool_for(call).lock
-            entry.native = _C.Entry(lock, entry.guards.native, entry.written)
+            entry.native = _C.Entry(lock, entry.guards.native, entry.mutated)
             parameters, leaves = self.signature.native(call)
             training = getattr(instance, "training", None)
-            self.native.add(parameters, leaves, call.same, training, entry.native)
+            self.native.add(parameters, leaves, call.identities, training, entry.native)
         if entry.eager is not None:
             entry.native.set_eager(entry.eager)
-        entry.native.set([bucket.native for bucket in entry.buckets.values()], entry.exact is not None)
+        entry.native.set([bucket.native for bucket in entry.buckets.values()], entry.no_padding_reason is not None)
 
     def drop(self, entry: Entry) -> None:
         """Lets the graphs of an entry go."""

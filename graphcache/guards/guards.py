@@ -23,7 +23,7 @@ from graphcache.guards.reachability import (
     DEPTH,
     LONGEST,
     OF_MODULE,
-    Group,
+    Members,
     Place,
     classes,
     groups,
@@ -65,29 +65,29 @@ class Guards:
         iterators: names of iterators, which no replay would advance.
     """
 
-    __slots__ = ("_labels", "hooked", "iterators", "native", "unwatched")
+    __slots__ = ("_labels", "hooked", "iterators", "native", "unguarded")
 
     def __init__(
         self,
         native: _C.Guard | None = None,
-        unwatched: Iterable[Tensor] = (),
+        unguarded: Iterable[Tensor] = (),
         labels: dict[str, list[str]] | None = None,
         hooked: str | None = None,
         iterators: Iterable[str] = (),
     ) -> None:
         self.native = native or _C.Guard()
-        self.unwatched = list(unwatched)
+        self.unguarded = list(unguarded)
         self._labels = labels or {}
         self.hooked = hooked
         self.iterators = list(iterators)
 
-    def hold(self, *, grad: bool) -> bool:
+    def check(self, *, grad: bool) -> bool:
         """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
-        return self.native.hold(grad)
+        return self.native.check(grad)
 
-    def broken(self, *, grad: bool) -> str:
+    def explain(self, *, grad: bool) -> str:
         """Names what is not as it was, for a message."""
-        found = self.native.broken(grad)
+        found = self.native.explain(grad)
         if found is None:
             return "something that is back to what it was"
         kind, index, key = found
@@ -109,7 +109,7 @@ class Guards:
             outside: a tensor for each storage of such, whether somebody holds it still or not.
 
         Returns:
-            The guards; `unwatched` holds those of `reached` and `outside` to which no place leads.
+            The guards; `unguarded` holds those of `reached` and `outside` to which no place leads.
         """
         search = _Search(instance, reads.names, reads.users_names)
         search.visit(instance, (), DEPTH, "")
@@ -134,7 +134,7 @@ class Guards:
 
     @classmethod
     def of_object(cls, value: Any, name: str, depth: int, tensors: Iterable[Tensor]) -> "Guards":
-        """Finds every place in one object; `unwatched` holds those of `tensors` to which none leads."""
+        """Finds every place in one object; `unguarded` holds those of `tensors` to which none leads."""
         search = _Search(None, None, frozenset())
         search.visit(value, (), depth, name)
         lost = [tensor for tensor in tensors if id(tensor) not in search.tensors]
@@ -175,7 +175,7 @@ class _Search:
             dicts=[*more, *self.dicts],
             lists=self.lists,
             buffers=self.buffers,
-            places=list(self.places.values()),
+            sources=list(self.places.values()),
             tensors=list(self.tensors.values()),
             names=self.names,
             grads="requires_grad" in self.users,
@@ -228,7 +228,7 @@ class _Search:
             where = f"{label}.{name}".strip(".")
             self.modules.append(module)
             self.labels["module"].append(where)
-            self._each(Group("items", module, slots_of(module)), DEPTH, where)
+            self._each(Members("items", module, slots_of(module)), DEPTH, where)
             self.classes(type(module))
             for key, held in [*module._parameters.items(), *module._buffers.items()]:
                 self.visit(held, (), DEPTH, f"{where}.{key}".lstrip("."))
@@ -263,7 +263,7 @@ class _Search:
                 self._dict(group, leads, label)
                 self._items(group, depth, label)
 
-    def _each(self, group: Group, depth: int, label: str, *, all_of_it: bool = True) -> None:
+    def _each(self, group: Members, depth: int, label: str, *, all_of_it: bool = True) -> None:
         """Watches items one by one, where no container tells of them."""
         for key, item in group.items:
             if self.counts(key) and (all_of_it or not is_plain(item)):
@@ -274,7 +274,7 @@ class _Search:
         if unset or isinstance(group.container, deque):
             self.watch(((group.container, len(group.items)),), label)  # nothing is there
 
-    def _list(self, group: Group, leads: tuple[Place, ...], depth: int, label: str) -> None:
+    def _list(self, group: Members, leads: tuple[Place, ...], depth: int, label: str) -> None:
         self.lists.append(group.container)
         self.labels["list"].append(label)
         for key, item in group.items:
@@ -282,13 +282,13 @@ class _Search:
             path = () if _TELLS_OF_DEATH else (*leads, place)
             self.visit(item, path, depth, group.label(label, key))
 
-    def _dict(self, group: Group, leads: tuple[Place, ...], label: str) -> None:
+    def _dict(self, group: Members, leads: tuple[Place, ...], label: str) -> None:
         if not _TELLS_OF_DEATH:
             self.watch(leads, label)
         self.dicts.append((group.container, group.kind != "dict"))
         self.labels["dict"].append(group.name or label)
 
-    def _items(self, group: Group, depth: int, label: str) -> None:
+    def _items(self, group: Members, depth: int, label: str) -> None:
         for key, item in group.items:
             if group.kind == "dict" or self.counts(key):
                 self.visit(item, (), depth, group.label(label, key))
@@ -301,7 +301,7 @@ class _Search:
             for group in classes(kind):
                 self._class(group, leads, depth)
 
-    def _class(self, group: Group, leads: tuple[Place, ...], depth: int) -> None:
+    def _class(self, group: Members, leads: tuple[Place, ...], depth: int) -> None:
         """Watches the dict of a class: its methods and constants."""
         if self._is_new(group.container, depth):
             self._dict(group, leads, group.name)

@@ -50,7 +50,7 @@ _VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.ite
 Place = tuple[Any, ...]  # a container, a key, and what is there; without the third: nothing is
 
 
-class Group(NamedTuple):
+class Members(NamedTuple):
     """Something that a value leads to other values by.
 
     Attributes:
@@ -103,48 +103,48 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(container))
 
 
-def groups(value: Any) -> Iterator[Group]:
+def groups(value: Any) -> Iterator[Members]:
     """Yields what a value, which is no nn.Module, leads to other values by; its own class included."""
     kind = type(value)  # not isinstance: proxies and mocks claim to be what they are not
     if issubclass(kind, _PLAIN) or is_opaque(kind.__module__):
         return
     if issubclass(kind, ModuleType):
         if not is_opaque(value.__name__):
-            yield Group("module", vars(value), [])  # there may be thousands: take those that are named
+            yield Members("module", vars(value), [])  # there may be thousands: take those that are named
     elif issubclass(kind, type):
         if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
             yield from classes(value)
             if kind is not type:
-                yield Group("classes", kind, [])
+                yield Members("classes", kind, [])
     elif issubclass(kind, (FunctionType, Tensor)):
-        yield Group("extra", vars(value), _own_names(vars(value)))
+        yield Members("extra", vars(value), _own_names(vars(value)))
         if kind is FunctionType:
             defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            yield Group("loose", value, list(enumerate(defaults)))
+            yield Members("loose", value, list(enumerate(defaults)))
     elif (behind := _behind(value)) is not None:
-        yield Group("fixed", value, behind)
+        yield Members("fixed", value, behind)
     else:
         yield from _own(value)
 
 
-def _own(value: Any) -> Iterator[Group]:
+def _own(value: Any) -> Iterator[Members]:
     kind = type(value)
     if issubclass(kind, (dict, list, set)):
-        yield Group("dict" if issubclass(kind, dict) else "list", value, _items(value))
+        yield Members("dict" if issubclass(kind, dict) else "list", value, _items(value))
     elif issubclass(kind, (deque, ContextVar)):
-        yield Group("items", value, _items(value))
+        yield Members("items", value, _items(value))
     elif issubclass(kind, (tuple, frozenset)):
-        yield Group("fixed", value, list(enumerate(value)))
+        yield Members("fixed", value, list(enumerate(value)))
     if kind in (dict, list, set, tuple, frozenset, deque):
         return
     slots = slots_of(value)
     if slots:
-        yield Group("items", value, slots)
+        yield Members("items", value, slots)
     table = attributes_of(value)
     if table is not None:
-        yield Group("table", table, list(table.items()))
+        yield Members("table", table, list(table.items()))
     if slots or table is not None:
-        yield Group("classes", kind, [])
+        yield Members("classes", kind, [])
 
 
 def _behind(value: Any) -> list[tuple[Any, Any]] | None:
@@ -169,12 +169,12 @@ def _behind(value: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def classes(kind: type) -> Iterator[Group]:
+def classes(kind: type) -> Iterator[Members]:
     """Yields a class and its bases: their methods and constants."""
     for base in kind.__mro__:
         if base.__flags__ & HEAP_TYPE:
             (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
-            yield Group("class", table, _own_names(table), base.__qualname__)
+            yield Members("class", table, _own_names(table), base.__qualname__)
 
 
 def code_in(value: Any, depth: int = 2 * DEPTH, seen: set[int] | None = None) -> Iterator[Any]:

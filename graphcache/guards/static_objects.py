@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import Call
-from graphcache.call.object_args import DEPTH, Passed
+from graphcache.call.bound_call import BoundCall
+from graphcache.call.object_args import DEPTH, ObjectArg
 from graphcache.call.pytree import NotATree
 from graphcache.guards.guards import Guards
 from graphcache.pool import GraphPool
-from graphcache.report.reasons import Unservable
+from graphcache.report.reasons import Bypass
 
 MAX_IDLE = 8  # objects in a row that were let in and not passed again: then it is no state
 
@@ -30,7 +30,7 @@ MAX_IDLE = 8  # objects in a row that were let in and not passed again: then it 
 BeforeMove = Callable[[list[Tensor]], None]
 
 
-class Home:
+class Slot:
     """What the graphs of some signatures were captured with in place of such an object.
 
     Attributes:
@@ -38,9 +38,9 @@ class Home:
     """
 
     def __init__(self) -> None:
-        self.native = _C.Keeper()
+        self.native = _C.StaticObject()
         self._guards: Guards | None = None  # native code knows it weakly
-        self._memory: list[_C.Memory] | None = None
+        self._memory: list[_C.LeasedMemory] | None = None
         self._idle = 0
         self._refused: Callable[[], Any] = lambda: None
 
@@ -48,10 +48,10 @@ class Home:
         """Tells whether its object is gone."""
         return self.native.object is None
 
-    def let_in(self, passed: Passed, device: torch.device, before: BeforeMove) -> bool:
+    def adopt(self, passed: ObjectArg, device: torch.device, before: BeforeMove) -> bool:
         """Makes the memory that graphs know that of the object; tells whether it could be."""
         if self.native.holds(passed.value):
-            if self._guards is not None and self._guards.hold(grad=True):
+            if self._guards is not None and self._guards.check(grad=True):
                 return True
         elif self._memory is not None and not self.is_empty():
             return False  # both are in use
@@ -62,16 +62,16 @@ class Home:
             self.native.release()
             return False
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
-        if self._guards.unwatched:
+        if self._guards.unguarded:
             raise NotATree(f"{passed.name} holds tensors in a way that can't be watched")
         self._watch = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
         self.native.bind(passed.value, self._guards.native)
         return True
 
-    def _move(self, passed: Passed, device: torch.device, before: BeforeMove) -> bool:
+    def _move(self, passed: ObjectArg, device: torch.device, before: BeforeMove) -> bool:
         pairs = list(zip(self._memory or (), _storages(passed.tensors, device), strict=True))
-        foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_lent_to(tensor)]
-        if any(memory.is_lent() for memory, _ in foreign):
+        foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_leased_to(tensor)]
+        if any(memory.is_leased() for memory, _ in foreign):
             return False
         again = self._refused() is passed.value
         self._idle = 0 if again or self.native.calls or not foreign else self._idle + 1
@@ -83,42 +83,42 @@ class Home:
             )
         before([tensor for _, tensor in foreign])
         for memory, tensor in foreign:
-            memory.move_in(tensor)
+            memory.adopt(tensor)
         return True
 
-    def lend(self, passed: Passed, device: torch.device) -> None:
+    def lease(self, passed: ObjectArg, device: torch.device) -> None:
         """Takes the memory of the object before the first capture, and lends it back."""
         if self._memory is None:
-            self._memory = [_C.Memory(tensor) for tensor in _storages(passed.tensors, device)]
+            self._memory = [_C.LeasedMemory(tensor) for tensor in _storages(passed.tensors, device)]
 
     def forget(self) -> None:
         """Lets go of the tensors of an object that is gone."""
         self._guards = None
 
 
-def _forget(home: "weakref.ref[Home]", _: Any) -> None:
-    found = home()
+def _forget(slot: "weakref.ref[Slot]", _: Any) -> None:
+    found = slot()
     if found is not None and found.is_empty():
         found.forget()
 
 
-_HOMES: "weakref.WeakKeyDictionary[GraphPool, Homes]" = weakref.WeakKeyDictionary()
+_SLOTS: "weakref.WeakKeyDictionary[GraphPool, Slots]" = weakref.WeakKeyDictionary()
 
 
-def at_home(call: Call, pool: GraphPool) -> Call:
+def with_slots(call: BoundCall, pool: GraphPool) -> BoundCall:
     """Returns the call with a home in `pool` for each of `kept`, which become part of the key.
 
     Raises:
         Unservable: where an object can't have one.
     """
-    if not call.kept:
+    if not call.objects:
         return call
-    homes = _HOMES.setdefault(pool, Homes(partial(_before_move, weakref.ref(pool))))
+    slots = _SLOTS.setdefault(pool, Slots(partial(_before_move, weakref.ref(pool))))
     try:
-        found = tuple(homes.of(passed, pool.device) for passed in call.kept)
+        found = tuple(slots.of(passed, pool.device) for passed in call.objects)
     except NotATree as error:
-        raise Unservable(str(error)) from None
-    return call._replace(homes=found, key=(*call.key, *found))
+        raise Bypass(str(error)) from None
+    return call._replace(slots=found, key=(*call.key, *found))
 
 
 def _before_move(pool: "weakref.ref[GraphPool]", tensors: list[Tensor]) -> None:
@@ -128,7 +128,7 @@ def _before_move(pool: "weakref.ref[GraphPool]", tensors: list[Tensor]) -> None:
         found.use_here(tensors)
 
 
-class Homes:
+class Slots:
     """The homes of one pool, by shape; they live as long as graphs use them.
 
     Args:
@@ -137,23 +137,23 @@ class Homes:
 
     def __init__(self, before: BeforeMove) -> None:
         self._before = before
-        self._by_shape: dict[Any, weakref.WeakSet[Home]] = {}
+        self._by_shape: dict[Any, weakref.WeakSet[Slot]] = {}
 
-    def of(self, passed: Passed, device: torch.device) -> Home:
+    def of(self, passed: ObjectArg, device: torch.device) -> Slot:
         """Returns a home for the object: its own, an empty one that it moves into, or a new one.
 
         Raises:
             NotATree: where it can't be watched, or is another object each time.
         """
-        homes = list(self._by_shape.get(passed.shape, ()))
-        for home in sorted(homes, key=lambda home: not home.native.holds(passed.value)):
-            if home.let_in(passed, device, self._before):
-                return home
-        home = Home()
-        home.let_in(passed, device, self._before)
-        self._by_shape = {shape: homes for shape, homes in self._by_shape.items() if homes}
-        self._by_shape.setdefault(passed.shape, weakref.WeakSet()).add(home)
-        return home
+        slots = list(self._by_shape.get(passed.shape, ()))
+        for slot in sorted(slots, key=lambda slot: not slot.native.holds(passed.value)):
+            if slot.adopt(passed, device, self._before):
+                return slot
+        slot = Slot()
+        slot.adopt(passed, device, self._before)
+        self._by_shape = {shape: slots for shape, slots in self._by_shape.items() if slots}
+        self._by_shape.setdefault(passed.shape, weakref.WeakSet()).add(slot)
+        return slot
 
 
 def _storages(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -1,5 +1,5 @@
 """The reasons for which a call runs eagerly."""
 
 
-class Unservable(Exception):
+class Bypass(Exception):
     """No graph can serve this call; the text says why and becomes a line of `cache_info().eager`."""

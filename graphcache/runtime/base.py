@@ -39,7 +39,7 @@ class Graph(Protocol):
         node: its staging node, where it has one.
     """
 
-    node: _C.StageNode | None
+    node: _C.CopyInNode | None
 
     def replay(self) -> None:
         """Runs everything that was captured, on the current stream, over the captured addresses."""
@@ -88,7 +88,7 @@ class Runtime(Protocol):
     def ladder(self, device: torch.device) -> AbstractContextManager[None]:
         """Surrounds the captures of all sizes: does once what need not be done for each."""
 
-    def prepare(self, stage: _C.Stage, device: torch.device) -> _C.StageKernel | None:
+    def prepare(self, stage: _C.InputCopier, device: torch.device) -> _C.CopyInKernel | None:
         """Returns the kernel of a staging node; None where this device needs none.
 
         Raises:
@@ -99,8 +99,8 @@ class Runtime(Protocol):
         self,
         arena: Any,
         body: Callable[[], Result],
-        stage: _C.Stage | None,
-        kernel: _C.StageKernel | None,
+        stage: _C.InputCopier | None,
+        kernel: _C.CopyInKernel | None,
     ) -> tuple[Graph, Result]:
         """Records what `body` does, without its effects, and returns what it returned.
 

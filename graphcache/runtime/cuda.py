@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphcache import _C, config
 from graphcache.runtime.base import PoolMemory, Result
-from graphcache.runtime.nvrtc import stage_kernel
+from graphcache.runtime.nvrtc import copy_in_kernel
 from graphcache.runtime.torch_state import uncollected
 
 RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, if that is more
@@ -153,7 +153,7 @@ class CudaGraph:
     """A graph of torch, its staging node, and how many products run beside others."""
 
     graph: torch.cuda.CUDAGraph
-    node: _C.StageNode | None
+    node: _C.CopyInNode | None
     turn: _Turn
     branches: int
 
@@ -212,20 +212,20 @@ class CudaRuntime:
             self._ladder.has_branches = True
             yield
 
-    def prepare(self, stage: _C.Stage, device: torch.device) -> _C.StageKernel:
+    def prepare(self, stage: _C.InputCopier, device: torch.device) -> _C.CopyInKernel:
         """Compiles the staging kernel for `device`, once."""
         with torch.cuda.device(device):
-            return stage_kernel(device, stage.count)
+            return copy_in_kernel(device, stage.count)
 
     def capture(
         self,
         arena: CudaArena,
         body: Callable[[], Result],
-        stage: _C.Stage | None,
-        kernel: _C.StageKernel | None,
+        stage: _C.InputCopier | None,
+        kernel: _C.CopyInKernel | None,
     ) -> tuple[CudaGraph, Result]:
         """Captures `body` on the stream of the arena; see `Runtime.capture`."""
-        node = None if stage is None or kernel is None else _C.StageNode(kernel, stage)
+        node = None if stage is None or kernel is None else _C.CopyInNode(kernel, stage)
         # The handle of a node lives as long as the graph that it was captured into.
         graph = torch.cuda.CUDAGraph(keep_graph=node is not None)
         arena.stream.wait_stream(torch.cuda.current_stream(arena.device))

@@ -17,7 +17,7 @@ from graphcache.errors import CaptureError
 from graphcache.runtime.base import Result
 from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
-from graphcache.runtime.op_info import obstacle, take_apart, tensors_in, written_by
+from graphcache.runtime.op_info import obstacle, take_apart, tensors_in, mutated_by
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.runtime.torch_state import SavedState, uncompiled
@@ -43,7 +43,7 @@ class _Operation(NamedTuple):
 class EmulatedGraph:
     """The operations of one capture, in order."""
 
-    node: _C.StageNode | None = None  # copies on the CPU take its place
+    node: _C.CopyInNode | None = None  # copies on the CPU take its place
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
@@ -96,15 +96,15 @@ class EmulatedRuntime:
         """Nothing has to be done once for all sizes."""
         yield
 
-    def prepare(self, stage: _C.Stage, device: torch.device) -> None:
+    def prepare(self, stage: _C.InputCopier, device: torch.device) -> None:
         """Nothing: the inputs are copied on the CPU."""
 
     def capture(
         self,
         arena: EmulatedArena,
         body: Callable[[], Result],
-        stage: _C.Stage | None,
-        kernel: _C.StageKernel | None,
+        stage: _C.InputCopier | None,
+        kernel: _C.CopyInKernel | None,
     ) -> tuple[EmulatedGraph, Result]:
         """Records `body`; see `Runtime.capture`.
 
@@ -151,7 +151,7 @@ class _Recorder(TorchDispatchMode):
         if func is _aten.lift_fresh.default:  # a constant written in the source
             # Each replay makes it anew: a caller may write to what it gets.
             return self.__torch_dispatch__(_aten.clone.default, types, (args[0],))
-        for tensor in written_by(func, args, kwargs):
+        for tensor in mutated_by(func, args, kwargs):
             if not self._arena.owns(tensor):
                 self.saved.save(tensor)
         given = {_C.storage_key(tensor) for tensor in tensors_in(args, kwargs)}
@@ -163,7 +163,7 @@ class _Recorder(TorchDispatchMode):
                 placed[id(tensor)] = target = self._arena.allocate(tensor)
                 copy_memory(target, tensor)
                 targets.append((position, self._weakly(target)))
-        if (targets or written_by(func, args, kwargs)) and func not in _ALLOCATIONS:
+        if (targets or mutated_by(func, args, kwargs)) and func not in _ALLOCATIONS:
             self.graph.operations.append(
                 _Operation(func, self._weakly(args), self._weakly(kwargs), targets)
             )

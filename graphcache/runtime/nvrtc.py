@@ -8,7 +8,7 @@ import torch
 
 from graphcache import _C
 
-_SOURCE = Path(_C.__file__).parent / "stage_kernel.h"
+_SOURCE = Path(_C.__file__).parent / "copy_in_kernel.h"
 # Inputs that a kernel takes: patching its parameter costs a nanosecond for each byte of it, and each
 # capacity is compiled for itself. A parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
 _CAPACITIES = (2, 4, 8, 12, 16, 4096 // _C.INPUT_BYTES, 32764 // _C.INPUT_BYTES)
@@ -18,7 +18,7 @@ class CompileError(RuntimeError):
     """NVRTC is missing or did not take the kernel."""
 
 
-def stage_kernel(device: torch.device, inputs: int) -> _C.StageKernel:
+def copy_in_kernel(device: torch.device, inputs: int) -> _C.CopyInKernel:
     """Returns the kernel that stages up to `inputs` inputs, compiled when first needed.
 
     Args:
@@ -36,11 +36,11 @@ def stage_kernel(device: torch.device, inputs: int) -> _C.StageKernel:
 
 
 @cache
-def _loaded(device: torch.device, capacity: int) -> _C.StageKernel:
+def _loaded(device: torch.device, capacity: int) -> _C.CopyInKernel:
     _C.check_driver()
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}", f"-DGRAPHCACHE_CAPACITY={capacity}")
-    return _C.StageKernel(_compile(_SOURCE.read_bytes(), options), capacity)
+    return _C.CopyInKernel(_compile(_SOURCE.read_bytes(), options), capacity)
 
 
 def _compile(source: bytes, options: tuple[str, ...]) -> bytes:

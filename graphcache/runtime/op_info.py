@@ -49,7 +49,7 @@ def overrides_dispatch(tensor: Tensor) -> bool:
 
 
 @cache
-def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+def _mutated_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     return tuple(
         (index, argument.name)
         for index, argument in enumerate(func._schema.arguments)
@@ -57,7 +57,7 @@ def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ..
     )
 
 
-def written_by(
+def mutated_by(
     func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
     """Returns the tensors that this call of `func` writes into, as its schema declares."""
@@ -65,7 +65,7 @@ def written_by(
         return [tensor for tensor in args[3:5] if tensor is not None] if args[5] else []
     return [
         tensor
-        for index, name in _written_arguments(func)
+        for index, name in _mutated_arguments(func)
         for tensor in tensors_in(args[index] if index < len(args) else kwargs.get(name))
     ]
 

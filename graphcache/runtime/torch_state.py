@@ -35,7 +35,7 @@ class SavedState:
 
 
 @contextmanager
-def kept_as_is(tensors: Iterable[Tensor]) -> Iterator[None]:
+def restored_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Puts the bytes of `tensors` back after the block, whatever happens in it."""
     saved = SavedState()
     for tensor in tensors:

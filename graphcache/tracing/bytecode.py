@@ -29,7 +29,7 @@ _IMPORT = opmap["IMPORT_NAME"]
 _MATCH = opmap["MATCH_CLASS"]
 
 
-class Named:
+class NamesInCode:
     """What one piece of code names.
 
     Attributes:

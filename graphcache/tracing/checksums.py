@@ -14,7 +14,7 @@ from graphcache import _C
 _WORD = 8  # bytes
 
 
-class Fingerprints:
+class Checksums:
     """Sums over the storages of some tensors, to be compared later.
 
     Args:

@@ -1,6 +1,6 @@
 """Watches one eager forward: what it reads and writes by address, and what a graph can't hold.
 
-The first call of every signature runs under `Observer`. What it finds decides everything after: which
+The first call of every signature runs under `OpRecorder`. What it finds decides everything after: which
 arguments are bound, whether rows may be padded, what has to be guarded, whether to capture at all.
 """
 
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache import _C
 from graphcache.errors import describe
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
-from graphcache.runtime.op_info import obstacle, overrides_dispatch, take_apart, tensors_in, written_by
+from graphcache.runtime.op_info import obstacle, overrides_dispatch, take_apart, tensors_in, mutated_by
 from graphcache.runtime.source_lines import user_line
-from graphcache.runtime.torch_state import SavedState, kept_as_is, uncached_autocast, uncompiled
-from graphcache.tracing.checksums import Fingerprints
+from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncached_autocast, uncompiled
+from graphcache.tracing.checksums import Checksums
 
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
@@ -58,9 +58,9 @@ def _has_storage(value: Any) -> bool:
 
 
 class _Report(HostReads):
-    def __init__(self, observer: "Observer") -> None:
-        super().__init__(observer.device)
-        self._observer = observer
+    def __init__(self, recorder: "OpRecorder") -> None:
+        super().__init__(recorder.device)
+        self._observer = recorder
 
     def found(self, what: str) -> None:
         self._observer.blocked(f"{what} at {user_line()}")
@@ -70,7 +70,7 @@ class _Report(HostReads):
         self._observer.note_addressed(tensor)
 
 
-class Observer(TorchDispatchMode):
+class OpRecorder(TorchDispatchMode):
     """Runs operations as they are and keeps book of the storages that they touch.
 
     Args:
@@ -100,14 +100,14 @@ class Observer(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.external: dict[int, Tensor] = {}
-        self.written: set[int] = set()
+        self.mutated: set[int] = set()
         self.blocker: str | None = None
         self.draws = False
         self.constants: dict[Key, Tensor] | None = None
         self.saved = SavedState() if restore else None
         given = list(inputs)
         self._suspects = [*given, *outside]
-        self._bytes = Fingerprints(())
+        self._bytes = Checksums(())
         self._inputs = {_C.storage_key(tensor) for tensor in given}
         # Weak references keep the keys of dead storages from being used again.
         self._made: dict[int, StorageWeakRef] = {}
@@ -124,7 +124,7 @@ class Observer(TorchDispatchMode):
     def watch(self) -> Iterator[None]:
         """Observes what runs inside the block; with `restore`, undoes its writes afterwards."""
         before, host_before = self._random_state(), torch.get_rng_state()
-        self._bytes = Fingerprints(t for t in self._suspects if t.device == self.device)
+        self._bytes = Checksums(t for t in self._suspects if t.device == self.device)
         host = _Report(self)
         constants = Constants(self.device, read=self.note_read, learned=self._note_constant)
         try:
@@ -136,8 +136,8 @@ class Observer(TorchDispatchMode):
             self.draws = not torch.equal(before, self._random_state())
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
                 self.blocked("it draws random numbers from the generator of the CPU")
-            for tensor in self._bytes.changed(self.written):
-                self._note_written_past(tensor)
+            for tensor in self._bytes.changed(self.mutated):
+                self._note_mutated_unseen(tensor)
             if self.saved is not None:
                 self.saved.restore()
                 self._set_random_state(before)
@@ -171,8 +171,8 @@ class Observer(TorchDispatchMode):
                 self._constants.add(_C.storage_key(tensor))
             else:
                 self.note_read(tensor)
-        for tensor in written_by(func, args, kwargs):
-            self._note_written(tensor)
+        for tensor in mutated_by(func, args, kwargs):
+            self._note_mutated(tensor)
         there = self._storages_before if func in _TAKES_STORAGE else None
         result = func(*args, **kwargs)
         for tensor in tensors_in(result):
@@ -229,16 +229,16 @@ class Observer(TorchDispatchMode):
                 tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset())
             )
 
-    def _note_written(self, tensor: Tensor) -> None:
+    def _note_mutated(self, tensor: Tensor) -> None:
         key = _C.storage_key(tensor)
         if key not in self._made:
-            self.written.add(key)
+            self.mutated.add(key)
             if self.saved is not None:
                 self.saved.save(tensor)
 
-    def _note_written_past(self, tensor: Tensor) -> None:
+    def _note_mutated_unseen(self, tensor: Tensor) -> None:
         key = _C.storage_key(tensor)
-        self.written.add(key)
+        self.mutated.add(key)
         if key not in self._inputs:
             self._hold(key, tensor)
         if self.device.type == "cpu":
@@ -263,24 +263,24 @@ class Observer(TorchDispatchMode):
         """Puts back afterwards what was seen to be written, and the generator; watches nothing."""
         before = self._random_state()
         try:
-            with kept_as_is(self.written_outside()):
+            with restored_afterwards(self.mutated_external()):
                 yield
         finally:
             self._set_random_state(before)
 
-    def written_outside(self) -> list[Tensor]:
+    def mutated_external(self) -> list[Tensor]:
         """Returns a tensor for each storage that was written to and that the forward did not make."""
         known = [*self.external.values(), *self._suspects]
         written = {_C.storage_key(tensor): tensor for tensor in known}
-        return [tensor for key, tensor in written.items() if key in self.written]
+        return [tensor for key, tensor in written.items() if key in self.mutated]
 
     def reached(self) -> list[Tensor]:
         """Returns the tensors that came from elsewhere and that somebody holds still."""
         return [tensor for known in self._reached.values() if (tensor := known()) is not None]
 
-    def written_of(self, tensors: Iterable[Tensor]) -> list[int]:
+    def mutated_positions(self, tensors: Iterable[Tensor]) -> list[int]:
         """Returns the places of those that were written to."""
-        return [i for i, tensor in enumerate(tensors) if _C.storage_key(tensor) in self.written]
+        return [i for i, tensor in enumerate(tensors) if _C.storage_key(tensor) in self.mutated]
 
     def kept(self, result: Iterable[Tensor]) -> str | None:
         """Describes something that the forward made and that lives on besides its result, or None.

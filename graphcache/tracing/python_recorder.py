@@ -22,7 +22,7 @@ from graphcache.guards.guards import ReadSet
 from graphcache.guards.reachability import DEPTH, OF_MODULE, SPECIAL, Place, code_in
 from graphcache.runtime.source_lines import is_library, is_ours
 from graphcache.runtime.torch_patches import as_in_a_capture
-from graphcache.tracing.bytecode import Named
+from graphcache.tracing.bytecode import NamesInCode
 from graphcache.tracing.python_snapshot import Snapshot
 
 _ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
@@ -34,7 +34,7 @@ _HAND_OVER = ("_to_dlpack", "_to_dlpack_versioned")
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
-class Reads:
+class PythonRecorder:
     """Notes, while a forward runs, which functions run; and what was there when each began.
 
     Args:
@@ -49,7 +49,7 @@ class Reads:
     def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
         self.code = [function, *code_in(arguments)]
         self._seen: set[CodeType] = set()
-        self._named: dict[CodeType, tuple[Named, dict[str, Any]]] = {}  # with globals; not libraries'
+        self._named: dict[CodeType, tuple[NamesInCode, dict[str, Any]]] = {}  # with globals; not libraries'
         self._dynamic = False
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
@@ -105,7 +105,7 @@ class Reads:
         self._note_launcher(frame.f_globals.get("__name__"))
         if _is_library(code, frame.f_globals):
             return
-        named, scope = self._named[code] = Named(code), frame.f_globals
+        named, scope = self._named[code] = NamesInCode(code), frame.f_globals
         self._snapshot.add_names(named.attributes)
         for name in named.scope:
             self._snapshot.add_entry(scope, name, f"global {name}")

@@ -10,7 +10,7 @@ from graphcache.guards.reachability import (
     DEPTH,
     LONGEST,
     OF_MODULE,
-    Group,
+    Members,
     classes,
     groups,
     is_library_module,
@@ -34,7 +34,7 @@ class Snapshot:
     def __init__(self) -> None:
         self.tensors: dict[int, Tensor] = {}
         self.dynamic = False
-        self._groups: dict[tuple[str, int], tuple[Group, str]] = {}
+        self._groups: dict[tuple[str, int], tuple[Members, str]] = {}
         self._entries: dict[tuple[int, str], tuple[dict[str, Any], str, Any, str]] = {}
         self._seen: dict[int, tuple[int, Any]] = {}
         self._modules: list[tuple[dict[str, Any], str]] = []  # Python's
@@ -90,20 +90,20 @@ class Snapshot:
 
     def _add_module(self, module: nn.Module, name: str) -> None:
         table = vars(module)
-        self._note(Group("table", table, list(table.items())), name)
+        self._note(Members("table", table, list(table.items())), name)
         for key in _TABLES:
             if isinstance(table.get(key), dict):  # a scripted module has others
-                self._note(Group("table", table[key], list(table[key].items())), name)
+                self._note(Members("table", table[key], list(table[key].items())), name)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             self.add(tensor, name, 1)
         for key, value in list(table.items()):
             if key not in OF_MODULE:
                 self.add(value, f"{name}.{key}", DEPTH)
         if slots := slots_of(module):
-            self._add_group(Group("items", module, slots), name, DEPTH)
-        self._add_group(Group("classes", type(module), []), name, DEPTH)
+            self._add_group(Members("items", module, slots), name, DEPTH)
+        self._add_group(Members("classes", type(module), []), name, DEPTH)
 
-    def _add_group(self, group: Group, label: str, depth: int) -> None:
+    def _add_group(self, group: Members, label: str, depth: int) -> None:
         if group.kind == "module":
             self._modules.append((group.container, label))
             self._add_named(group.container, self._names, label)
@@ -118,7 +118,7 @@ class Snapshot:
                 if group.kind == "dict" and not is_plain(key):
                     self.add(key, label, depth)
 
-    def _note(self, group: Group, label: str) -> bool:
+    def _note(self, group: Members, label: str) -> bool:
         known = (group.kind, id(group.container))
         if group.kind != "class" or known not in self._groups:
             self._groups.setdefault(known, (group, label.lstrip(".")))
@@ -144,14 +144,14 @@ class Snapshot:
         return sorted(names)
 
 
-def _are_same(group: Group, now: list[tuple[Any, Any]]) -> bool:
+def _are_same(group: Members, now: list[tuple[Any, Any]]) -> bool:
     keyed = isinstance(group.container, dict)
     return len(now) == len(group.items) and all(
         a[1] is b[1] and (a[0] is b[0] or not keyed) for a, b in zip(now, group.items, strict=True)
     )
 
 
-def _differing(group: Group, now: list[tuple[Any, Any]], label: str) -> set[str]:
+def _differing(group: Members, now: list[tuple[Any, Any]], label: str) -> set[str]:
     if not isinstance(group.container, dict):
         return {label}
     first, second, name = dict(group.items), dict(now), group.name or label

@@ -57,7 +57,7 @@ struct Block {
 };
 std::map<std::pair<int64_t, size_t>, std::vector<void*>> idle; // by stream and size
 
-void give_back(void* context) {
+void release_lease(void* context) {
   const std::unique_ptr<Block> block(static_cast<Block*>(context));
   idle[{block->stream, block->size}].push_back(block->memory);
 }
@@ -70,7 +70,7 @@ struct Allocator final : c10::Allocator {
     if (!list.empty()) {
       list.pop_back();
     }
-    return {memory, new Block{current, size, memory}, give_back, Guard::device()};
+    return {memory, new Block{current, size, memory}, release_lease, Guard::device()};
   }
   void copy_data(void*, const void*, size_t) const override {}
 } allocator;
@@ -90,7 +90,7 @@ Extents extents(std::initializer_list<Tensor> tensors) {
 
 void launch(std::initializer_list<Tensor> reads, std::initializer_list<Tensor> writes) {
   const auto read = extents(reads), written = extents(writes);
-  model_launch(current, &read, &written);
+  model_launch(current, &read, &mutated);
 }
 
 Tensor make(at::IntArrayRef sizes) {
