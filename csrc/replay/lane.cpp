@@ -54,7 +54,7 @@ Lane::~Lane() {
 }
 
 bool Lane::holds_outputs() const {
-  for (const auto& handed : live_) {
+  for (const auto& shared : live_) {
     if (shared->held()) {
       return true;
     }
@@ -64,7 +64,7 @@ bool Lane::holds_outputs() const {
 
 Invalidated Lane::invalidate(const Origin& overwritten_by) {
   Invalidated invalidated;
-  for (const auto& handed : live_) {
+  for (const auto& shared : live_) {
     invalidated += shared->invalidate(overwritten_by);
   }
   live_.clear();
