@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from graphcache.report.reasons import Reason
+
 
 class GraphCacheError(RuntimeError):
     """The root of every exception that graphcache raises.
@@ -12,7 +14,16 @@ class GraphCacheError(RuntimeError):
 
 
 class CaptureError(GraphCacheError):
-    """A forward could not be captured into a graph."""
+    """A forward could not be captured into a graph.
+
+    Args:
+        message: what the forward does that no graph can hold, and where.
+        reason: the kind of that; see docs/troubleshooting.md.
+    """
+
+    def __init__(self, message: str, *, reason: Reason = Reason.CAPTURE_FAILED) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class OptionError(GraphCacheError, ValueError):

@@ -148,7 +148,11 @@ class Record:
 class Nested(nn.Module):
     def forward(self, x: Tensor, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         y = x if extra is None else x + extra["shift"] * extra["by"][0]
-        return {"named": NamesInCode(y * 2, "a"), "record": Record(y + 1, [y[..., :2], y]), "none": (None, 3)}
+        return {
+            "named": NamesInCode(y * 2, "a"),
+            "record": Record(y + 1, [y[..., :2], y]),
+            "none": (None, 3),
+        }
 
 
 class ViewOfInput(nn.Module):

@@ -101,7 +101,7 @@ def test_what_a_padded_row_holds(backend: Backend, pad: Any, row: list[float]) -
     graphed(x[:1], x[:1].clone())  # one batch alone does not tell which arguments carry it
     for _ in range(3):
         graphed(x, x.clone())
-    (entry,) = graphed._cache().entries.values()
+    (entry,) = graphed._cache().store.entries.values()
     seen.copy_(entry.buckets[4].static[0])
     assert seen[:2].tolist() == x.tolist()
     assert seen[2:].tolist() == [row, row]

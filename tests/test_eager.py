@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphcache
 from graphcache import _C, CaptureError, GraphCacheWarning, cuda_graphed
+from graphcache.call.signature import Signature
 from graphcache.runtime.op_info import obstacle
 from graphcache.runtime.source_lines import user_line_of
-from graphcache.call.signature import Signature
 from tests.conftest import MLP, Backend, Counter, close, eager, hidden
 
 

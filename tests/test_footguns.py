@@ -37,9 +37,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import graphcache
 from graphcache import GraphCacheWarning, cuda_graphed
-from graphcache.runtime.loaded_kernels import loaded
 from graphcache.pool import Lane
 from graphcache.report.cache_info import CacheInfo
+from graphcache.runtime.loaded_kernels import loaded
 from tests.conftest import Backend, Counter, hidden
 from tests.test_launch import on
 from tests.test_state import Capturing
@@ -2275,7 +2275,7 @@ def test_no_memory_is_left_to_compare_a_replay(
     def fails(*_: object) -> bool:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("graphcache.first.same", fails)
+    monkeypatch.setattr("graphcache.capture.verify.same", fails)
     replays(cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,)), backend.randn(2, 8))
 
 

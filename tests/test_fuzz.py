@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 
+from graphcache.dispatch import first_call
 from graphcache.guards.guards import Guards
-from graphcache.tracing.trace import Trace
 from tests import fuzz
 from tests.conftest import RUNTIMES
 from tests.fuzz_machine import Fuzz, Mismatch, Stats
@@ -50,7 +50,7 @@ def _forget_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pad_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trace, "why_exact", lambda *_: None)
+    monkeypatch.setattr(first_call, "why_not_padded", lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import OptionError, cuda_graphed
-from graphcache.config import check_sizes
 from graphcache.capture.sizes import default_sizes, padded_size
+from graphcache.config import check_sizes
 
 
 def forward(x: Tensor, slots: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import GraphCacheError, OptionError, cuda_graphed, timing
-from graphcache.report.suggest_sizes import best_sizes, interpolated
+from graphcache import GraphCacheError, OptionError, cuda_graphed
+from graphcache.capture import bucket as timing
 from graphcache.capture.sizes import padded_size
 from graphcache.pool import Lane
+from graphcache.report.suggest_sizes import best_sizes, interpolated
 from tests.conftest import MLP, Backend, close, eager
 
 

@@ -34,7 +34,7 @@ def values(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
 
 
 def static(graphed: Any, size: int) -> list[Tensor]:
-    (entry,) = graphed._cache().entries.values()
+    (entry,) = graphed._cache().store.entries.values()
     return entry.buckets[size].static
 
 

@@ -10,15 +10,15 @@ __all__ = [
     "INPUT_BYTES",
     "MAX_DIMS",
     "Bucket",
+    "CopyInKernel",
+    "CopyInNode",
     "Dispatcher",
     "Entry",
     "Guard",
-    "Lane",
-    "PoolLock",
     "InputCopier",
-    "CopyInKernel",
-    "CopyInNode",
+    "Lane",
     "MutatedMemory",
+    "PoolLock",
     "alias",
     "carve",
     "check_driver",
@@ -459,7 +459,7 @@ class Dispatcher:
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> Any:
         """Returns the result of a call, or a certain object where Python has to serve it."""
 
-    def why_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> str | None:
+    def why_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> Any:
         """Says why such a call runs eagerly for good, and counts it; None where that is not known."""
 
 def serve_calls(type: type) -> None:

@@ -34,7 +34,7 @@ class BoundCall(NamedTuple):
         tensors: the tensors of the arguments.
         paths: the path of each tensor, such as `batch['ids'][0]`.
         roles: the role of each tensor.
-        identities: for each tensor, the first one that is the same tensor: forwards ask (`key is value`).
+        identities: for each tensor, the first that is the same one: forwards ask (`key is value`).
         batch: rows of this call.
         key: equal for calls that the same graphs serve, at any batch.
         objects: the objects among the arguments that hold tensors; see `object_args`.

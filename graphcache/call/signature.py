@@ -10,7 +10,7 @@ from torch import Tensor
 from graphcache import _C
 from graphcache.call.bound_call import BATCHED, BOUND, WHOLE, BoundCall, Leaf
 from graphcache.call.object_args import MutationHistory, ObjectArg
-from graphcache.call.pytree import ObjectRef, Node, NotATree, attributes_of_tensor, flatten, native
+from graphcache.call.pytree import Node, NotATree, ObjectRef, attributes_of_tensor, flatten, native
 from graphcache.config import BatchDim, by_path, top_name
 from graphcache.report.reasons import Bypass
 

@@ -10,56 +10,60 @@ from graphcache.call.bound_call import BoundCall
 from graphcache.capture.outputs import Result
 from graphcache.pool import Lane
 from graphcache.report.cache_info import Times
-from graphcache.runtime.base import Graph, Stopwatch
+from graphcache.runtime.base import Stopwatch
 
 # Replays before a graph is timed: it matters by then, and a call that runs eagerly is lost among them.
 AFTER = 512
-
-
 SETTLED = 64  # further replays, after which the device is done with both
 
 
 @dataclass
 class Timing:
-    """The stopwatches of one graph."""
+    """The stopwatches of one graph: one call with it and one without, measured on the device."""
 
     eager: Stopwatch | None = None
     replay: Stopwatch | None = None
 
     def is_done(self) -> bool:
-        """Tells whether the device is done with all that was started."""
+        """Return True if the device is done with all that was started."""
         return all(watch is None or watch.is_done() for watch in (self.eager, self.replay))
 
     def times(self) -> Times:
-        """Returns what is known by now."""
+        """Returns the times that are known by now."""
         watches = self.eager, self.replay
         return Times(*(watch.seconds() if watch and watch.is_done() else None for watch in watches))
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Bucket:
-    """One captured size: its graph, where its inputs go, what it returns.
+    """One captured size.
 
     Attributes:
-        native: what serves calls with it.
-        launch: how that reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
-        timing: what its calls take.
-        exact_only: captured for batches of exactly this size.
-        constants: what its graph reads of `Constants`.
-        kernels: what keeps kernels on the device that its graph launches.
+        size: its rows.
+        lane: the lane whose memory its graph uses.
+        static: its static inputs.
+        result: its result, as captured.
+        native: the native counterpart, which serves calls and counts them.
+        launch: how a call reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
+        exact_only: whether it serves batches of exactly this size.
+        resources: the graph, and what has to live as long: constants, and loaded kernels.
+        timing: the times of its calls.
     """
 
     size: int
-    graph: Graph | None
     lane: Lane
     static: list[Tensor]
     result: Result
     native: _C.Bucket
     launch: str
+    exact_only: bool
+    resources: list[Any]
     timing: Timing = field(default_factory=Timing)
-    exact_only: bool = False
-    constants: list[Tensor] = field(default_factory=list)
-    kernels: list[object] = field(default_factory=list)
+
+    @property
+    def graph(self) -> Any:
+        """The graph; None once it is retired."""
+        return self.resources[0] if self.resources else None
 
     def replay(self, call: BoundCall, number: int) -> Any:
         """Serves call `number`, with the lock of the pool held."""
@@ -68,7 +72,7 @@ class Bucket:
         return self.native.run(tensors, call.batch, number, stream)
 
     def try_out(self, call: BoundCall, number: int) -> Any:
-        """Replays for a comparison: the result goes to nobody, and counts for nothing."""
+        """Replays for a comparison: nobody gets the result, and no count changes."""
         native = self.native
         before = native.replays, native.padded_rows, native.check_budget
         result = self.replay(call, number)
@@ -76,10 +80,9 @@ class Bucket:
         return result
 
     def retire(self) -> None:
-        """Lets go of the graph; its counts and times stay."""
+        """Releases the graph; its counts and times stay."""
         self.native.retire()
-        self.graph = None
-        self.kernels = []
+        self.resources.clear()
 
     def output_bytes(self) -> int:
         """Returns the bytes of its outputs that lie in the pool, which strong references would pin."""

@@ -1,5 +1,6 @@
 """What a capture returned, and which of its dimensions carry the batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,3 +105,34 @@ class Result:
     def batch_dims(self) -> list[tuple[int, ...]]:
         """Returns for each output the dimensions that carry the batch, as far as they are known."""
         return [output.batch_dims or () for output in self.outputs]
+
+
+def find_batch_dims(
+    buckets: Sequence[Any], batch: int, layout: Any, tensors: Sequence[Tensor]
+) -> str | None:
+    """Finds the dimensions of the outputs that carry the batch, by comparing sizes.
+
+    Args:
+        buckets: the captured sizes.
+        batch: rows of an eager call.
+        layout: the layout of the result of that call.
+        tensors: the tensors of that result.
+
+    Returns:
+        None, or why the outputs can't be cut back to a smaller batch.
+    """
+    known = {batch: [Place.of(tensor) for tensor in tensors]}
+    for bucket in buckets:
+        if bucket.result.layout != layout:
+            return "the structure of its result, or a Python value in it, depends on the batch"
+        known.setdefault(bucket.size, [output.place for output in bucket.result.outputs])
+    for bucket in buckets:
+        other = next((size for size in known if size != bucket.size), None)
+        if other is None:
+            continue  # one size only: the first padded call teaches the rest
+        for output, there in zip(bucket.result.outputs, known[other], strict=True):
+            why: str | None = output.learn(bucket.size, there, other)
+            if why is not None:
+                return why
+        bucket.native.set_batch_dims(bucket.result.batch_dims())
+    return None

@@ -62,7 +62,10 @@ def native_input_copier(static: list[Tensor], call: BoundCall, pad: Pad) -> _C.I
     return _C.InputCopier(
         static,
         [index for index, _ in call.copied_in()],
-        [-1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim for _, leaf in call.copied_in()],
+        [
+            -1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim
+            for _, leaf in call.copied_in()
+        ],
         [_sixteen_bytes(fill, tensor) for fill, tensor in zip(fills, static, strict=True)],
         [fill == "edge" for fill in fills],
     )

@@ -1,4 +1,6 @@
-"""Compares a padded replay with eager: a module whose rows depend on each other is found out here.
+"""Compares with eager: what a capture would run, a first replay, and padded replays now and then.
+
+A module whose rows depend on each other is found out by padded replays.
 
 Padding can look harmless by the values of one call: where all rows are zero, as in a warm-up, the rows
 that are added look like those of the caller. So the tail holds other rows too, of this call and of an
@@ -9,7 +11,7 @@ in halves, too.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +20,15 @@ from torch import Tensor
 
 from graphcache.call.bound_call import BATCHED, WHOLE, BoundCall
 from graphcache.call.pytree import ObjectRef, flatten
+from graphcache.capture.bucket import Bucket
 from graphcache.capture.outputs import Output
+from graphcache.capture.plan import CapturePlan
 from graphcache.config import Pad, fill_of
 from graphcache.errors import CaptureError
+from graphcache.report.reasons import Reason
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.runtime.torch_state import restored_afterwards
-from graphcache.tracing.trace import Trace, trace
+from graphcache.tracing.trace import Forward, Trace, trace_forward
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,8 @@ _ORDERED = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 
+MAX_ALIKE = 3  # comparisons in a row of rows that were all alike
+ROWS_ALIKE = "all of its rows were alike, so that padding could not be compared with eager"
 MAX_EXTREMES = 3  # arguments whose largest and least values are looked for
 
 
@@ -173,29 +180,114 @@ def _close(eager: Tensor, padded: Tensor) -> bool:
     return torch.allclose(padded.to(exact.dtype), exact, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def retraced_as_captured(
-    function: Callable[..., Any], instance: Any, call: BoundCall, seen: "Trace"
-) -> "Trace":
-    """Returns what a capture would do, where a forward asks whether one is under way.
+def retraced_as_captured(forward: Forward, call: BoundCall, traced: Trace) -> Trace:
+    """Returns the trace of what a capture runs, where a forward asks whether one is under way.
 
     Libraries then skip what a capture can't hold: transformers looks no further whether a mask hides
-    anything. So that is observed too, without effects, and has to have the same result.
+    anything. So the forward is traced once more, without effects, and has to return the same.
 
     Raises:
-        CaptureError: where it has another.
+        CaptureError: where it returns something else.
     """
-    if not seen.asks or seen.changed:
-        return seen
-    written = seen.recorder.mutated_external()
-    moved = written or seen.recorder.draws  # then the first call began elsewhere
+    if not traced.asks_for_capture or traced.changes:
+        return traced
+    moved = traced.mutated or traced.draws_random  # then the first call began elsewhere
     try:
-        with restored_afterwards(written):
-            like = trace(function, instance, call, restore=True) if moved else seen
-        with restored_afterwards(written), as_in_a_capture:
-            again = trace(function, instance, call, restore=True)
+        with restored_afterwards(traced.mutated):
+            like = trace_forward(forward, call, restore=True) if moved else traced
+        with restored_afterwards(traced.mutated), as_in_a_capture:
+            again = trace_forward(forward, call, restore=True)
     except Exception as error:  # perhaps for want of a warm-up; the capture will show
         logger.debug("it raised as in a capture", exc_info=error)
-        return seen
-    if again.layout() != like.layout() or not same(like.tensors, again.tensors):
-        raise CaptureError("it returns something else while a capture is under way")
+        return traced
+    if again.layout is None and again.blocker is not None:
+        raise CaptureError(again.blocker[0], reason=again.blocker[1])
+    if again.layout != like.layout or not same(like.tensors, again.tensors):
+        raise CaptureError(
+            "it returns something else while a capture is under way", reason=Reason.DIFFERS_IN_CAPTURE
+        )
     return again
+
+
+def check_first_replay(plan: CapturePlan, buckets: Sequence[Bucket], number: int) -> None:
+    """Compares a replay with what the first call returned, where neither has effects or draws.
+
+    Kernels that a capture did not see, on a stream of their own, are missing from its graph. Compiled
+    code did not run at the first call, and rounds otherwise.
+
+    Raises:
+        CaptureError: where they differ.
+    """
+    call, trace = plan.call, plan.trace
+    bucket = next((bucket for bucket in buckets if bucket.size == call.batch), None)
+    if bucket is None or not plan.is_pure or trace.draws_random or trace.compiled:
+        return
+    outputs = bucket.result.outputs
+    expected = first_rows(trace.tensors, outputs, call.batch)
+    try:
+        result = bucket.try_out(call, number)
+        agrees = same(expected, first_rows(result, outputs, call.batch))
+    except torch.OutOfMemoryError:  # a replay needs none, so this is all that fails
+        return
+    if not agrees:
+        raise CaptureError(
+            "its graph returns something else than it does itself: it launches kernels that no capture "
+            "sees, or returns something else each time",
+            reason=Reason.REPLAY_DIFFERS,
+        )
+
+
+class PaddingCheck:
+    """Compares padded replays of one signature with eager, now and then.
+
+    Attributes:
+        interval: the number of padded calls after the next comparison until another.
+    """
+
+    def __init__(self) -> None:
+        self.interval = 64
+        self.batches: set[int] = set()
+        self._sample: Sample | None = None
+        self._alike = 0
+
+    def add(self, call: BoundCall) -> None:
+        """Keeps rows of a first call for the comparisons of later ones."""
+        self._sample = self._sample or Sample(call)
+        self.batches.add(call.batch)
+
+    def is_ambiguous(self, call: BoundCall) -> bool:
+        """Return True if an argument may be as long as the batch by chance: no other batch came."""
+        self.batches.add(call.batch)
+        return len(self.batches) == 1 and sum(leaf.role is BATCHED for leaf in call.roles) > 1
+
+    def why_unlike(
+        self, tensors: list[Tensor], call: BoundCall, bucket: Bucket, pad: Pad, number: int
+    ) -> str | None:
+        """Explains why the signature is not padded from here on; None where replays agree with eager.
+
+        Args:
+            tensors: the tensors of the eager result.
+            call: the call that had this result.
+            bucket: the size that serves the call.
+            pad: see `cuda_graphed`.
+            number: the number of the call.
+        """
+        # All of this first: an argument may be an output that the replays below overwrite.
+        sample, self._sample = self._sample or Sample(call), Sample(call)
+        tells = sample.tells(call, pad)
+        outputs = bucket.result.outputs
+        expected = [t.clone() for t in first_rows(tensors, outputs, call.batch)]
+        padded = [
+            call._replace(tensors=each, batch=bucket.size) for each in sample.full(call, bucket.size)
+        ]
+        for each in (call, *padded):
+            rows = first_rows(bucket.try_out(each, number), outputs, call.batch)
+            if not same(expected, rows):
+                return "its rows depend on each other"
+            del rows  # held, it would be invalidated by the next
+        if tells:
+            bucket.native.check_budget, self._alike = self.interval, 0
+            self.interval *= 4
+            return None
+        self._alike += 1
+        return ROWS_ALIKE if self._alike >= MAX_ALIKE else None  # until then, eager serves such calls

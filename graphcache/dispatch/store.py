@@ -1,42 +1,70 @@
-"""The graphs of one forward: by signature, as native code knows them, and what was counted."""
+"""The store of one forward: its graphs by signature, what native code knows of them, and the counts."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
 from graphcache.call.bound_call import BoundCall
-from graphcache.call.modes import is_stream_capturing
+from graphcache.call.modes import is_stream_capturing, modes_of
+from graphcache.call.object_args import MutationHistory
+from graphcache.call.pytree import NotATree
 from graphcache.call.signature import Signature
-from graphcache.capture.bucket import Bucket
+from graphcache.capture.ladder import Captured
+from graphcache.capture.plan import PAD_IS_MISSING, CapturePlan
 from graphcache.config import Options
+from graphcache.dispatch.bypass import check_device
 from graphcache.dispatch.entry import Entries, Entry
-from graphcache.errors import GraphCacheWarning, OptionError
+from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
+from graphcache.guards.guards import submodule_with_hooks
+from graphcache.guards.static_objects import with_slots
 from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
-from graphcache.report.reasons import Bypass
+from graphcache.report.reasons import Bypass, EagerReason, Reason
+
+logger = logging.getLogger(__name__)
+
+MAX_SIGNATURES = (
+    32  # a forward that needs more is not one that graphs can speed up: each costs a capture
+)
+MAX_RECAPTURES = 8
+MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
+MAX_EMPTY_SLOTS = 4
+GIVE_PAD = (
+    "its forward writes to state outside itself (a cache, a buffer), so it is captured at exactly the "
+    "batch sizes that it is called with. To have it padded, say what a padded row must hold so that it "
+    "writes nowhere that counts: pad={'argument': value}"
+)
+CHANGE_IN_PLACE = (
+    "it runs eagerly now. Pass what changes as an argument, and change tensors in place (copy_)"
+)
+MANY_WAYS = (
+    f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such "
+    "calls run eagerly. Pad the other dimensions, pass numbers as tensors, and keep large arguments "
+    "and those that are written to at one address"
+)
 
 
-class Graphs:
+class Store:
     """The graphs of one forward, of one instance where it is a method.
 
     Args:
         function: the forward, bound; only its signature is kept.
         name: its qualified name, for messages.
         options: see `cuda_graphed`.
-        instance: what it is bound to, or None; not kept.
+        instance: the instance that the forward is bound to, or None; not kept.
 
     Attributes:
-        signature: how its calls are read.
-        native: what serves calls before Python is asked.
-        entries: what is known of each signature.
-        written: by the form of a call, which of its tensors the forward wrote.
-        unsettled: how many first calls changed attributes.
-        recaptures: how many captures in a row, each because `replaced` had changed.
-        counts: of what is no graph's own, and of graphs that are gone.
-        pool: what the last call was captured into.
+        signature: reads the calls of the forward.
+        native: serves calls before Python is asked.
+        entries: the record of each signature.
+        mutated: by the form of a call, the positions of the tensors that the forward mutates.
+        counts: the counts of no graph's own, and of graphs that are gone.
+        pool: the pool that the last call was captured into.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, options: Options, instance: Any) -> None:
@@ -50,29 +78,39 @@ class Graphs:
             is_stream_capturing,
             hasattr(instance, "training"),
         )
-        self.entries = Entries()
-        self.mutated: dict[Any, frozenset[int]] = {}
-        self.recaptures = 0
-        self.replaced = ""
-        self.unsettled = 0
-        self.warned: set[str] = set()
-        self.counts = Counts()
         self.pool: GraphPool | None = options.pool
+        self.entries = Entries()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Starts the counts and the history anew."""
+        self.counts = Counts()
+        self.mutated: dict[Any, frozenset[int]] = {}
+        self.signature.mutation_history = MutationHistory()
+        self._recaptures = self._unsettled = 0
+        self._replaced = ""
+        self._warned: set[str] = set()
+        self.native.calls, self.native.batches = 0, {}
+
+    # Calls
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], instance: Any) -> BoundCall:
+        """Reads one call.
+
+        Raises:
+            Bypass: where no graph can serve such a call.
+        """
+        return self.signature.read(args, kwargs, modes_of(instance), self.mutated)
 
     def pool_for(self, call: BoundCall) -> GraphPool:
         """Returns the pool that a call's graphs belong to.
 
         Raises:
-            Unservable: where there are no graphs on its device.
+            Bypass: where there are no graphs on its device.
             OptionError: where the pool that was given is on another device.
         """
+        check_device(call)
         device = call.tensors[0].device
-        if any(tensor.device != device for tensor in call.tensors):
-            raise Bypass("tensors on several devices")
-        if device.type == "cpu" and not config.is_emulated():
-            raise Bypass("CPU tensors (graphcache.emulate() emulates graphs there)")
-        if device.type not in ("cuda", "cpu"):
-            raise Bypass(f"tensors on {device.type}")
         pool = self.options.pool or self.pool
         if pool is None or (pool.device != device and self.options.pool is None):
             pool = default_pool(device)
@@ -84,7 +122,162 @@ class Graphs:
         self.pool = pool
         return pool
 
-    def publish(self, call: BoundCall, instance: Any, entry: Entry) -> None:
+    def rebound(self, call: BoundCall, instance: Any, positions: list[int]) -> BoundCall:
+        """Returns the call with the arguments bound that the forward mutates, under the modes of now.
+
+        Switches of torch may have moved: the first attention of a process sets the order of its kernels.
+        """
+        mutated, known = frozenset(positions), self.mutated.get(call.form, frozenset())
+        if mutated <= known and modes_of(instance) == call.key[1]:
+            return call
+        self.mutated[call.form] = mutated | known
+        return with_slots(self.read(call.args, call.kwargs, instance), self.pool_for(call))
+
+    def check_known(self, call: BoundCall) -> None:
+        """Raises `Bypass` for a kind of calls that was found to run eagerly."""
+        if (why := self.signature.mutation_history.known(call.objects)) is not None:
+            raise Bypass(Reason.OBJECT_FILLED, text=why)
+        entry = self.entries.get(call.bare_key)
+        if entry is not None and entry.eager is not None:
+            entry.last = self.native.calls
+            raise Bypass(entry.eager.reason, text=entry.eager)
+
+    def check_worth_a_capture(self, call: BoundCall, instance: Any) -> None:
+        """Raises `Bypass` for a new signature that is not captured yet; makes room for one that is."""
+        hooked = submodule_with_hooks(instance)
+        if hooked is not None:
+            raise Bypass(Reason.HOOKS, text=f"hooks inside the forward, on {hooked}")
+        if self._recaptures > MAX_RECAPTURES:
+            many = f"after {self._recaptures} captures in a row"
+            self.warn(
+                "recaptures", f"{self._replaced} was replaced or changed {many}; {CHANGE_IN_PLACE}"
+            )
+            raise Bypass(Reason.RECAPTURED_TOO_OFTEN)
+        # An object that a call changes is another kind of call each time.
+        if not self.entries.is_due(call.bare_key) and not call.objects:
+            if self.entries.once > MAX_SIGNATURES:
+                self.warn("signatures", MANY_WAYS)
+            raise Bypass(Reason.SEEN_ONCE)
+        if len(self.entries) >= MAX_SIGNATURES:
+            victim = self.entries.lru_victim()
+            if victim is None:
+                self.warn("signatures", MANY_WAYS)
+                raise Bypass(Reason.TOO_MANY_SIGNATURES, text=f"more than {MAX_SIGNATURES} signatures")
+            self.drop(self.entries.pop(victim))
+            self.counts.dropped += 1
+
+    def check_objects_unchanged(self, call: BoundCall) -> None:
+        """Records which objects a call changed.
+
+        Raises:
+            Bypass: where it changed one; that need not be a habit.
+            CaptureError: where it is one.
+        """
+        self.signature.mutation_history.note(call.objects)
+        if (why := self.signature.mutation_history.known(call.objects)) is not None:
+            raise Bypass(Reason.OBJECT_FILLED, text=why)
+
+    def check_arguments_unchanged(self, call: BoundCall) -> None:
+        """Raises where a call changed what it was passed, other than by values in tensors.
+
+        Raises:
+            Bypass: for an object whose change need not be a habit.
+            CaptureError: for any other argument.
+        """
+        self.check_objects_unchanged(call)
+        error = "it changes an argument, which no graph replays: {}"
+        try:
+            now = self.signature.read(call.args, call.kwargs, call.key[1], self.mutated)
+        except Bypass as reason:
+            raise CaptureError(error.format(reason), reason=Reason.CHANGES_ARGUMENT) from None
+        layouts = zip(call.layout.keys, call.layout.children, now.layout.children, strict=True)
+        changed = [name for name, before, after in layouts if before != after]
+        if not changed:
+            pairs = zip(call.paths, call.tensors, now.tensors, strict=True)
+            changed = [path for path, before, after in pairs if before is not after]
+        if not changed and (now.key != call.bare_key or now.batch != call.batch):
+            changed = ["the shape of a tensor"]
+        if changed:
+            raise CaptureError(error.format(", ".join(changed)), reason=Reason.CHANGES_ARGUMENT)
+
+    def wait_until_settled(self) -> None:
+        """Raises `Bypass` for a forward that changed Python values: perhaps it does so once.
+
+        What fills a cache may well do what no graph can hold, such as a copy from the host.
+        """
+        self._unsettled += 1
+        if self._unsettled < MAX_UNSETTLED:
+            raise Bypass(Reason.UNSETTLED)
+
+    # Graphs
+
+    def expire_changed(self, call: BoundCall, entry: Entry, *, grad: bool) -> bool:
+        """Return True if what the graphs of an entry depend on has changed; drops them then."""
+        if entry.guards.check(grad=grad):
+            return False
+        self._recaptures = 1 if entry.amortized() else self._recaptures + 1
+        self._replaced = entry.guards.explain(grad=grad)
+        logger.info("%s will be recaptured: %s changed", self.name, self._replaced)
+        self.drop(self.entries.pop(call.key))
+        return True
+
+    def publish(self, plan: CapturePlan, captured: Captured, held: list[Tensor]) -> None:
+        """Adds the graphs of a plan to its signature, and hands them to native code.
+
+        Args:
+            plan: the plan.
+            captured: its graphs.
+            held: tensors of the first result that a replay's will take the place of.
+        """
+        entry = self.entries.setdefault(plan.call.key, Entry())
+        self.withdraw(entry)
+        if captured.no_padding_reason is not None:
+            exact = {size: bucket for size, bucket in entry.buckets.items() if bucket.exact_only}
+            for size in entry.buckets.keys() - exact.keys():
+                self.counts.add(entry.buckets[size].native)
+            entry.buckets = exact
+        entry.guards, entry.is_pure = plan.guards, plan.is_pure
+        entry.mutated, entry.slots = plan.mutated_memory(), plan.call.slots
+        entry.no_padding_reason = captured.no_padding_reason
+        entry.complete = captured.complete
+        entry.padding.add(plan.call)
+        entry.last = self.native.calls
+        entry.add(captured.buckets)
+        self.counts.captures += len(captured.buckets)
+        self.counts.capture_seconds += captured.seconds
+        self.hand_over(plan.call, plan.forward.instance, entry)
+        for key in self.entries.with_empty_slots()[:-MAX_EMPTY_SLOTS]:  # their memory may be large
+            self.drop(self.entries.pop(key))
+        for bucket in entry.buckets.values():
+            bucket.lane.reserve_for(held)
+        if entry.no_padding_reason is PAD_IS_MISSING:  # at last, since warnings may be errors
+            self.warn("pad", GIVE_PAD)
+
+    def bypass_for_good(self, call: BoundCall, instance: Any, error: Exception) -> None:
+        """Runs a signature eagerly from here on, with one warning.
+
+        Raises:
+            CaptureError: with `fallback=False`.
+        """
+        expected = isinstance(error, (CaptureError, NotATree))
+        why = str(error) if expected else f"{type(error).__name__}: {error}"
+        reason = error.reason if isinstance(error, CaptureError) else Reason.CAPTURE_FAILED
+        logger.debug("%s can't be captured", self.name, exc_info=error)
+        if not self.options.fallback:
+            text = f"graphcache: {self.name} can't be captured: {why}"
+            raise CaptureError(text, reason=reason) from error
+        if call.key in self.entries:
+            self.drop(self.entries.pop(call.key))
+        self.entries[call.bare_key] = entry = Entry(eager=EagerReason(reason, why))
+        if not call.objects:  # whose slot is not known
+            self.hand_over(call, instance, entry)
+        self.warn(
+            why,
+            f"it can't be captured, so it runs eagerly: {why}. Move that out of the forward, decorate "
+            "a smaller part, or silence this with graphcache.disabled()",
+        )
+
+    def hand_over(self, call: BoundCall, instance: Any, entry: Entry) -> None:
         """Lets native code serve calls like this one with the graphs that there are now, or eagerly."""
         if entry.native is None:
             lock = self.pool_for(call).lock
@@ -94,26 +287,34 @@ class Graphs:
             self.native.add(parameters, leaves, call.identities, training, entry.native)
         if entry.eager is not None:
             entry.native.set_eager(entry.eager)
-        entry.native.set([bucket.native for bucket in entry.buckets.values()], entry.no_padding_reason is not None)
+        buckets = [bucket.native for bucket in entry.buckets.values()]
+        entry.native.set(buckets, entry.no_padding_reason is not None)
 
     def drop(self, entry: Entry) -> None:
-        """Lets the graphs of an entry go."""
+        """Drops the graphs of an entry; their counts stay."""
         self.withdraw(entry)
         for bucket in entry.buckets.values():
-            self.retire(bucket)
+            self.counts.add(bucket.native)
 
     def withdraw(self, entry: Entry) -> None:
-        """Ends what native code serves of it, so that Python sees its next call."""
+        """Ends what native code serves of an entry, so that Python sees its next call."""
         if entry.native is not None:
             self.native.forget(entry.native)
             entry.native = None
 
-    def retire(self, bucket: Bucket) -> None:
-        """Keeps the counts of a graph that goes."""
-        self.counts.add(bucket.native)
+    def graphed(self) -> list[Entry]:
+        """Returns the entries that have graphs."""
+        return [entry for entry in self.entries.values() if entry.buckets]
+
+    def clear(self) -> None:
+        """Drops all graphs, the counts and the history."""
+        while self.entries:
+            self.drop(self.entries.popitem()[1])
+        self.entries = Entries()
+        self._forget()
 
     def warn(self, about: str, text: str) -> None:
         """Warns, once about each thing."""
-        if about not in self.warned:
-            self.warned.add(about)
+        if about not in self._warned:
+            self._warned.add(about)
             warnings.warn(f"graphcache: {self.name}: {text}", GraphCacheWarning, stacklevel=2)

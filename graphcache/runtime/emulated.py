@@ -17,7 +17,7 @@ from graphcache.errors import CaptureError
 from graphcache.runtime.base import Result
 from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
-from graphcache.runtime.op_info import obstacle, take_apart, tensors_in, mutated_by
+from graphcache.runtime.op_info import mutated_by, obstacle, take_apart, tensors_in
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.runtime.torch_state import SavedState, uncompiled

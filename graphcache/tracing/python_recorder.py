@@ -49,7 +49,9 @@ class PythonRecorder:
     def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
         self.code = [function, *code_in(arguments)]
         self._seen: set[CodeType] = set()
-        self._named: dict[CodeType, tuple[NamesInCode, dict[str, Any]]] = {}  # with globals; not libraries'
+        self._named: dict[
+            CodeType, tuple[NamesInCode, dict[str, Any]]
+        ] = {}  # with globals; not libraries'
         self._dynamic = False
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures

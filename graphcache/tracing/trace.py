@@ -1,183 +1,173 @@
-"""What a first call has shown: the forward runs eagerly, once, and everything that matters is noted."""
+"""The trace of one instrumented run of a forward: all facts that a capture depends on."""
 
-import logging
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import BOUND, BoundCall
+from graphcache.call.bound_call import BoundCall
 from graphcache.call.modes import inlining
-from graphcache.call.pytree import attributes_of_tensor, flatten
-from graphcache.config import Pad
-from graphcache.errors import CaptureError, describe
-from graphcache.guards.guards import Guards
-from graphcache.report.reasons import Bypass
+from graphcache.call.pytree import NotATree, attributes_of_tensor, flatten
+from graphcache.errors import describe
+from graphcache.guards.guards import ReadSet
+from graphcache.report.reasons import Reason
+from graphcache.runtime.host_transfers import Key
 from graphcache.runtime.torch_state import uncollected
+from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder
 
-logger = logging.getLogger(__name__)
-
-PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
-COMPILED_TO_GRAPHS = (
+COMPILED_WITH_GRAPHS = (
     "torch.compile makes CUDA graphs of it (mode='reduce-overhead' or 'max-autotune'), which no graph "
     "can hold; compile it with mode='default' or 'max-autotune-no-cudagraphs'"
 )
-GIVE_PAD = (
-    "its forward writes to state outside itself (a cache, a buffer), so it is captured at exactly the "
-    "batch sizes that it is called with. To have it padded, say what a padded row must hold so that it "
-    "writes nowhere that counts: pad={'argument': value}"
-)
 
 
-@uncollected()
-def trace(function: Callable[..., Any], instance: Any, call: BoundCall, *, restore: bool) -> "Trace":
-    """Runs the forward under observation; with `restore`, what it wrote is put back."""
-    reads = PythonRecorder(instance, function, (call.args, call.kwargs))
-    suspects = [*reads.tensors, *(tensor for passed in call.objects for tensor in passed.tensors)]
-    recorder = OpRecorder(call.tensors[0].device, call.tensors, restore=restore, outside=suspects)
-    with inlining(), recorder.watch(), reads.watch():
-        result = function(*call.args, **call.kwargs)
-    return Trace(result, recorder, reads, call)
+class Forward(NamedTuple):
+    """A forward and the instance that it is bound to; None where it is a plain function."""
+
+    function: Callable[..., Any]
+    instance: Any
+
+    def run(self, call: BoundCall) -> Any:
+        """Runs the forward with the arguments as the caller gave them."""
+        return self.function(*call.args, **call.kwargs)
 
 
+@dataclass(frozen=True)
 class Trace:
-    """The result of an observed call, and what it says about graphs.
+    """The facts of one run; two of them can be laid side by side, at any sizes.
 
     Attributes:
         result: what eager returned.
-        observer: the tensors and operations that the forward came across.
-        tensors: those of the result, once `layout` was asked for.
+        layout: how the tensors of the result nest; None where `blocker` tells why no graph returns it.
+        tensors: the tensors of the result, in order.
+        external: a tensor for each storage that the forward neither was given nor made, by its key.
+        reached: the tensors themselves, as far as somebody holds them.
+        mutated: a tensor for each storage that the forward mutated and did not make.
+        mutated_keys: the keys of these storages, and of those that are gone.
+        draws_random: whether random numbers were drawn on the device.
+        constants: the tensors made of numbers and lists on the device; None where there are none.
+        asks_for_capture: whether the forward asked if a capture is under way.
+        compiled: whether `torch.compile` makes some of it; that ran as it was before.
+        blocker: the first thing that no graph can hold, and its kind; or None.
+        python_mutations: names of the Python values that the forward changed.
+        leak: a tensor that the forward made and that somebody keeps; or None.
+        read_set: the code that ran, and what it can read.
     """
 
-    def __init__(self, result: Any, recorder: OpRecorder, reads: PythonRecorder, call: BoundCall) -> None:
-        self.result = result
-        self.recorder = recorder
-        self.tensors: list[Tensor] = []
-        self._reads = reads
-        self._call = call
-        self._changed = reads.changed()  # at once: it lets go of what was there before
-
-    def layout(self) -> Any:
-        """Returns the shape of the result's containers.
-
-        Raises:
-            NotATree: if it holds something that a graph could not return again.
-        """
-        self.tensors = []
-        layout = flatten(self.result, self.tensors, [], other=self._call.object_ref)
-        for tensor in self.tensors:
-            self.recorder.note_read(tensor)
-        return layout
+    result: Any
+    layout: Any
+    tensors: list[Tensor]
+    external: dict[int, Tensor]
+    reached: list[Tensor]
+    mutated: list[Tensor]
+    mutated_keys: frozenset[int]
+    draws_random: bool
+    constants: dict[Key, Tensor] | None
+    asks_for_capture: bool
+    compiled: bool
+    blocker: tuple[str, Reason] | None
+    python_mutations: list[str]
+    leak: str | None
+    read_set: ReadSet
 
     @property
-    def asks(self) -> bool:
-        """Whether the forward asks if a capture is under way."""
-        return self._reads.asks
-
-    @property
-    def compiled(self) -> bool:
-        """Whether `torch.compile` made some of the forward; it ran as it was before that."""
-        return self._reads.compiled
-
-    def check(self) -> None:
-        """Raises `CaptureError` if a graph can't do what the forward did."""
-        if self.recorder.blocker is not None:
-            raise CaptureError(self.recorder.blocker)
-        self._check_result()
-        if self._reads.captures:
-            raise CaptureError(COMPILED_TO_GRAPHS)
-        if self._reads.launches:
-            what = self._reads.launches
-            raise CaptureError(f"it {what}: such kernels may run on a stream that no capture sees")
-        if self._reads.seeded:
-            raise CaptureError(f"it sets the state of a random generator ({self._reads.seeded})")
-        if self._reads.drew_on_the_host():
-            raise CaptureError("it draws random numbers of Python's or numpy's, which a graph freezes")
-
-    def _check_result(self) -> None:
-        """Raises `CaptureError` for a tensor that it made and that is more than its data."""
-        there = {id(tensor) for tensor in (*self._call.tensors, *self.recorder.reached())}
-        for tensor in self.tensors:
-            if id(tensor) in there or tensor.grad_fn is not None:
-                continue
-            if attributes := attributes_of_tensor(tensor):
-                what = f"with attributes ({', '.join(attributes)})"
-            elif type(tensor) is not Tensor:
-                what = "made an nn.Parameter"
-            # A view of a parameter, made without grad, requires it; replays return such a view too.
-            elif tensor.requires_grad and _C.storage_key(tensor) not in self.recorder.external:
-                what = "that requires grad"
-            else:
-                continue
-            raise CaptureError(f"it returns a tensor {what}, which no graph makes ({describe(tensor)})")
-
-    @cached_property
-    def changed(self) -> list[str]:
-        """The Python values that the forward changed, and what it left behind."""
-        if self._changed:
-            return self._changed
-        kept = self.recorder.kept(self.tensors)
-        return [] if kept is None else [kept]
-
-    def guards(self, instance: Any) -> Guards:
-        """Returns what the forward's graphs depend on besides its arguments.
-
-        Raises:
-            CaptureError: where an address that it reaches can't be captured safely.
-            Unservable: where hooks would run inside it.
-        """
-        kept = {id(tensor) for passed in self._call.objects for tensor in passed.tensors}
-        reached = [tensor for tensor in self.recorder.reached() if id(tensor) not in kept]
-        theirs = {_C.storage_key(tensor) for passed in self._call.objects for tensor in passed.tensors}
-        outside = [tensor for key, tensor in self.recorder.external.items() if key not in theirs]
-        guards = Guards.find(instance, self._reads.read_set(), reached, outside)
-        if guards.hooked is not None:
-            raise Bypass(f"hooks inside the forward, on {guards.hooked}")
-        if guards.iterators:
-            what = guards.iterators[0]
-            raise CaptureError(f"it reads an iterator, {what}, which no graph advances; keep an index")
-        for tensor in self.recorder.external.values():
-            if tensor.device != self.recorder.device:
-                raise CaptureError(f"it reads a tensor on {tensor.device} ({describe(tensor)})")
-            if _C.is_weak(tensor):
-                raise CaptureError(
-                    f"it reads an output of a graph that was kept ({describe(tensor)}); keep a .clone()"
-                )
-        if guards.unguarded:
-            raise CaptureError(
-                f"it reaches a tensor ({describe(guards.unguarded[0])}) in a way that can't be "
-                "watched; make it an argument, a buffer or an attribute"
-            )
-        return guards
-
-    def why_exact(self, call: BoundCall, pad: Pad) -> str | None:
-        """Says why rows may not be added to this forward, or returns None."""
-        if self.recorder.draws:
-            return "it draws random numbers, and padded rows would draw some too"
-        if any(role.role is BOUND and role.dim is not None for role in call.roles):
-            return "an argument that is bound by address carries the batch"
-        if not self.recorder.mutated or pad is not None:
-            return None
-        # What a caller passes for this batch alone, such as a cache, need not fit another.
-        passed = {_C.storage_key(tensor) for kept in call.objects for tensor in kept.tensors}
-        if self.recorder.mutated <= passed:
-            return "it writes to an object that it is passed, and pad does not say where else"
-        return PAD_IS_MISSING
-
-    def written(self, call: BoundCall) -> _C.MutatedMemory:
-        """Returns what the forward wrote outside, and which arguments that are."""
-        recorder = self.recorder
-        return _C.MutatedMemory(
-            [_C.owned(tensor) for key, tensor in recorder.external.items() if key in recorder.mutated],
-            recorder.mutated_positions(call.tensors),
-            [index for index, _ in call.copied_in()],
-        )
+    def changes(self) -> list[str]:
+        """The Python values that the forward changed, or the tensor that it left behind."""
+        return self.python_mutations or ([] if self.leak is None else [self.leak])
 
     def made(self, call: BoundCall) -> list[Tensor]:
         """Returns the tensors of the result that the forward made itself."""
-        theirs = {_C.storage_key(tensor) for tensor in call.tensors} | self.recorder.external.keys()
-        return [tensor for tensor in self.tensors if _C.storage_key(tensor) not in theirs]
+        given = {_C.storage_key(tensor) for tensor in call.tensors} | self.external.keys()
+        return [tensor for tensor in self.tensors if _C.storage_key(tensor) not in given]
+
+    def mutated_positions(self, call: BoundCall) -> list[int]:
+        """Returns the positions of the arguments that the forward mutated."""
+        return [i for i, t in enumerate(call.tensors) if _C.storage_key(t) in self.mutated_keys]
+
+
+@uncollected()
+def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
+    """Runs the forward once, recorded; with `restore`, what it mutated is put back.
+
+    Raises:
+        Exception: what the forward raised.
+    """
+    python = PythonRecorder(forward.instance, forward.function, (call.args, call.kwargs))
+    suspects = [*python.tensors, *(tensor for passed in call.objects for tensor in passed.tensors)]
+    ops = OpRecorder(call.tensors[0].device, call.tensors, restore=restore, suspects=suspects)
+    del suspects
+    with inlining(), ops.record(), python.watch():
+        result = forward.run(call)
+    mutations = python.changed()  # at once: it lets go of what was there before
+    tensors: list[Tensor] = []
+    layout, blocker = None, None
+    try:
+        layout = flatten(result, tensors, [], other=call.object_ref)
+    except NotATree as error:
+        blocker = str(error), Reason.RESULT_TYPE
+    for tensor in tensors:
+        ops.note_read(tensor)
+    # Before the trace itself holds anything of the call.
+    leak = find_leak(ops.made, tensors, ops.reached()) if blocker is None and not mutations else None
+    reached = ops.reached()
+    return Trace(
+        result=result,
+        layout=layout,
+        tensors=tensors,
+        external=ops.external,
+        reached=reached,
+        mutated=ops.mutated_external(),
+        mutated_keys=frozenset(ops.mutated),
+        draws_random=ops.draws_random,
+        constants=ops.constants,
+        asks_for_capture=python.asks,
+        compiled=python.compiled,
+        blocker=blocker
+        or ops.blocker
+        or _result_blocker(tensors, (*call.tensors, *reached), ops.external)
+        or _python_blocker(python),
+        python_mutations=mutations,
+        leak=leak,
+        read_set=python.read_set(),
+    )
+
+
+def _result_blocker(
+    tensors: list[Tensor], given: tuple[Tensor, ...], external: dict[int, Tensor]
+) -> tuple[str, Reason] | None:
+    """Describes a tensor that the forward made and that is more than its data."""
+    there = {id(tensor) for tensor in given}
+    for tensor in tensors:
+        if id(tensor) in there or tensor.grad_fn is not None:
+            continue
+        if attributes := attributes_of_tensor(tensor):
+            what = f"with attributes ({', '.join(attributes)})"
+        elif type(tensor) is not Tensor:
+            what = "made an nn.Parameter"
+        # A view of a parameter, made without grad, requires it; replays return such a view too.
+        elif tensor.requires_grad and _C.storage_key(tensor) not in external:
+            what = "that requires grad"
+        else:
+            continue
+        text = f"it returns a tensor {what}, which no graph makes ({describe(tensor)})"
+        return text, Reason.RESULT_TENSOR
+    return None
+
+
+def _python_blocker(python: PythonRecorder) -> tuple[str, Reason] | None:
+    if python.captures:
+        return COMPILED_WITH_GRAPHS, Reason.COMPILED_WITH_GRAPHS
+    if python.launches:
+        text = f"it {python.launches}: such kernels may run on a stream that no capture sees"
+        return text, Reason.FOREIGN_KERNELS
+    if python.seeded:
+        text = f"it sets the state of a random generator ({python.seeded})"
+        return text, Reason.SEEDS_GENERATOR
+    if python.drew_on_the_host():
+        text = "it draws random numbers of Python's or numpy's, which a graph freezes"
+        return text, Reason.HOST_RANDOM
+    return None

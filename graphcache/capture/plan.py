@@ -1,0 +1,155 @@
+"""The plan of a capture: what is captured at which sizes, what guards it, and why it is not padded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from graphcache import _C
+from graphcache.call.bound_call import BOUND, BoundCall
+from graphcache.capture.sizes import default_sizes
+from graphcache.config import Options, Pad
+from graphcache.errors import CaptureError, describe
+from graphcache.guards.guards import Guards
+from graphcache.pool import GraphPool
+from graphcache.report.reasons import Bypass, Reason
+from graphcache.tracing.trace import Forward, Trace
+
+PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
+CHANGES = "it changes attributes, which no graph replays: {}"
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """A capture that is about to be made.
+
+    Attributes:
+        name: the qualified name of the forward, for messages.
+        forward: the forward itself.
+        call: the first call of its signature, with the arguments bound that the forward mutates.
+        trace: the facts of that call.
+        guards: what the graphs will depend on besides their arguments.
+        pool: the memory of the graphs.
+        options: see `cuda_graphed`.
+        sizes: the sizes to capture, where the forward can be padded.
+        no_padding_reason: why the forward is captured only at the batch of the call; or None.
+    """
+
+    name: str
+    forward: Forward
+    call: BoundCall
+    trace: Trace
+    guards: Guards
+    pool: GraphPool
+    options: Options
+    sizes: tuple[int, ...]
+    no_padding_reason: str | None
+
+    @property
+    def is_pure(self) -> bool:
+        """Return True if the forward mutates nothing outside, so that running it twice does no harm."""
+        return not self.trace.mutated_keys
+
+    def arguments(self, static: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the tensors of the call: static inputs where copied in, its own where bound."""
+        tensors = list(self.call.tensors)
+        for (index, _), tensor in zip(self.call.copied_in(), static, strict=True):
+            tensors[index] = tensor
+        return [tensors[first] for first in self.call.identities]
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        """Runs the forward over other tensors than the caller's."""
+        args, kwargs = self.call.arguments(tensors)
+        return self.forward.function(*args, **kwargs)
+
+    def mutated_memory(self) -> _C.MutatedMemory:
+        """Returns the memory that the graphs will mutate besides their own."""
+        external = self.trace.external.items()
+        return _C.MutatedMemory(
+            [_C.owned(tensor) for key, tensor in external if key in self.trace.mutated_keys],
+            self.trace.mutated_positions(self.call),
+            [index for index, _ in self.call.copied_in()],
+        )
+
+
+def check_trace(trace: Trace) -> None:
+    """Raises where no graph can do what the forward did.
+
+    Raises:
+        CaptureError: for the first thing that no graph can hold.
+        Bypass: where something that is no parameter wants gradients: this call only.
+    """
+    if trace.blocker is not None:
+        text, reason = trace.blocker
+        raise CaptureError(text, reason=reason)
+    if any(tensor.grad_fn is not None for tensor in trace.tensors):
+        raise Bypass(Reason.NEEDS_GRAD)
+    if trace.python_mutations:
+        raise CaptureError(
+            CHANGES.format(", ".join(trace.python_mutations[:3])), reason=Reason.CHANGES_VALUES
+        )
+    if trace.leak is not None:
+        raise CaptureError(CHANGES.format(trace.leak), reason=Reason.KEEPS_TENSOR)
+
+
+def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
+    """Returns what the graphs depend on besides their arguments.
+
+    Raises:
+        CaptureError: where an address that the forward reaches can't be captured safely.
+        Bypass: where hooks would run inside the forward.
+    """
+    objects = {id(tensor) for passed in call.objects for tensor in passed.tensors}
+    owned = {_C.storage_key(tensor) for passed in call.objects for tensor in passed.tensors}
+    reached = [tensor for tensor in trace.reached if id(tensor) not in objects]
+    external = [tensor for key, tensor in trace.external.items() if key not in owned]
+    guards = Guards.find(forward.instance, trace.read_set, reached, external)
+    if guards.hooked is not None:
+        raise Bypass(Reason.HOOKS, text=f"hooks inside the forward, on {guards.hooked}")
+    if guards.iterators:
+        raise CaptureError(
+            f"it reads an iterator, {guards.iterators[0]}, which no graph advances; keep an index",
+            reason=Reason.ITERATOR,
+        )
+    device = call.tensors[0].device
+    for tensor in trace.external.values():
+        if tensor.device != device:
+            raise CaptureError(
+                f"it reads a tensor on {tensor.device} ({describe(tensor)})", reason=Reason.TWO_DEVICES
+            )
+        if _C.is_weak(tensor):
+            raise CaptureError(
+                f"it reads an output of a graph that was kept ({describe(tensor)}); keep a .clone()",
+                reason=Reason.READS_HELD_OUTPUT,
+            )
+    if guards.unguarded:
+        raise CaptureError(
+            f"it reaches a tensor ({describe(guards.unguarded[0])}) in a way that can't be "
+            "watched; make it an argument, a buffer or an attribute",
+            reason=Reason.UNGUARDED_TENSOR,
+        )
+    return guards
+
+
+def sizes_to_capture(
+    options: Options, batch: int, captured: Sequence[int], *, exactly: bool
+) -> tuple[int, ...]:
+    """Returns the sizes that a call of `batch` rows asks for and that are not captured yet."""
+    wanted = (batch,) if exactly else options.sizes or default_sizes(batch)
+    return tuple(size for size in wanted if size not in captured)
+
+
+def why_not_padded(trace: Trace, call: BoundCall, pad: Pad) -> str | None:
+    """Explains why rows may not be added to this forward; None where they may."""
+    if trace.draws_random:
+        return "it draws random numbers, and padded rows would draw some too"
+    if any(role.role is BOUND and role.dim is not None for role in call.roles):
+        return "an argument that is bound by address carries the batch"
+    if not trace.mutated_keys or pad is not None:
+        return None
+    # What a caller passes for this batch alone, such as a cache, need not fit another.
+    passed = {_C.storage_key(tensor) for each in call.objects for tensor in each.tensors}
+    if trace.mutated_keys <= passed:
+        return "it writes to an object that it is passed, and pad does not say where else"
+    return PAD_IS_MISSING
