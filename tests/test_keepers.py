@@ -497,7 +497,7 @@ def test_memory_of_objects_that_are_gone_is_not_kept_for_ever(pair: Pair) -> Non
 def test_memory_is_not_kept_for_what_can_not_be_captured(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise CaptureError("it can't be")
 
     monkeypatch.setattr("graphcache.capture.ladder.capture_or_warm_up", fails)

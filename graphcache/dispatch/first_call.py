@@ -30,11 +30,12 @@ def first_call(store: Store, forward: Forward, call: BoundCall, *, exactly: bool
         plan = make_plan(store, forward, call, trace, exactly=exactly)
         captured = capture(plan)
         verify(store, plan, captured)
-        store.publish(plan, captured, held=trace.made(call))
     except Bypass:
         pass  # a later call of the signature is another first one
     except Exception as error:  # whatever it is, the caller has a result, and gets it
         store.bypass_for_good(call, forward.instance, error)
+    else:
+        store.publish(plan, captured, held=trace.made(call))
     return trace.result
 
 
