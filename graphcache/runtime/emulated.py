@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
 from graphcache.errors import CaptureError
@@ -19,7 +18,7 @@ from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
 from graphcache.runtime.op_info import mutated_by, obstacle, take_apart, tensors_in
 from graphcache.runtime.source_lines import user_line
-from graphcache.runtime.torch_patches import as_in_a_capture
+from graphcache.runtime.torch_patches import DispatchMode, as_in_a_capture
 from graphcache.runtime.torch_state import SavedState, uncompiled
 
 _aten = torch.ops.aten
@@ -129,7 +128,7 @@ class EmulatedRuntime:
         return recorder.graph, result
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Runs each operation into memory of the arena and notes it for replay."""
 
     def __init__(self, arena: EmulatedArena) -> None:

@@ -1,5 +1,6 @@
 """Functions of torch that answer otherwise inside a block, in the threads that are in one."""
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -7,6 +8,28 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that does not import Dynamo.
+
+    torch hides `__torch_dispatch__` from Dynamo by a wrapper that imports Dynamo and 800 modules more,
+    at the first operation. Without Dynamo in the process there is nobody to hide it from.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        plain = cls.__torch_dispatch__
+        super().__init_subclass__(**kwargs)
+        hidden = torch._disable_dynamo(plain)
+
+        def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "torch._dynamo" in sys.modules:
+                cls.__torch_dispatch__ = hidden  # type: ignore[method-assign]
+            chosen = hidden if "torch._dynamo" in sys.modules else plain
+            return chosen(mode, func, types, args, kwargs)
+
+        cls.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
 
 
 class Patch:
