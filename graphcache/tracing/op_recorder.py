@@ -14,13 +14,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import _C
 from graphcache.report.reasons import Reason
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
 from graphcache.runtime.op_info import mutated_by, obstacle, overrides_dispatch, take_apart, tensors_in
 from graphcache.runtime.source_lines import user_line
+from graphcache.runtime.torch_patches import DispatchMode
 from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncached_autocast, uncompiled
 from graphcache.tracing.checksums import Checksums
 from graphcache.tracing.leaks import has_storage
@@ -45,7 +45,7 @@ class _HostReads(HostReads):
         self._recorder.note_addressed(tensor)
 
 
-class OpRecorder(TorchDispatchMode):
+class OpRecorder(DispatchMode):
     """Runs operations as they are and records the storages that they touch.
 
     Args:
