@@ -86,14 +86,14 @@ def test_replayed_eager_and_failed_are_told_apart(run: Run) -> None:
     assert tame["calls"] == len(zoo.BATCHES) == tame["replayed"] + sum(tame["eager"].values())
     assert tame["sizes"] == [1, 2, 4, 8]
     assert host["equal"]
-    assert any("hands a value to the host" in why for why in host["eager"])
+    assert any("reads a value on the host" in why for why in host["eager"])
     assert len(host["warnings"]) == 1
     assert "speedup" not in host
     assert "whatever it is given" in found["Flat"]["error"]
 
     rows = {line.split(" | ")[0].strip("| "): line for line in tables.zoo(figures).splitlines()}
     assert f"**torch {torch.__version__}**" in rows
-    assert "hands a value to the host" in rows["Host"]
+    assert "reads a value on the host" in rows["Host"]
     assert "did not run" in rows["Unbuilt"]
     assert "no / weights" in rows["Unbuilt"]
     assert "not measured" in rows["Tame"]

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.errors import CaptureError
 from graphcache.runtime.base import Result
 from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
 from graphcache.runtime.op_info import mutated_by, obstacle, take_apart, tensors_in
-from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import DispatchMode, as_in_a_capture
 from graphcache.runtime.torch_state import SavedState, uncompiled
 
@@ -146,7 +144,7 @@ class _Recorder(DispatchMode):
             return parts
         why = obstacle(func, args, kwargs, _CPU)
         if why is not None:
-            raise CaptureError(f"{why}, at {user_line()}")
+            raise why.error()
         if func is _aten.lift_fresh.default:  # a constant written in the source
             # Each replay makes it anew: a caller may write to what it gets.
             return self.__torch_dispatch__(_aten.clone.default, types, (args[0],))

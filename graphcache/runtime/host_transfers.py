@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from graphcache.errors import CaptureError
-from graphcache.runtime.source_lines import is_library, user_line
+from graphcache.report.reasons import Reason
+from graphcache.runtime.op_info import Obstacle
+from graphcache.runtime.source_lines import is_library
 from graphcache.runtime.torch_patches import without_mode
 
 _NUMBERS = (bool, int, float, complex)
@@ -24,6 +25,24 @@ _MAKES = (torch.tensor, torch.as_tensor)
 _MOVES = (Tensor.to, Tensor.cuda, Tensor.type_as)
 _INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 Key = tuple[torch.dtype, torch.Size, bytes]
+
+
+# The user's construct for each function that reads values on the host.
+_READS = {
+    Tensor.item: "`.item()`",
+    Tensor.__bool__: "`if tensor:`",
+    Tensor.__float__: "`float(tensor)`",
+    Tensor.__int__: "`int(tensor)`",
+    Tensor.__index__: "a tensor as an index or in `range()`",
+    Tensor.__contains__: "`value in tensor`",
+    Tensor.cpu: "`.cpu()`",
+    Tensor.numpy: "`.numpy()`",
+    Tensor.tolist: "`.tolist()`",
+    Tensor.__array__: "`numpy.asarray(tensor)`",
+    Tensor.__repr__: "`print(tensor)`",
+    Tensor.__format__: "`print(f\"{tensor}\")`",
+    Tensor.__dlpack__: "`.__dlpack__()`",
+}
 
 
 class Unseen(TorchFunctionMode):
@@ -50,11 +69,6 @@ class HostReads(Unseen):
             taken for the host, and `x.to(y.device)` for what it is on a GPU: nothing.
     """
 
-    _READS = (
-        Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__,
-        Tensor.__format__, Tensor.__dlpack__,
-    )  # fmt: skip
-
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
@@ -63,28 +77,28 @@ class HostReads(Unseen):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and not is_constant(func, args, kwargs, self._device):
+        if func in _MAKES and not is_constant(func, args, kwargs, self._device):
             target = kwargs.get("device")
             on_device = target is not None and torch.device(target).type == self._device.type
             if on_device and not isinstance(args[0] if args else kwargs.get("data"), Tensor):
-                self.found(f"torch.{func.__name__}(…, device=…) copies from the host")
-        elif func in self._READS and args[0].device == self._device:
-            self.found(f"{func.__name__} copies to the host")
+                self.found(Obstacle(Reason.HOST_COPY, f"`torch.{func.__name__}(…, device=…)`"))
+        elif func in _READS and args[0].device == self._device:
+            self.found(Obstacle(Reason.READS_VALUE, _READS[func]))
         elif func is Tensor.data_ptr and args[0].device == self._device:
             if not is_library(sys._getframe(1).f_code.co_filename):
                 self.addressed(args[0])
         elif func is Tensor.to and args[0].device == self._device and _names_the_host(args, kwargs):
-            self.found("to('cpu') copies to the host")
+            self.found(Obstacle(Reason.READS_VALUE, "`.to('cpu')`"))
         return func(*args, **kwargs)
 
-    def found(self, what: str) -> None:
-        """Called with what was seen; raises by default."""
-        raise CaptureError(f"{what} at {user_line()}")
+    def found(self, obstacle: Obstacle) -> None:
+        """Handles a transfer that no graph can hold; raises by default."""
+        raise obstacle.error()
 
     def addressed(self, tensor: Tensor) -> None:
-        """Called where code past torch's operators gets the address of `tensor`, such as Triton's."""
+        """Handles code past torch's operators, such as Triton's, that gets the address of `tensor`."""
         if self._device.type == "cpu":
-            self.found("data_ptr() leads past the operators, where emulation sees nothing,")
+            self.found(Obstacle(Reason.NOT_EMULATED, "`.data_ptr()` leads past the operators"))
 
 
 class Constants(Unseen):
@@ -160,8 +174,7 @@ class Constants(Unseen):
         self.used = True
         if key not in self.made:
             if not self._learns:
-                where = user_line()
-                raise CaptureError(f"it copies other values from the host than at first, at {where}")
+                raise Obstacle(Reason.HOST_COPY, "other values from the host than at first,").error()
             with torch._C._DisableTorchDispatch():
                 self.made[key] = host.to(self._device, copy=True)
             self._learned(self.made[key])

@@ -5,17 +5,23 @@ Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphcache.errors import CaptureError
+from graphcache.report.reasons import Reason, text_of
+from graphcache.runtime.source_lines import user_line
+
 _aten = torch.ops.aten
 
-_SYNCHRONISES = {
-    _aten._linalg_check_errors.default: "checks for errors on the host (use the *_ex variant)",
+_READ_OPS = {
+    _aten._linalg_check_errors.default: "a check for errors (use the *_ex variant)",
+    _aten._local_scalar_dense.default: "a number out of a tensor, as `.item()` does",
 }
+_INDEX_PUTS = (_aten.index_put_.default, _aten.index_put.default)
 
 # Ranks that don't capture, compare and replay at the same calls would wait for each other forever.
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
@@ -101,44 +107,54 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
+class Obstacle(NamedTuple):
+    """An operation that no graph can hold.
+
+    Attributes:
+        reason: the kind of reason.
+        detail: the user's construct, or the operation.
+    """
+
+    reason: Reason
+    detail: str
+
+    def __str__(self) -> str:
+        return text_of(self.reason, self.detail)
+
+    def error(self) -> CaptureError:
+        """Returns the error for this obstacle at the user's current line."""
+        return CaptureError(f"{self} at {user_line()}", reason=self.reason)
+
+
 def obstacle(
-    func: torch._ops.OpOverload,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    device: torch.device,
-) -> str | None:
-    """Says why a graph on `device` can't hold this call, or returns None where it can."""
-    on_device = [tensor for tensor in tensors_in(args, kwargs) if tensor.device == device]
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> Obstacle | None:
+    """Returns the reason for which a graph on `device` can't hold this operation; None if it can."""
     if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-        return f"{func} draws from a torch.Generator of the caller's"
+        return Obstacle(Reason.CALLERS_GENERATOR, f"{func}")
     if func.namespace in _COLLECTIVES:
-        return f"{func} waits for other processes, which may not replay a graph at this call"
+        return Obstacle(Reason.COLLECTIVE, f"{func}; they may not replay a graph at this call")
     if func in (_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default):
         target = torch.device(kwargs.get("device") or args[0].device)
         source = (args[0] if func is _aten._to_copy.default else args[1]).device
-        if target.type != source.type or target.index not in (None, source.index):
-            return f"{func} copies between {source} and {target}"
-    if not on_device:
+        if target.type != source.type:
+            return Obstacle(Reason.HOST_COPY, f"{func} copies between {source} and {target}")
+        if target.index not in (None, source.index):
+            return Obstacle(Reason.TWO_DEVICES, f"{func} copies between {source} and {target}")
+    if all(tensor.device != device for tensor in tensors_in(args, kwargs)):
         return None
-    if func in _SYNCHRONISES:
-        return f"{func} {_SYNCHRONISES[func]}"
+    if func in _READ_OPS:
+        return Obstacle(Reason.READS_VALUE, _READ_OPS[func])
     if func.overloadpacket in _FFTS:
-        return f"{func} runs by a plan that torch.backends.cuda.cufft_plan_cache may drop"
-    if func is _aten.index.Tensor:
-        return (
-            f"{func} with a mask has a shape that depends on values"
-            if any(map(_is_mask, args[1]))
-            else None
-        )
-    if func in (_aten.index_put_.default, _aten.index_put.default):
-        fills = args[2].numel() == 1  # becomes masked_fill, which needs no value on the host
-        return (
-            f"{func} with a mask must count it on the host"
-            if not fills and any(map(_is_mask, args[1]))
-            else None
-        )
+        plan = "runs by a plan that torch.backends.cuda.cufft_plan_cache may drop"
+        return Obstacle(Reason.FFT_PLAN, f"{func} {plan}")
+    if func is _aten.index.Tensor and any(map(_is_mask, args[1])):
+        return Obstacle(Reason.VALUE_DEPENDENT_SHAPE, f"`tensor[mask]` ({func})")
+    # One value becomes masked_fill, which needs no count of the mask on the host.
+    if func in _INDEX_PUTS and args[2].numel() != 1 and any(map(_is_mask, args[1])):
+        return Obstacle(Reason.VALUE_DEPENDENT_SHAPE, f"`tensor[mask] = values` ({func})")
     if torch.Tag.data_dependent_output in func.tags:
-        return f"{func} hands a value to the host"
-    if torch.Tag.dynamic_output_shape in func.tags:
-        return f"{func} has a shape that depends on values"
+        return Obstacle(Reason.READS_VALUE, f"{func}")
+    if torch.Tag.dynamic_output_shape in func.tags and func is not _aten.index.Tensor:
+        return Obstacle(Reason.VALUE_DEPENDENT_SHAPE, f"{func}")
     return None

@@ -1,55 +1,79 @@
-"""Tells code of the user from that of libraries, and names the user's line."""
+"""Tells the user's code from that of libraries, names the user's line, and warns there."""
 
+import contextlib
 import os
 import sys
 import sysconfig
+import warnings
 from functools import cache
 from pathlib import Path
 from types import FrameType
 
 import torch
+import wrapt
+
+from graphcache.errors import GraphCacheWarning
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision lies beside it
-
-
 _OURS = str(Path(__file__).parent.parent) + os.sep
-
-
+_GENERATED = ("<frozen", "<built-in", "<eval_with_key>")  # `<stdin>` and `<string>` are the user's
+# Decorators: their frames lie between a user's call and what it calls.
+_WRAPPERS = (str(Path(wrapt.__file__).parent) + os.sep, contextlib.__file__)
+_NOT_THE_USERS = (_TORCH, _OURS, *_WRAPPERS, *_GENERATED)
 _PATHS = sysconfig.get_paths()
 
 
 def is_ours(frame: FrameType | None) -> bool:
-    """Tells whether `frame` runs code of graphcache."""
+    """Return True if `frame` runs code of graphcache."""
     return frame is not None and frame.f_code.co_filename.startswith(_OURS)
 
 
 @cache
 def is_library(file: str) -> bool:
-    """Tells whether code in `file` is torch's, ours, or of Python itself."""
-    if file.startswith((_TORCH, _OURS, "<frozen", "<built-in")) or file == "<":
+    """Return True if code in `file` is torch's, graphcache's, or Python's own."""
+    if file.startswith((_TORCH, _OURS, "<frozen", "<built-in")):
         return True
     installed = (_PATHS["purelib"], _PATHS["platlib"])
     return file.startswith((_PATHS["stdlib"], _PATHS["platstdlib"])) and not file.startswith(installed)
 
 
-def user_line() -> str:
-    """Returns `file:line, in function` of the innermost frame that is neither torch's nor ours."""
+def _user_frame() -> FrameType:
+    """Returns the innermost frame of user code; the outermost frame where there is none."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OURS, "<")):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame = frame.f_back
+    return frame
+
+
+def user_line() -> str:
+    """Returns `file:line, in function` of the innermost user code."""
+    frame = _user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
 
 
 def user_line_of(error: BaseException) -> str:
-    """Returns the same for the place that raised `error`, and torch's own line where no other is."""
-    theirs = place = None
+    """Returns `file:line, in function` of the user code that raised `error`, or else of torch's."""
+    of_torch = of_user = None
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        here = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
-        if not code.co_filename.startswith((_TORCH, _OURS, "<")):
-            place = here
-        elif not code.co_filename.startswith((_OURS, "<")):
-            theirs = here
+        line = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
+        if not code.co_filename.startswith(_NOT_THE_USERS):
+            of_user = line
+        elif code.co_filename.startswith(_TORCH):
+            of_torch = line
         trace = trace.tb_next
-    return place or theirs or "an unknown line"
+    return of_user or of_torch or "an unknown line"
+
+
+def warn(text: str) -> None:
+    """Issues a `GraphCacheWarning` at the user's line, as if that line had issued the warning."""
+    frame = _user_frame()
+    warnings.warn_explicit(
+        f"graphcache: {text}",
+        GraphCacheWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,7 @@ class DispatchMode(TorchDispatchMode):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         plain = cls.__torch_dispatch__
         super().__init_subclass__(**kwargs)
-        hidden = torch._disable_dynamo(plain)
+        hidden = _disable_dynamo(plain)
 
         def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "torch._dynamo" in sys.modules:
