@@ -16,9 +16,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import _C
-from graphcache.report.reasons import Reason
+from graphcache.report.reasons import Reason, text_of
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
-from graphcache.runtime.op_info import mutated_by, obstacle, overrides_dispatch, take_apart, tensors_in
+from graphcache.runtime.op_info import (
+    Obstacle,
+    mutated_by,
+    obstacle,
+    overrides_dispatch,
+    take_apart,
+    tensors_in,
+)
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import DispatchMode
 from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncached_autocast, uncompiled
@@ -37,8 +44,8 @@ class _HostReads(HostReads):
         super().__init__(recorder.device)
         self._recorder = recorder
 
-    def found(self, what: str) -> None:
-        self._recorder.block(f"{what} at {user_line()}", Reason.READS_VALUE)
+    def found(self, obstacle: Obstacle) -> None:
+        self._recorder.block(obstacle.reason, obstacle.detail)
 
     def addressed(self, tensor: Tensor) -> None:
         super().addressed(tensor)
@@ -91,9 +98,9 @@ class OpRecorder(DispatchMode):
         self._known = {id(tensor): ref(tensor) for tensor in given}
         self._reached: dict[int, ref[Tensor]] = {}
 
-    def block(self, why: str, reason: Reason) -> None:
-        """Records why this forward can't be captured; the first reason counts."""
-        self.blocker = self.blocker or (why, reason)
+    def block(self, reason: Reason, detail: str) -> None:
+        """Records why this forward can't be captured, with the user's line; the first reason counts."""
+        self.blocker = self.blocker or (f"{text_of(reason, detail)} at {user_line()}", reason)
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -110,7 +117,7 @@ class OpRecorder(DispatchMode):
             self.constants = constants.made if constants.used else None
             self.draws_random = not torch.equal(before, self._random_state())
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
-                self.block("it draws random numbers from the generator of the CPU", Reason.HOST_RANDOM)
+                self.block(Reason.HOST_RANDOM, "from the generator of the CPU")
             for tensor in self._bytes.changed(self.mutated):
                 self._note_mutated_unseen(tensor)
             if self._saved is not None:
@@ -128,19 +135,13 @@ class OpRecorder(DispatchMode):
             if overrides_dispatch(tensor):
                 kind = type(tensor)
                 name = f"{kind.__module__}.{kind.__qualname__}"
-                self.block(
-                    f"it uses a tensor subclass ({name}) at {user_line()}", Reason.TENSOR_SUBCLASS
-                )
+                self.block(Reason.TENSOR_SUBCLASS, name)
                 return func(*args, **kwargs)
         why = obstacle(func, args, kwargs, self.device)
         if why is not None:
-            self.block(f"{why}, at {user_line()}", Reason.READS_VALUE)
+            self.block(why.reason, why.detail)
         if func in _INDEXING and any(_C.storage_key(t) in self._constants for t in tensors_in(args[1])):
-            self.block(
-                f"{func} takes its index from a list, which is copied from the host, at {user_line()}; "
-                "make it a tensor on the device, once, or use slices",
-                Reason.HOST_COPY,
-            )
+            self.block(Reason.HOST_COPY, f"{func} takes its index from a list; use a tensor or slices,")
         constant = func is _aten.lift_fresh.default
         for tensor in tensors_in(args, kwargs):
             if constant:
@@ -180,7 +181,7 @@ class OpRecorder(DispatchMode):
         if key in self.made:
             return  # a view that no operation made, such as x.data
         if tensor.is_quantized:
-            self.block(f"a quantised tensor is read at {user_line()}", Reason.UNSUPPORTED_TENSOR)
+            self.block(Reason.UNSUPPORTED_TENSOR, "a quantised one is read")
             return
         self._reached[id(tensor)] = ref(tensor)
         if key not in self._inputs:
@@ -219,18 +220,15 @@ class OpRecorder(DispatchMode):
         if key not in self._inputs:
             self._hold(key, tensor)
         if self.device.type == "cpu":
-            self.block(
-                "it writes to memory past torch's operators, which emulation can't record",
-                Reason.NOT_EMULATED,
-            )
+            self.block(Reason.NOT_EMULATED, "it writes to memory past torch's operators")
 
     def _note_made(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
-            self.block(f"{kind} is made at {user_line()}", Reason.UNSUPPORTED_TENSOR)
+            self.block(Reason.UNSUPPORTED_TENSOR, f"{kind} is made")
             return
         if tensor.is_quantized:
-            self.block(f"a quantised tensor is made at {user_line()}", Reason.UNSUPPORTED_TENSOR)
+            self.block(Reason.UNSUPPORTED_TENSOR, "a quantised one is made")
             return
         if id(tensor) not in self._reached:
             self._known[id(tensor)] = ref(tensor)
