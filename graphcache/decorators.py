@@ -1,7 +1,6 @@
 """`cuda_graphed`: puts a graph cache in front of a forward, and leaves everything else as it was."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
@@ -10,9 +9,10 @@ from torch.jit import ScriptModule
 
 from graphcache.call.signature import parameters_of
 from graphcache.config import BatchDim, Options, Pad, Stale, top_name
-from graphcache.errors import GraphCacheWarning, OptionError
+from graphcache.errors import OptionError
 from graphcache.integrations.transformers import ASKED, CompiledCall, is_asked
 from graphcache.pool import GraphPool
+from graphcache.runtime.source_lines import warn
 from graphcache.wrappers import (
     GraphedForward,
     InstanceForward,
@@ -155,7 +155,7 @@ def _warn_of_other_ways_in(module: nn.Module) -> None:
         why = "it was compiled in place (Module.compile), and calls run that; use torch.compile(module)"
     else:
         return
-    warnings.warn(f"graphcache: {kind} has graphs that are not used: {why}", GraphCacheWarning, 4)
+    warn(f"{kind} has graphs that are not used: {why}")
 
 
 def _check_names(options: Options, function: Callable[..., Any]) -> None:
