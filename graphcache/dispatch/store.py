@@ -1,7 +1,6 @@
 """The store of one forward: its graphs by signature, what native code knows of them, and the counts."""
 
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,13 @@ from graphcache.capture.plan import PAD_IS_MISSING, CapturePlan
 from graphcache.config import Options
 from graphcache.dispatch.bypass import check_device
 from graphcache.dispatch.entry import Entries, Entry
-from graphcache.errors import CaptureError, GraphCacheWarning, OptionError
+from graphcache.errors import CaptureError, OptionError
 from graphcache.guards.guards import submodule_with_hooks
 from graphcache.guards.static_objects import with_slots
 from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
 from graphcache.report.reasons import Bypass, EagerReason, Reason
+from graphcache.runtime.source_lines import warn
 
 logger = logging.getLogger(__name__)
 
@@ -317,4 +317,4 @@ class Store:
         """Warns, once about each thing."""
         if about not in self._warned:
             self._warned.add(about)
-            warnings.warn(f"graphcache: {self.name}: {text}", GraphCacheWarning, stacklevel=2)
+            warn(f"{self.name}: {text}")
