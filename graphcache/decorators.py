@@ -10,16 +10,10 @@ from torch.jit import ScriptModule
 from graphcache.call.signature import parameters_of
 from graphcache.config import BatchDim, Options, Pad, Stale, top_name
 from graphcache.errors import OptionError
-from graphcache.integrations.transformers import ASKED, CompiledCall, is_asked
+from graphcache.integrations import transformers
 from graphcache.pool import GraphPool
 from graphcache.runtime.source_lines import warn
-from graphcache.wrappers import (
-    GraphedForward,
-    InstanceForward,
-    class_forward,
-    is_compiled_in_place,
-    over_compiled,
-)
+from graphcache.wrappers import GraphedForward, InstanceForward, class_forward, is_compiled_in_place
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -144,20 +138,6 @@ def cuda_graphed(
     return _decorate(target, options)
 
 
-def _warn_of_other_ways_in(module: nn.Module) -> None:
-    """Warns where calls that users make get round the graphs."""
-    kind = type(module).__qualname__
-    inner = vars(module).get("_modules", {}).get("_orig_mod")
-    if inner is not None and is_asked(inner):
-        kind = type(inner).__qualname__
-        why = "generate() of a compiled model calls the one inside it; give that: cuda_graphed(model)"
-    elif is_compiled_in_place(module):
-        why = "it was compiled in place (Module.compile), and calls run that; use torch.compile(module)"
-    else:
-        return
-    warn(f"{kind} has graphs that are not used: {why}")
-
-
 def _check_names(options: Options, function: Callable[..., Any]) -> None:
     """Raises `OptionError` if an option names an argument that `function` does not take."""
     parameters = parameters_of(function)
@@ -187,9 +167,12 @@ def _decorate(target: Any, options: Options) -> Any:
         function = own if own is not None else class_forward(type(target))
         _check_names(options, function)
         target.forward = InstanceForward(target, function, options)
-        if is_asked(target):
-            vars(target)[ASKED] = CompiledCall(target, over_compiled)
-        _warn_of_other_ways_in(target)
+        transformers.attach(target)
+        if is_compiled_in_place(target):
+            warn(
+                f"{type(target).__qualname__} has graphs that are not used: it was compiled in place "
+                "(Module.compile), and calls run that; use torch.compile(module)"
+            )
         return target
     if inspect.isclass(target):
         if not callable(getattr(target, "forward", None)):

@@ -1,4 +1,4 @@
-"""What stands in place of a forward: native code is asked first, then the graph cache."""
+"""Wrappers that take the place of a forward: they ask native code first, then the graph cache."""
 
 import copy
 import gc
@@ -10,6 +10,7 @@ from functools import partial
 from types import MethodType, ModuleType
 from typing import Any
 
+import torch
 import wrapt
 from torch import nn
 from torch.compiler import is_compiling
@@ -18,7 +19,6 @@ from graphcache import _C
 from graphcache.config import Options
 from graphcache.dispatch.cache import GraphCache
 from graphcache.errors import GraphCacheError, OptionError
-from graphcache.integrations.transformers import compiled_as
 from graphcache.report.cache_info import CacheInfo
 from graphcache.report.suggest_sizes import Suggestion
 
@@ -31,29 +31,27 @@ class _Caches:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        # The last of each is for native code, which finds it here by the same id.
+        # Native code looks the last item up by the same id.
         self.by_id: dict[int, tuple[weakref.ref[Any], GraphCache, Any]] = {}
 
     def of(self, function: Callable[..., Any], instance: Any) -> GraphCache:
         """Returns the cache of `instance`, or of the function itself where there is none."""
         owner = self if instance is None else instance
-        found = self.by_id.get(id(owner))
-        if found is None:
+        if id(owner) not in self.by_id:
             # Not finalize: nothing has to run at exit, where CUDA may be gone already.
-            forget = partial(_forget, self.by_id, id(owner))
+            discard = partial(_discard, self.by_id, id(owner))
             cache = GraphCache(function, _name(function, instance), self.options, instance)
-            found = weakref.ref(owner, forget), cache, cache.native.capsule
-            self.by_id[id(owner)] = found
-        return found[1]
+            self.by_id[id(owner)] = weakref.ref(owner, discard), cache, cache.native.capsule
+        return self.by_id[id(owner)][1]
 
-    def served(self, instance: Any) -> tuple[Any, ...]:
-        """Returns what native code finds the cache by, for a forward bound to `instance` for good."""
+    def lookup_key(self, instance: Any) -> tuple[Any, ...]:
+        """Returns the key by which native code finds the cache of a forward bound to `instance`."""
         if instance is None:
             return self.by_id, id(self), None
         return self.by_id, id(instance), weakref.ref(instance)
 
 
-def _forget(caches: dict[int, Any], key: int, _: Any) -> None:
+def _discard(caches: dict[int, Any], key: int, _: Any) -> None:
     caches.pop(key, None)
 
 
@@ -63,14 +61,14 @@ def _name(function: Callable[..., Any], instance: Any) -> str:
     return f"{type(instance).__qualname__}.{getattr(function, '__name__', 'forward')}"
 
 
-def _bound_to(function: Callable[..., Any]) -> Any:
-    """Returns what a function is bound to, or None; functions of C call their module that."""
+def _owner_of(function: Callable[..., Any]) -> Any:
+    """Returns the instance that a function is bound to, or None; functions of C name their module."""
     owner = getattr(function, "__self__", None)
     return None if isinstance(owner, ModuleType) else owner
 
 
 class _Inspectable:
-    """The habits of `functools`: what a wrapped forward tells and does besides being called."""
+    """The methods of a wrapped forward, named as `functools` names those of a cached function."""
 
     def _cache(self) -> GraphCache:
         raise NotImplementedError
@@ -79,37 +77,36 @@ class _Inspectable:
         raise NotImplementedError
 
     def cache_info(self) -> CacheInfo:
-        """Returns what was captured, replayed and run eagerly; see `CacheInfo`."""
+        """Returns the counts of captures, replays and eager calls; see `CacheInfo`."""
         return self._cache().info()
 
     def cache_clear(self) -> None:
-        """Drops the graphs and the counts; the next call captures anew."""
+        """Drops the graphs and the counts; the next call captures again."""
         self._cache().clear()
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Captures for calls like this one, without the effects of a call.
 
-        The forward runs once; what it writes to tensors, and the random generator, are put back.
+        The forward runs once. Tensors that it writes to, and the random generator, are put back.
 
         Args:
-            *args: example arguments; of tensors, shapes and dtypes count, and the values must be
-                valid ones.
+            *args: example arguments; tensors need the shapes and dtypes of later calls, and valid values.
             **kwargs: likewise.
         """
         function, instance = self._wrapped_call()
         self._cache().warm_up(function, instance, args, kwargs)
 
     def suggest_sizes(self, count: int) -> Suggestion:
-        """Returns the sizes that would serve the calls so far at the least cost; see `Suggestion`.
+        """Returns the sizes that would have served the calls so far at the least cost; see `Suggestion`.
 
-        The cost of a replay is its time on the device where two sizes or more were timed (each is, after
-        512 replays), linear in between; until then, and in emulation, its rows.
+        The cost of a replay is its time on the device, once two sizes were timed; linear in between. A
+        size is timed after 512 replays. Until then, and in emulation, the cost is the number of rows.
 
         Args:
-            count: how many sizes; fewer where fewer different batches came.
+            count: number of sizes; fewer where fewer different batches came.
 
         Raises:
-            GraphCacheError: without calls to go by, or where sizes are not chosen (exact sizes only).
+            GraphCacheError: without calls to count, or where the forward can't be padded.
             OptionError: unless `count` is a positive integer.
         """
         return self._cache().suggest_sizes(count)
@@ -127,7 +124,7 @@ class _Inspectable:
 
 
 class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
-    """`module.forward` of a class whose forward is decorated."""
+    """The bound `module.forward` of a class whose forward is decorated."""
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         return self.__wrapped__, self._self_instance
@@ -161,11 +158,11 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
 
         super().__init__(function, dispatch)
         self._self_caches = caches
-        self._self_served = caches.served(_bound_to(function))
+        self._self_served = caches.lookup_key(_owner_of(function))
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
-        return self.__wrapped__, _bound_to(self.__wrapped__)
+        return self.__wrapped__, _owner_of(self.__wrapped__)
 
     def _cache(self) -> GraphCache:
         caches: _Caches = self._self_caches
@@ -183,10 +180,10 @@ _MODULE_FILE = nn.Module._call_impl.__code__.co_filename
 
 
 def _called_module() -> Any:
-    """Returns the module whose call is under way right above; None where that is not to be told.
+    """Returns the module whose call leads to this one; None where the frames do not show it.
 
-    A shallow copy of a module (`copy.copy`, a DataParallel replica) shares all that lies in its
-    `__dict__`, so the forward there can't know by itself on whose behalf it is called.
+    A shallow copy of a module (`copy.copy`, a DataParallel replica) shares the forward in its
+    `__dict__`, so that forward can't know by itself which of the modules was called.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:
@@ -197,10 +194,10 @@ def _called_module() -> Any:
 
 
 class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
-    """The forward of one module that was decorated after it was made.
+    """The forward of a module that was decorated after its construction.
 
-    It lies in the instance's `__dict__` and refers back to it weakly, so that the module, and its
-    graphs with it, go when their last user does.
+    The wrapper lies in the module's `__dict__` and refers back weakly. So the module and its graphs go
+    with the last user of the module.
     """
 
     def __init__(
@@ -228,48 +225,48 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             elif called is not owner:
                 wrapped = class_forward(type(called)) if is_method else wrapped
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
-            wrapped = mine()._as_it_is_now(owner)  # type: ignore[union-attr]
+            wrapped = itself()._current_forward(owner)  # type: ignore[union-attr]
             bound = MethodType(wrapped, owner) if is_method else wrapped
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)
-        mine = weakref.ref(self)  # or it would outlive its module until it is collected
+        itself = weakref.ref(self)  # or the wrapper would outlive its module until a collection
         self._self_known_counts: dict[str, int] = {}
         self._self_module = reference
         self._self_caches = caches
-        self._self_served = caches.served(module)
+        self._self_served = caches.lookup_key(module)
         self._self_is_method = is_method
         self._self_compiled = compiled
-        self._self_over: list[tuple[Any, InstanceForward]] = []
+        self._self_compiled_forms: list[tuple[dict[str, Any], InstanceForward]] = []
         if not compiled:
-            self._enter_early(module)
+            self._replace_call(module)
 
-    def _enter_early(self, module: nn.Module) -> None:
-        """Has `module(...)` ask native code before it looks for hooks.
+    def _replace_call(self, module: nn.Module) -> None:
+        """Makes `module(...)` ask native code before torch looks for hooks.
 
-        By the place where `Module.compile` puts what it made, which torch leaves out of copies and
-        pickles. Where there are hooks, or another forward, all goes its usual way.
+        Uses the attribute of `Module.compile`, which torch leaves out of copies and pickles. Where there
+        are hooks, or another forward, the call goes torch's usual way.
         """
         kind = type(module)
         plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
         if plain and not is_compiled_in_place(module):
-            vars(module)["_compiled_call_impl"] = _early(weakref.ref(module), self)
+            vars(module)["_compiled_call_impl"] = _module_call(weakref.ref(module), self)
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         module = self._self_module()
         if module is None:
             raise GraphCacheError("graphcache: the module of this forward is gone")
-        function = self._as_it_is_now(module)
+        function = self._current_forward(module)
         return (MethodType(function, module) if self._self_is_method else function), module
 
-    def _as_it_is_now(self, module: Any) -> Callable[..., Any]:
-        """Returns the forward; where its class was patched, what is known of the old one is dropped."""
+    def _current_forward(self, module: Any) -> Callable[..., Any]:
+        """Returns the class's current forward; discards the graphs of a patched one."""
         if not self._self_is_method or self._self_compiled:
             return self.__wrapped__
         function = class_forward(type(module))
         if function is not self.__wrapped__:
             self._self_caches.by_id.pop(id(module), None)
-            self._self_over.clear()
+            self._self_compiled_forms.clear()
             self.__wrapped__ = function
         return function
 
@@ -277,11 +274,11 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         caches: _Caches = self._self_caches
         return caches.of(*self._wrapped_call())
 
-    def over(self, asked: Any) -> "InstanceForward | None":
+    def compiled_with(self, options: dict[str, Any]) -> "InstanceForward | None":
         """Returns a graphed forward over compiled code of the same function, counted with this one.
 
         Args:
-            asked: how to compile; see `compiled_as`.
+            options: keywords of `torch.compile`.
 
         Returns:
             None where the function is not of the module's class: it may be bound to something else.
@@ -291,14 +288,14 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         """
         module = self._wrapped_call()[1]
         _check_not_shared(self, module, "compiled")  # here, so that no call has to ask
-        for known, made in self._self_over:
-            if known == asked:
+        for known, made in self._self_compiled_forms:
+            if known == options:
                 return made
         if not self._self_is_method:
             return None
-        code = compiled_as(asked, self.__wrapped__)
+        code = torch.compile(self.__wrapped__, **options)
         made = InstanceForward(module, code, self._self_caches.options, compiled=True)
-        self._self_over.append((asked, made))
+        self._self_compiled_forms.append((options, made))
         self._cache().beside.append(made._cache())
         return made
 
@@ -330,18 +327,18 @@ def _is_alone(forward: InstanceForward, owner: Any) -> bool:
     return called is None or called is owner
 
 
-def _check_not_shared(forward: Any, owner: Any, where: str) -> None:
-    """Raises where `forward` lies in other modules than its own: a call may be of any of them.
+def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
+    """Raises `GraphCacheError` where another module than `owner` holds `forward`, too.
 
     Args:
-        forward: of a module.
-        owner: the module that it was made for.
-        where: who asks: as many refer to the forward there each time, unless something was copied.
+        forward: the forward of a module.
+        owner: the module that the forward was made for.
+        caller: names the calling code, which holds the same number of references at each call.
     """
     if not isinstance(forward, InstanceForward):
         return
     known = forward._self_known_counts
-    if sys.getrefcount(forward) == known.get(where):
+    if sys.getrefcount(forward) == known.get(caller):
         return
     for holder in gc.get_referrers(forward):
         if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
@@ -350,14 +347,14 @@ def _check_not_shared(forward: Any, owner: Any, where: str) -> None:
                 "copy of its module shares it: which of the two is meant can't be told. Call the "
                 "module, or copy it with copy.deepcopy"
             )
-    known[where] = sys.getrefcount(forward)
+    known[caller] = sys.getrefcount(forward)
 
 
-def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
+def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
     native = _C.module_call(forward._self_served, forward)
     plain, is_method = forward.__wrapped__, forward._self_is_method
 
-    # Of Python, for torch.compile to see through: it can't trace the wrapper.
+    # A Python function, because torch.compile can't trace the wrapper.
     def call(*args: Any, **kwargs: Any) -> Any:
         if not is_compiling():
             return native(*args, **kwargs)
@@ -373,28 +370,22 @@ def _early(reference: Callable[[], Any], forward: InstanceForward) -> Callable[.
     return call
 
 
-# Calls that graphs serve never get to wrapt, which takes a microsecond to find out what it wraps.
+# Calls that graphs serve never reach wrapt, which needs a microsecond to find the wrapped function.
 _C.serve_calls(GraphedForward)
 _C.serve_instance_calls(InstanceForward)
 _C.serve_bound_calls(_BoundForward)
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Tells whether `module.compile()` was called: then calls run what that made."""
+    """Return True if `module.compile()` was called, whose result runs at each call of the module."""
     made = vars(module).get("_compiled_call_impl")
     return made is not None and getattr(made, "__module__", None) != __name__
 
 
 def class_forward(kind: type) -> Callable[..., Any]:
-    """Returns the forward of a class as it was written."""
+    """Returns the forward of a class without its wrapper."""
     forward = kind.forward  # type: ignore[attr-defined]
     return forward.__wrapped__ if isinstance(forward, GraphedForward) else forward
-
-
-def over_compiled(module: nn.Module, asked: Any) -> InstanceForward | None:
-    """Returns the graphed forward of a module over compiled code; see `InstanceForward.over`."""
-    forward = vars(module).get("forward")
-    return forward.over(asked) if isinstance(forward, InstanceForward) else None
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:
