@@ -40,7 +40,7 @@ _READS = {
     Tensor.tolist: "`.tolist()`",
     Tensor.__array__: "`numpy.asarray(tensor)`",
     Tensor.__repr__: "`print(tensor)`",
-    Tensor.__format__: "`print(f\"{tensor}\")`",
+    Tensor.__format__: '`print(f"{tensor}")`',
     Tensor.__dlpack__: "`.__dlpack__()`",
 }
 
