@@ -2665,13 +2665,13 @@ def test_the_input_is_deleted_at_once(backend: Backend, net: Net) -> None:
 
 
 def test_a_bound_argument_is_freed_and_its_address_comes_again(backend: Backend) -> None:
-    """Another tensor, with another shape of its storage, at the address that was captured."""
+    """Another tensor, with another size of its storage, at the address that was captured."""
     model = cuda_graphed(lambda x, table: x + table.sum(0), sizes=(2,), bind="table")
-    x = backend.randn(2, 8)
-    for rows in (4, 4, 4, 4):
-        table = backend.randn(rows, 8)
-        same_as_eager(model, x, table)
-        del table
+    x, memory = backend.randn(2, 8), backend.randn(8, 8)
+    for rows in (4, 8, 4, 6):
+        memory.normal_()
+        # A storage of its own over that memory, as if the allocator had given the address again.
+        same_as_eager(model, x, torch.from_dlpack(memory[:rows])[:4])
     assert info(model).hits
 
 
