@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(
         not (ON_MODEL or torch.cuda.is_available()), reason="no CUDA device: see test_branches_model.py"
     ),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
 ]
 STEPS = 60
 

@@ -18,7 +18,7 @@ from graphcache import CaptureError, GraphCacheError, GraphCacheWarning, cuda_gr
 from graphcache.integrations.transformers import without_graphs
 from tests.conftest import MLP, Backend, close
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 compiled_graphs: list[torch.fx.GraphModule] = []
 runs: list[int] = []

@@ -89,7 +89,7 @@ def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
         assert forward.cache_info().eager[reason] == 1
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_part_is_scripted(backend: Backend) -> None:
     """What it reads can't be watched; the reason says what to use instead."""
     x = backend.randn(2, 8)

@@ -3081,7 +3081,7 @@ def test_weights_are_tied(backend: Backend) -> None:
     survives(model, lambda: setattr(model.head, "weight", model.embed.weight), tokens)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_compile_outside(net: Net, x: Tensor) -> None:
     """Dynamo can't trace a replay."""
     torch.compiler.reset()
@@ -3094,7 +3094,7 @@ def test_torch_compile_outside(net: Net, x: Tensor) -> None:
     replays(net, x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_compile_inside(backend: Backend, x: Tensor) -> None:
     """A part of the forward is compiled, and compiled anew under a capture when it changes."""
     torch.compiler.reset()
@@ -3143,7 +3143,7 @@ def test_functional_call(net: Net, x: Tensor) -> None:
     replays(net, x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_jvp_and_grad_of_the_forward(net: Net, x: Tensor) -> None:
     """A replay has no derivative: it would be zero."""
     replays(net, x)
@@ -3156,7 +3156,7 @@ def test_jvp_and_grad_of_the_forward(net: Net, x: Tensor) -> None:
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_forward_mode_derivatives(net: Net, x: Tensor) -> None:
     """Dual tensors, which need no grad mode: the tangent is lost."""
     net.requires_grad_(False)
@@ -3508,7 +3508,7 @@ def test_weight_norm_is_registered(net: Net, x: Tensor) -> None:
     survives(net, lambda: net.up.parametrizations.weight.original0.mul_(2), x)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
 def test_the_old_weight_norm_is_registered(net: Net, x: Tensor) -> None:
     """By a hook that computes the weight before each call."""
     replays(net, x)

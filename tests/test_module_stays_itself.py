@@ -192,7 +192,7 @@ def test_hooks_inside_run_on_every_call(model: nn.Module, backend: Backend) -> N
     assert model.forward.cache_info().hits > hits
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_compile_sees_the_plain_forward(model: nn.Module, backend: Backend) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -204,7 +204,7 @@ def test_torch_compile_sees_the_plain_forward(model: nn.Module, backend: Backend
     assert model.forward.cache_info().calls == calls
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_compiled_module_can_be_graphed(backend: Backend) -> None:
     torch.compiler.reset()
     compiled = torch.compile(MLP().to(backend.device), backend="eager")
@@ -215,7 +215,7 @@ def test_a_compiled_module_can_be_graphed(backend: Backend) -> None:
     assert model.forward.cache_info().hits == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_compiled_module_stays_compiled_when_it_is_graphed(backend: Backend) -> None:
     """Dynamo gives up for good on code that it meets under a dispatch mode, as the first call is."""
     torch.compiler.reset()
@@ -249,7 +249,7 @@ def test_torch_export_sees_the_plain_forward(model: nn.Module, backend: Backend)
     assert torch.allclose(exported.module()(x), eager(model, x), atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_jit_trace(model: nn.Module, backend: Backend) -> None:
     x = backend.randn(3, 8)
     traced = torch.jit.trace(model, (x,))
@@ -377,7 +377,7 @@ def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
     assert mlp.forward.cache_info().hits >= 4
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP) -> None:
     compiled, compiler = collecting()
     x = backend.randn(2, 8)
@@ -393,7 +393,7 @@ def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP
     assert compiled
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_parent_that_is_compiled_takes_the_plain_forward_in(backend: Backend, mlp: MLP) -> None:
     graphs, compiler = collecting()
     x = backend.randn(2, 8)
@@ -420,7 +420,7 @@ def test_a_copy_enters_its_own_forward(backend: Backend, mlp: MLP) -> None:
     assert twin.forward.cache_info().hits == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_compile_sees_the_plain_forward_of_what_has_graphs(backend: Backend) -> None:
     @cuda_graphed(sizes=(2,))
     class Graphed(MLP):
@@ -438,7 +438,7 @@ def test_torch_compile_sees_the_plain_forward_of_what_has_graphs(backend: Backen
     assert model.forward.cache_info().hits == hits
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_compiled_function_traces_a_forward_that_has_graphs(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2,))
     x = backend.randn(2, 8)

@@ -44,7 +44,7 @@ def test_options(options: dict[str, Any], message: str) -> None:
         cuda_graphed(forward, **options)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_targets() -> None:
     with pytest.raises(OptionError, match=r"can't decorate 0; .*cuda_graphed\(batch_dim=0\)"):
         cuda_graphed(0)
