@@ -88,8 +88,8 @@ def test_a_build_without_torch_stops_at_once_and_says_what_to_run(tmp_path: Path
 
 def test_import_takes_no_longer_than_torch_and_a_fifth_of_a_second() -> None:
     code = (
-        "import time, torch\nstart = time.perf_counter()\nimport graphcache\n"
-        "print(time.perf_counter() - start)"
+        "import time, torch\nstart = time.process_time()\nimport graphcache\n"
+        "print(time.process_time() - start)"  # of this process alone, however busy the machine is
     )
     seconds = [float(python(code).stdout) for _ in range(3)]
     assert statistics.median(seconds) < 0.2
