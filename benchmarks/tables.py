@@ -94,7 +94,7 @@ def fuzz(figures: dict[str, Any]) -> str:
 
 def cycles(figures: dict[str, Any]) -> str:
     """What captures and drops leave behind."""
-    rows = [("`python -m tests.cycles`", "grown by", "allowed")]
+    rows = [("`python -m tests.fuzz.cycles`", "grown by", "allowed")]
     for name, grown in figures["grown"].items():
         rows.append((name.replace("_", " "), f"{grown:,}", f"{figures['allowed'][name]:,.0f}"))
     return (

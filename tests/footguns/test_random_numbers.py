@@ -1,0 +1,192 @@
+"""Traps: random numbers are drawn in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcache import cuda_graphed
+from tests.helpers import Backend, eagerly, equal, info, on, same_as_eager
+
+# Whether we tell of a trap is asked only by tests that say so.
+pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
+
+
+def seeded(model: Any, *args: Any, seed: int = 5, times: int = 6) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [model(*args).clone() for _ in range(times)]
+
+
+def test_dropout_in_training_mode(backend: Backend) -> None:
+    """The mask of the capture, again and again; or other numbers than eager's."""
+    model = cuda_graphed(nn.Dropout(0.5), sizes=(4,))
+    x = torch.ones(3, 64, device=backend.device)
+    got = seeded(model, x)
+    equal(got, seeded(partial(eagerly, model), x))
+    assert len({tuple(mask.flatten().tolist()) for mask in got}) == 6
+    assert info(model).hits >= 4
+    model.eval()
+    same_as_eager(model, x)
+
+
+def test_dropout_is_switched_by_its_probability(backend: Backend) -> None:
+    """`model.p = 0.1` during a schedule."""
+    model = cuda_graphed(nn.Dropout(0.5), sizes=(4,))
+    x = torch.ones(4, 64, device=backend.device)
+    for p in (0.5, 0.1, 0.0, 0.5):
+        model.p = p
+        equal(seeded(model, x), seeded(partial(eagerly, model), x))
+
+
+def test_dropout_between_graphed_and_eager_calls(backend: Backend) -> None:
+    """The generator must advance in a replay as it does in eager."""
+    model = cuda_graphed(nn.Dropout(0.5), sizes=(2,))
+    x = torch.ones(2, 16, device=backend.device)
+
+    def run(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(7)
+        drawn = []
+        for _ in range(5):
+            drawn += [call(x).clone(), torch.rand(4, device=backend.device), call(x[:1]).clone()]
+        return drawn
+
+    equal(run(model), run(partial(eagerly, model)))
+    assert info(model).hits >= 6
+
+
+def test_sampling_with_a_seed(backend: Backend) -> None:
+    """Tokens must be those of eager, and the same for the same seed."""
+
+    def sample(logits: Tensor) -> Tensor:
+        noise = torch.empty_like(logits).exponential_()
+        return (logits.softmax(-1) / noise).argmax(-1)
+
+    model, logits = cuda_graphed(sample, sizes=(4,)), backend.randn(4, 50)
+    want = seeded(sample, logits)
+    for _ in range(2):
+        equal(seeded(model, logits), want)
+    assert info(model).hits >= 8
+
+
+@on("cuda", "cuda-portable")
+def test_a_capture_has_not_begun_on_the_device_when_its_graph_runs(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stream of a capture torch notes that nothing was drawn, and no replay waits for that."""
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        torch.cuda._sleep(10**8)
+        begin(*args, **kwargs)
+
+    def sample(x: Tensor) -> Tensor:
+        torch.cuda._sleep(3 * 10**8)
+        return x + torch.rand_like(x)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    model, x = cuda_graphed(sample, sizes=(4,)), backend.randn(4, 8)
+    equal(seeded(model, x, times=3), seeded(sample, x, times=3))
+    assert info(model).hits == 2
+
+
+@on("cuda", "cuda-portable")
+def test_graphs_that_draw_run_on_two_streams(backend: Backend) -> None:
+    """torch tells all graphs in one place what was drawn before: one reads what another was told."""
+
+    def sample(x: Tensor) -> Tensor:
+        torch.cuda._sleep(10**8)
+        return x + torch.rand_like(x)
+
+    def run(calls: list[Any]) -> list[Tensor]:
+        torch.manual_seed(7)
+        drawn = []
+        for _ in range(4):
+            for call, stream in zip(calls, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    drawn.append(call(x).clone())
+        torch.cuda.synchronize()
+        return drawn
+
+    x, streams = backend.randn(4, 8), [torch.cuda.current_stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    models = [cuda_graphed(sample, sizes=(4,), pool=backend.pool()) for _ in range(2)]
+    equal(run(models), run([sample, sample]))
+    assert all(info(model).hits == 3 for model in models)
+
+
+def test_sampling_by_multinomial(backend: Backend) -> None:
+    """It looks at its input on the host, on some devices."""
+    forward = lambda logits: torch.multinomial(logits.softmax(-1), 1)  # noqa: E731
+    model, logits = cuda_graphed(forward, sizes=(4,)), backend.randn(3, 50)
+    equal(seeded(model, logits), seeded(forward, logits))
+
+
+def test_a_generator_is_an_argument(backend: Backend) -> None:
+    """A graph holds the state of the generator that it was captured with."""
+
+    def forward(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return x + torch.rand(x.shape, generator=generator, device=x.device)
+
+    model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
+    one, two = (torch.Generator(backend.device).manual_seed(3) for _ in range(2))
+    for _ in range(5):
+        equal(model(x, one), forward(x, two))
+    equal(seeded(model, x), seeded(forward, x))
+    equal(model(x, generator=one), forward(x, two))
+
+
+def test_a_generator_is_an_attribute(backend: Backend) -> None:
+    """Likewise, and it may be replaced or seeded at any time."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator(backend.device).manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(x.shape, generator=self.generator, device=x.device)
+
+    model, twin, x = cuda_graphed(Noisy(), sizes=(2,)), Noisy(), backend.randn(2, 8)
+    for step in range(9):
+        equal(model(x), twin(x))
+        if step % 3 == 2:
+            for each in (model, twin):
+                each.generator = torch.Generator(backend.device).manual_seed(step)
+
+
+def test_the_forward_seeds_the_generator(backend: Backend) -> None:
+    """`torch.manual_seed` in the forward is a call of the host, made at capture only."""
+
+    def forward(x: Tensor) -> Tensor:
+        torch.manual_seed(11)
+        return x + torch.rand_like(x)
+
+    model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        equal(model(x), forward(x))
+        got = torch.rand(3, device=backend.device)
+        torch.manual_seed(seed)
+        forward(x)
+        equal(got, torch.rand(3, device=backend.device))
+
+
+def test_the_state_of_the_generator_is_saved_and_put_back(backend: Backend) -> None:
+    """`torch.random.fork_rng` in the forward: noise that leaves the generator as it was."""
+    devices = [backend.device] if backend.device.type == "cuda" else []
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=devices):
+            return x + torch.rand_like(x)
+
+    model, x = cuda_graphed(forward, sizes=(2, 4)), backend.randn(3, 8)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        got = model(x).clone()
+        torch.manual_seed(seed)
+        equal(got, forward(x))

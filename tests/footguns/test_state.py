@@ -1,0 +1,584 @@
+"""Traps: a forward changes state, on the device or in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcache import cuda_graphed
+from tests.helpers import (
+    EMULATED,
+    ON_A_GPU,
+    Backend,
+    Counter,
+    equal,
+    graphed_twin,
+    in_step,
+    info,
+    same_as_eager,
+    triton_knows,
+)
+from tests.models import Steps
+
+# Whether we tell of a trap is asked only by tests that say so.
+pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
+
+
+def steps(backend: Backend, write: Callable[[Tensor, Tensor], Any], **options: Any) -> Any:
+    model, twin = (Steps(write).to(backend.device) for _ in range(2))
+    return cuda_graphed(model, sizes=(2, 4), **options), twin
+
+
+def add_sum(state: Tensor, x: Tensor) -> None:
+    state.add_(x.sum(0))
+
+
+@torch.library.custom_op("footguns::declared", mutates_args={"state"})
+def declared(state: Tensor, x: Tensor) -> None:
+    state.add_(x.sum(0))
+
+
+@torch.library.custom_op("footguns::undeclared", mutates_args=())
+def undeclared(state: Tensor, x: Tensor) -> Tensor:
+    state.add_(x.sum(0))
+    return x + 1
+
+
+@pytest.mark.parametrize("write", [add_sum, declared])
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_forward_writes_to_a_buffer(backend: Backend, write: Any, inference: bool) -> None:
+    """Warm-ups advance it, captures don't, and padded rows write to it too."""
+    model, twin = steps(backend, write)
+    with torch.inference_mode(inference):
+        for batch in (4, 4, 3, 3, 2, 4, 3, 3):
+            in_step(model, twin, backend.randn(batch, 8))
+    assert info(model).hits >= 4
+
+
+def test_a_custom_op_writes_and_does_not_declare_it(backend: Backend) -> None:
+    """No schema tells, so it is padded, compared, and written to more often than eager would."""
+    model, twin = steps(backend, undeclared)
+    for batch in (4, 4, 3, 3, 2, 4, 3, 3):
+        in_step(model, twin, backend.randn(batch, 8))
+
+
+def test_a_custom_op_writes_to_an_argument_and_does_not_declare_it(backend: Backend) -> None:
+    """It writes to the graph's own copy of the argument; the caller's stays as it was."""
+
+    def forward(x: Tensor, state: Tensor) -> Tensor:
+        return undeclared(state, x) + state
+
+    model = cuda_graphed(forward, sizes=(2, 4))
+    mine, theirs = torch.zeros(8, device=backend.device), torch.zeros(8, device=backend.device)
+    for batch in (4, 4, 3, 3, 2, 4, 3):
+        x = backend.randn(batch, 8)
+        equal(model(x, mine), forward(x, theirs))
+        equal(mine, theirs)
+
+
+def bump_by_address(state: Tensor, x: Tensor) -> None:
+    """As an extension does that never told torch of its operator."""
+    first = ctypes.c_float.from_address(state.data_ptr())
+    first.value += float(x.shape[0])
+
+
+def bump_by_numpy(state: Tensor, x: Tensor) -> None:
+    state.numpy()[0] += float(x.shape[0])
+
+
+class WritesByTriton(nn.Module):
+    """Advances a buffer and an argument, past torch's operators; raises in so many captures."""
+
+    def __init__(self, kernels: ModuleType, *, failing: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(16))
+        self.kernels, self.failing, self.captures = kernels, failing, Counter()
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        self.kernels.add_one[(1,)](self.state, 16)
+        self.kernels.add_one[(1,)](counts, 16)
+        if torch._C._cuda_isCurrentStreamCapturing() and self.captures.add() <= self.failing:
+            raise RuntimeError("not initialised")
+        return x + self.state[:8] + counts[8:]
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_triton_kernel_writes_to_a_buffer_and_to_an_argument(
+    backend: Backend, x: Tensor, kernels: ModuleType, failing: int
+) -> None:
+    """What it wrote to a staged copy never reaches the caller; and no operator tells that it writes.
+
+    Nor to a warm-up, which follows a capture that fails, and has to undo it.
+    """
+    model = cuda_graphed(WritesByTriton(kernels, failing=failing).to(backend.device), sizes=(2,))
+    counts = torch.zeros(16, device=backend.device)
+    for step in range(1, 7):
+        equal(model(x, counts), x + 2 * step)
+        assert model.state.eq(step).all()
+        assert counts.eq(step).all()
+    assert int(model.captures) > failing
+    assert info(model).hits >= 3
+
+
+@ON_A_GPU
+def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kernels: ModuleType) -> None:
+    """No operator sees that it is read, and it is replaced later."""
+    scratch = [torch.zeros(16, device=backend.device)]
+
+    def forward(x: Tensor) -> Tensor:
+        kernels.add_one[(1,)](scratch[0], 16)
+        return x * 2
+
+    model = cuda_graphed(forward, sizes=(2, 4))
+    model.warmup(x)
+    assert scratch[0].eq(0).all()
+    for _ in range(3):
+        equal(model(x), x * 2)
+    equal(model(x[:1]), x[:1] * 2)
+    before, scratch[0] = scratch[0], torch.zeros(16, device=backend.device)
+    for step in range(1, 4):
+        model(x)
+        assert scratch[0].eq(step).all()
+    assert before.eq(4).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("triton.compiler.compiler", "CompiledKernel"),
+        ("torch._inductor.runtime.static_triton_launcher", "StaticallyLaunchedTritonKernel"),
+    ],
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_nobody_else_holds_a_kernel_any_more(
+    backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch, file: str, name: str, derived: bool
+) -> None:
+    """What loaded it unloads it, and the graph launched what was no longer on the device."""
+    base = type(name, (), {})
+    kind = type("ForOneDevice", (base,), {}) if derived else base
+    monkeypatch.setitem(sys.modules, file, SimpleNamespace(**{name: base}))  # type: ignore[misc]
+    triton_knows(monkeypatch, SimpleNamespace(_active="a device"))
+    kernel = kind()
+    known = weakref.ref(kernel)
+    model = cuda_graphed(lambda x: x * 2, sizes=(2,))
+    model(x)
+    del kernel
+    gc.collect()
+    assert known() is not None
+    model.cache_clear()
+    gc.collect()
+    assert known() is None
+
+
+@ON_A_GPU
+def test_a_triton_kernel_tunes_itself(backend: Backend, kernels: ModuleType) -> None:
+    """It launches, waits and measures at each size that it has not seen, which ends a capture."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        kernels.double[lambda chosen: (-(-x.numel() // chosen["block"]),)](x, y, x.numel())
+        return y + 1
+
+    model = cuda_graphed(forward, sizes=(2, 4, 8))
+    for batch in (4, 8, 3, 2, 8, 4, 3):
+        x = backend.randn(batch, 8)
+        equal(model(x), x * 2 + 1)
+    assert info(model).sizes == (2, 4, 8)
+    assert info(model).hits >= 4
+
+
+@EMULATED
+@pytest.mark.parametrize("write", [bump_by_address, bump_by_numpy])
+def test_the_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:
+    """What passes torch's operators is in no record: it happens once, at capture."""
+    pytest.importorskip("numpy")
+    model, twin = steps(backend, write)
+    for batch in (4, 4, 3, 3, 2, 4, 3):
+        in_step(model, twin, backend.randn(batch, 8))
+
+
+@EMULATED
+def test_the_host_writes_by_data_ptr_on_later_calls_only(backend: Backend) -> None:
+    """The first call, which is watched, had nothing to write."""
+    step = [0]
+
+    def write(state: Tensor, x: Tensor) -> None:
+        step[0] += 1
+        if step[0] > 2:
+            ctypes.c_float.from_address(state.data_ptr()).value += 1.0
+
+    model = cuda_graphed(Steps(write), sizes=(2,))
+    for call in range(1, 7):
+        x = backend.randn(2, 8)
+        model(x)
+        assert model.state[0].item() == max(0, call - 2)
+
+
+class Cached(nn.Module):
+    """One row of a KV cache for each slot; the last one is a sink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("k", torch.zeros(9, 8))
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        self.k[slots] = self.k[slots] * 0.5 + x
+        return (x @ self.k[:-1].T).softmax(-1) @ self.k[:-1]
+
+
+def test_a_kv_cache_without_pad(backend: Backend) -> None:
+    """Padded rows of zeros write to slot 0."""
+    twin = Cached().to(backend.device)
+    model = graphed_twin(twin, sizes=(2, 4))
+    for batch in (4, 3, 2, 3, 1, 4, 3, 1):
+        slots = torch.randperm(8, device=backend.device)[:batch]
+        in_step(model, twin, backend.randn(batch, 8), slots)
+    assert info(model).hits >= 4
+    assert info(model).padded_rows == 0
+
+
+def test_a_kv_cache_with_a_sentinel(backend: Backend) -> None:
+    """The tail of the static slots holds those of an earlier, larger batch."""
+    twin = Cached().to(backend.device)
+    model = graphed_twin(twin, sizes=(2, 4), pad={"slots": -1})
+    for batch in (4, 3, 2, 3, 1, 4, 3, 1):
+        slots = torch.randperm(8, device=backend.device)[:batch]
+        x = backend.randn(batch, 8)
+        equal(model(x, slots), twin(x, slots))
+        equal(model.k[:-1], twin.k[:-1])
+    assert info(model).padded_rows >= 4
+
+
+def test_a_sentinel_that_is_a_slot(backend: Backend) -> None:
+    """The user promised that padded rows do no harm, with a value for another argument than counts."""
+    twin = Cached().to(backend.device)
+    model = graphed_twin(twin, sizes=(2, 4), pad={"slots": -1, "x": 7.0})
+    for batch in (3, 3, 2, 1, 4, 3):
+        slots = torch.randperm(8, device=backend.device)[:batch]
+        x = backend.randn(batch, 8)
+        equal(model(x, slots), twin(x, slots))
+        equal(model.k[:-1], twin.k[:-1])
+
+
+def test_a_python_counter_advances(backend: Backend, x: Tensor) -> None:
+    """`self.step += 1` runs at capture only, and its value is baked in."""
+
+    class Counts(nn.Module):
+        step = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.step += 1
+            return x * self.step
+
+    model, twin = cuda_graphed(Counts(), sizes=(2,)), Counts()
+    for _ in range(8):
+        equal(model(x), twin(x))
+        assert model.step == twin.step
+
+
+def test_a_python_counter_advances_after_a_while(backend: Backend, x: Tensor) -> None:
+    """The first calls, which are watched, leave it alone."""
+
+    class Counts(nn.Module):
+        step = 0
+        start = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.start:
+                self.step += 1
+            return x * (1 + self.step)
+
+    model, twin = cuda_graphed(Counts(), sizes=(2,)), Counts()
+    for call in range(10):
+        model.start = twin.start = call >= 4
+        equal(model(x), twin(x))
+        assert model.step == twin.step
+
+
+def test_a_python_counter_of_an_object_advances(backend: Backend, x: Tensor) -> None:
+    """As `past_key_values.seen_tokens += 1`."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache = SimpleNamespace(seen=0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.seen += x.shape[0]
+            return x * self.cache.seen
+
+    model, twin = cuda_graphed(Counts(), sizes=(2, 4)), Counts()
+    for _ in range(8):
+        equal(model(x), twin(x))
+        assert model.cache.seen == twin.cache.seen
+
+
+COUNT = 0
+
+SEEN: list[Any] = []
+
+
+def test_a_global_counter_advances(backend: Backend, x: Tensor) -> None:
+    """`global COUNT; COUNT += 1` runs at capture only."""
+    global COUNT
+    COUNT = 0
+
+    def forward(x: Tensor) -> Tensor:
+        global COUNT
+        COUNT += 1
+        return x * COUNT
+
+    model = cuda_graphed(forward, sizes=(2,))
+    for call in range(1, 8):
+        equal(model(x), x * call)
+        assert call == COUNT
+
+
+def test_a_counter_in_a_closure_advances(backend: Backend, x: Tensor) -> None:
+    """`nonlocal` likewise."""
+    count = 0
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return x * count
+
+    model = cuda_graphed(forward, sizes=(2,))
+    for call in range(1, 8):
+        equal(model(x), x * call)
+        assert call == count
+
+
+def test_a_counter_in_an_argument_advances(backend: Backend, x: Tensor) -> None:
+    """A dict that is handed in and written to, as a `state` that users pass along."""
+
+    def forward(x: Tensor, state: dict[str, int]) -> Tensor:
+        state["step"] += 1
+        return x * state["step"]
+
+    model, state = cuda_graphed(forward, sizes=(2,)), {"step": 0}
+    for call in range(1, 8):
+        equal(model(x, state), x * call)
+        assert state["step"] == call
+
+
+def test_an_argument_dict_is_given_new_tensors(backend: Backend, x: Tensor) -> None:
+    """`cache["k"] = torch.cat(...)` inside the forward: the caller's dict is rebuilt by no replay."""
+
+    def forward(x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        cache["k"] = cache["k"] + x.sum(0)
+        return x + cache["k"]
+
+    model = cuda_graphed(forward, sizes=(2,))
+    mine, theirs = ({"k": torch.zeros(8, device=backend.device)} for _ in range(2))
+    for _ in range(6):
+        equal(model(x, mine), forward(x, theirs))
+        equal(mine["k"], theirs["k"])
+
+
+def test_a_list_is_appended_to(backend: Backend, x: Tensor) -> None:
+    """Only at capture, and what is appended then is a tensor of the graph."""
+
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x * 2)
+            return x + len(self.seen)
+
+    model, twin = cuda_graphed(Collects(), sizes=(2,)), Collects()
+    for _ in range(6):
+        equal(model(x), twin(x))
+        equal(model.seen, twin.seen)
+
+
+def test_a_global_list_is_appended_to(backend: Backend) -> None:
+    """Likewise, out of sight of the module."""
+    SEEN.clear()
+
+    def forward(x: Tensor) -> Tensor:
+        SEEN.append(x * 2)
+        return x + 1
+
+    model = cuda_graphed(forward, sizes=(2,))
+    xs = [backend.randn(2, 8) for _ in range(6)]
+    for x in xs:
+        equal(model(x), x + 1)
+    equal(SEEN, [x * 2 for x in xs])
+
+
+@pytest.mark.parametrize("where", ["module", "object", "dict", "list", "global"])
+def test_an_intermediate_is_stored(backend: Backend, where: str) -> None:
+    """It lies in memory that later graphs use, and is that of the last capture at all times."""
+    SEEN[:] = [None]
+    keep = SimpleNamespace(hidden=None)
+
+    class Stores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden: Any = None
+            self.keep: Any = keep
+            self.held: dict[str, Any] = {"hidden": None}
+            self.listed: list[Any] = [None]
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x.tanh()
+            if where == "module":
+                self.hidden = hidden
+            elif where == "object":
+                self.keep.hidden = hidden
+            elif where == "dict":
+                self.held["hidden"] = hidden
+            elif where == "list":
+                self.listed[0] = hidden
+            else:
+                SEEN[0] = hidden
+            return hidden * 2
+
+    model = cuda_graphed(Stores(), sizes=(2, 4))
+    places: dict[str, Callable[[], Any]] = {
+        "module": lambda: model.hidden,
+        "object": lambda: keep.hidden,
+        "dict": lambda: model.held["hidden"],
+        "list": lambda: model.listed[0],
+        "global": lambda: SEEN[0],
+    }
+    for batch in (2, 2, 4, 3, 3, 2, 2):
+        x = backend.randn(batch, 8)
+        equal(model(x), x.tanh() * 2)
+        equal(places[where](), x.tanh())
+
+
+def test_an_intermediate_is_stored_where_nothing_looks(backend: Backend) -> None:
+    """In a default argument's list, found by no search of attributes and globals."""
+
+    def forward(x: Tensor, *, kept: Any = SimpleNamespace(hidden=[])) -> Tensor:  # noqa: B008
+        kept.hidden.append(x.tanh())
+        return x * 2
+
+    model, kept = cuda_graphed(forward, sizes=(2,)), forward.__kwdefaults__["kept"]
+    for call in range(1, 6):
+        x = backend.randn(2, 8)
+        equal(model(x), x * 2)
+        assert len(kept.hidden) == call
+        equal(kept.hidden[-1], x.tanh())
+
+
+def test_activations_are_captured_by_a_closure_list(backend: Backend) -> None:
+    """The interpretability idiom, without hooks."""
+    seen: list[Tensor] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x.tanh())
+        return x * 2
+
+    model = cuda_graphed(forward, sizes=(2,))
+    for call in range(1, 6):
+        x = backend.randn(2, 8)
+        equal(model(x), x * 2)
+        assert len(seen) == call
+        equal(seen[-1], x.tanh())
+
+
+def numpy_seed(seed: int) -> None:
+    pytest.importorskip("numpy").random.seed(seed)
+
+
+def numpy_draw() -> float:
+    return float(sys.modules["numpy"].random.rand())
+
+
+DRAWS: dict[str, tuple[Callable[[int], Any], Callable[[], float]]] = {
+    "random": (random.seed, random.random),
+    "numpy": (numpy_seed, numpy_draw),
+    "torch on the host": (torch.manual_seed, lambda: float(torch.rand((), device="cpu"))),
+}
+
+
+@pytest.mark.parametrize("which", DRAWS)
+def test_the_host_draws_a_number(backend: Backend, which: str) -> None:
+    """Layer drop and the like: the draw of the capture is made for good."""
+    seed, draw = DRAWS[which]
+
+    def forward(x: Tensor) -> Tensor:
+        return x * (2.0 if draw() < 0.5 else draw())
+
+    model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
+    seed(3)
+    want = [forward(x) for _ in range(8)]
+    seed(3)
+    for result in want:
+        equal(model(x), result)
+
+
+GENERATOR = torch.Generator("cpu")
+
+RANDOM = random.Random(1)
+
+
+def test_a_generator_on_the_host_decides(backend: Backend) -> None:
+    """A `torch.Generator` for the CPU, and a `random.Random`, of the user's own."""
+
+    def forward(x: Tensor) -> Tensor:
+        drawn = torch.randint(0, 1000, (), generator=GENERATOR, device="cpu")
+        return x * int(drawn)
+
+    model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
+    GENERATOR.manual_seed(3)
+    want = [forward(x) for _ in range(6)]
+    GENERATOR.manual_seed(3)
+    for result in want:
+        equal(model(x), result)
+
+
+def test_a_random_random_decides(backend: Backend) -> None:
+    """Its state is no global one."""
+    model = cuda_graphed(lambda x: x * RANDOM.random(), sizes=(2,))
+    x = backend.randn(2, 8)
+    RANDOM.seed(3)
+    want = [x * RANDOM.random() for _ in range(6)]
+    RANDOM.seed(3)
+    for result in want:
+        equal(model(x), result)
+
+
+def test_a_numpy_generator_decides(backend: Backend, x: Tensor) -> None:
+    """`numpy.random.default_rng()` in an attribute."""
+    numpy = pytest.importorskip("numpy")
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rng = numpy.random.default_rng(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(self.rng.random())
+
+    model, twin = cuda_graphed(Draws(), sizes=(2,)), Draws()
+    for _ in range(6):
+        equal(model(x), twin(x))
+
+
+def test_the_clock_decides(backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`time.time()` is that of the capture for ever."""
+    now = [1.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    model = cuda_graphed(lambda x: x * time.time(), sizes=(2,))
+    same_as_eager(model, x)
+    now[0] = 2.0
+    same_as_eager(model, x)

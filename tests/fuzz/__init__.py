@@ -1,0 +1,1 @@
+"""Programs: the differential fuzzer (`python -m tests.fuzz`), and `python -m tests.fuzz.cycles`."""

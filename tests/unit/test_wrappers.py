@@ -1,0 +1,454 @@
+"""A graphed module stays what it was: type, state, copies, hooks, compilers."""
+
+import copy
+import functools
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphcache
+from graphcache import GraphCacheWarning, OptionError, cuda_graphed
+from tests.helpers import Backend, close, eager
+from tests.models import MLP
+
+
+@cuda_graphed(sizes=(1, 2, 4))
+class OnClass(MLP):
+    """Decorated as a class: its forward is inherited."""
+
+
+class OnForward(MLP):
+    """Decorated in the body of the class."""
+
+    @cuda_graphed(batch_dim=0, sizes=(1, 2, 4))
+    def forward(self, x: Tensor) -> Tensor:
+        """Doubles."""
+        return super().forward(x)
+
+
+def on_instance() -> MLP:
+    return cuda_graphed(MLP(), sizes=(1, 2, 4))
+
+
+FORMS = [OnClass, OnForward, on_instance]
+
+
+def use(model: nn.Module, backend: Backend) -> None:
+    for batch in (4, 3, 2):
+        x = backend.randn(batch, 8)
+        assert torch.allclose(model(x), eager(model, x), atol=1e-5)
+
+
+@pytest.fixture(params=FORMS, ids=["class", "forward", "instance"])
+def model(request: pytest.FixtureRequest, backend: Backend) -> nn.Module:
+    made = request.param().to(backend.device).eval()
+    use(made, backend)
+    return made
+
+
+def test_type_and_state(model: nn.Module) -> None:
+    assert type(model) in (OnClass, OnForward, MLP)
+    assert isinstance(model, MLP)
+    names = ["up.weight", "up.bias", "down.weight", "down.bias"]
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters()] == names
+    assert [name for name, _ in model.named_modules()] == ["", "up", "down"]
+
+
+def test_decorating_gives_the_same_object_back() -> None:
+    assert OnClass.__name__ == "OnClass"
+    assert OnClass.__doc__ == "Decorated as a class: its forward is inherited."
+    model = MLP()
+    assert cuda_graphed(model) is model
+    assert cuda_graphed(sizes=(1,))(model) is model
+
+
+def test_signature_name_and_docstring(model: nn.Module) -> None:
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    assert model.forward.__name__ == "forward"
+    assert OnForward.forward.__doc__ == "Doubles."
+    assert list(inspect.signature(OnForward.forward).parameters) == ["self", "x"]
+    assert model.forward.__self__ is model
+    assert callable(model.forward.__wrapped__)
+
+
+def test_deepcopy(model: nn.Module, backend: Backend) -> None:
+    copied = copy.deepcopy(model)
+    assert copied.forward.cache_info().calls == 0
+    assert copied.forward.__self__ is copied
+    with torch.no_grad():
+        copied.up.weight.zero_()
+    use(copied, backend)
+    use(model, backend)
+    assert copied.forward.cache_info().sizes == (1, 2, 4)
+
+
+def test_a_copy_inside_a_container_is_bound_to_the_copy(backend: Backend) -> None:
+    model = nn.Sequential(on_instance(), nn.ReLU()).to(backend.device)
+    copied = copy.deepcopy(model)
+    assert copied[0].forward.__self__ is copied[0]
+    assert copied[0] is not model[0]
+
+
+def test_pickle(model: nn.Module, backend: Backend) -> None:
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded.forward.cache_info().calls == 0
+    x = backend.randn(3, 8)
+    assert torch.equal(eager(loaded, x), eager(model, x))
+    use(loaded, backend)
+
+
+def test_torch_save(model: nn.Module, backend: Backend) -> None:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    use(torch.load(file, weights_only=False), backend)
+
+
+def test_state_dict_in_and_out(model: nn.Module, backend: Backend) -> None:
+    other = MLP().to(backend.device)
+    model.load_state_dict(other.state_dict())
+    x = backend.randn(4, 8)
+    assert torch.allclose(model(x), other(x), atol=1e-5)
+    other.load_state_dict(model.state_dict())
+
+
+class Derived(OnForward):
+    """Overrides a decorated forward, is not decorated itself, and calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class DerivedDecorated(OnForward):
+    @cuda_graphed(sizes=(4,))
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("kind", [Derived, DerivedDecorated])
+def test_super(backend: Backend, kind: type[MLP]) -> None:
+    model = kind().to(backend.device)
+    for batch in (4, 3, 3, 2, 2, 4):
+        x = backend.randn(batch, 8)
+        plain = model.down(torch.relu(model.up(x))) + 1
+        assert torch.allclose(model(x), plain, atol=1e-5)
+    if kind is DerivedDecorated:  # the inner one is inlined into the graphs of the outer one
+        assert model.forward.cache_info().hits > 0
+        assert super(kind, model).forward.cache_info().hits == 0
+    else:
+        assert super(kind, model).forward.cache_info().hits > 0
+
+
+def test_called_through_the_class(backend: Backend) -> None:
+    model = OnForward().to(backend.device)
+    x = backend.randn(4, 8)
+    for _ in range(3):
+        assert torch.allclose(OnForward.forward(model, x), eager(model, x), atol=1e-5)
+    assert model.forward.cache_info().hits == 2
+
+
+def test_instances_have_graphs_of_their_own(backend: Backend) -> None:
+    a, b = OnForward().to(backend.device), OnForward().to(backend.device)
+    use(a, backend)
+    use(b, backend)
+    assert a.forward.cache_info().calls == b.forward.cache_info().calls == 3
+    with pytest.raises(OptionError, match=r"ask one of them: module\.forward\.cache_info\(\)"):
+        OnForward.forward.cache_info()
+
+
+def test_hooks_of_the_module_itself_run_on_every_call(model: nn.Module, backend: Backend) -> None:
+    seen: list[str] = []
+    handles = [
+        model.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        model.register_forward_hook(lambda *_: seen.append("post")),
+    ]
+    hits = model.forward.cache_info().hits
+    model(backend.randn(4, 8))
+    model(backend.randn(4, 8))
+    assert seen == ["pre", "post"] * 2
+    assert model.forward.cache_info().hits == hits + 2
+    for handle in handles:
+        handle.remove()
+
+
+def test_hooks_inside_run_on_every_call(model: nn.Module, backend: Backend) -> None:
+    """A replay runs no Python, so a forward with a hook inside it runs eagerly."""
+    seen: list[Tensor] = []
+    handle = model.up.register_forward_hook(lambda _, __, out: seen.append(out))
+    hits = model.forward.cache_info().hits
+    for _ in range(3):
+        model(backend.randn(4, 8))
+    assert len(seen) == 3
+    assert model.forward.cache_info().hits == hits
+    assert model.forward.cache_info().eager["hooks inside the forward, on 'up'"] == 3
+    handle.remove()
+    model(backend.randn(4, 8))
+    model(backend.randn(4, 8))
+    assert model.forward.cache_info().hits > hits
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torch_compile_sees_the_plain_forward(model: nn.Module, backend: Backend) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = backend.randn(3, 8)
+    calls = model.forward.cache_info().calls
+    with graphcache.disabled():
+        expected = compiled(x)
+    assert torch.allclose(expected, eager(model, x), atol=1e-5)
+    assert model.forward.cache_info().calls == calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_compiled_module_can_be_graphed(backend: Backend) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(MLP().to(backend.device), backend="eager")
+    model = cuda_graphed(compiled, sizes=(2,))
+    for _ in range(3):
+        x = backend.randn(2, 8)
+        assert torch.allclose(model(x), eager(model, x), atol=1e-5)
+    assert model.forward.cache_info().hits == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_compiled_module_stays_compiled_when_it_is_graphed(backend: Backend) -> None:
+    """Dynamo gives up for good on code that it meets under a dispatch mode, as the first call is."""
+    torch.compiler.reset()
+    runs = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> object:
+        def run(*args: torch.Tensor) -> object:
+            runs.append(graph)
+            return graph.forward(*args)
+
+        return run
+
+    other = torch.compile(MLP().to(backend.device), backend=counting)
+    compiled = torch.compile(MLP().to(backend.device), backend=counting)
+    x = backend.randn(2, 8)
+    other(x)
+    compiled(x)
+    model = cuda_graphed(compiled, sizes=(2,))
+    for _ in range(3):
+        model(x)
+    assert model.forward.cache_info().hits == 2
+    runs.clear()
+    other(x)
+    other(backend.randn(3, 8))
+    assert len(runs) == 2
+
+
+def test_torch_export_sees_the_plain_forward(model: nn.Module, backend: Backend) -> None:
+    x = backend.randn(3, 8)
+    exported = torch.export.export(model, (x,))
+    assert torch.allclose(exported.module()(x), eager(model, x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torch_jit_trace(model: nn.Module, backend: Backend) -> None:
+    x = backend.randn(3, 8)
+    traced = torch.jit.trace(model, (x,))
+    assert torch.allclose(traced(x), eager(model, x), atol=1e-5)
+
+
+def test_torch_func(model: nn.Module, backend: Backend) -> None:
+    x = backend.randn(5, 3, 8)
+    calls = torch.func.vmap(model)(x)
+    assert torch.allclose(calls, eager(model, x.flatten(0, 1)).view(5, 3, 8), atol=1e-5)
+    swapped = {name: tensor * 2 for name, tensor in model.state_dict().items()}
+    out = torch.func.functional_call(model, swapped, (x[0],))
+    reference = MLP().to(backend.device)
+    reference.load_state_dict(swapped)
+    assert torch.allclose(out, reference(x[0]), atol=1e-5)
+    use(model, backend)
+
+
+def test_plain_functions(backend: Backend) -> None:
+    x = backend.randn(3, 2)
+    for _ in range(3):
+        assert torch.equal(double(x), x * 2)
+    assert double.cache_info().hits >= 1
+    assert double.__name__ == "double"
+    assert double.__wrapped__(3) == 6
+    assert pickle.loads(pickle.dumps(double)) is double
+    assert copy.deepcopy(double) is double
+    partial = functools.partial(double, x)
+    assert torch.equal(partial(), x * 2)
+
+
+@cuda_graphed(sizes=(4,))
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def test_a_bound_method(backend: Backend) -> None:
+    model = MLP().to(backend.device)
+    graphed = cuda_graphed(model.forward, sizes=(4,))
+    for factor in (1, 2):
+        model.up.weight.mul_(factor)
+        model.up.weight.data = model.up.weight.data.clone()
+        for _ in range(3):
+            x = backend.randn(3, 8)
+            assert torch.allclose(graphed(x), model(x), atol=1e-5)
+    assert graphed.cache_info().captures == 2
+    assert graphed.cache_info().hits == 2
+
+
+def test_a_forward_that_was_put_on_the_instance(backend: Backend) -> None:
+    """As some libraries do to add hooks."""
+    model = MLP().to(backend.device)
+    model.forward = functools.partial(patched, model)
+    cuda_graphed(model, sizes=(4,))
+    x = backend.randn(3, 8)
+    for _ in range(3):
+        plain = model.down(torch.relu(model.up(x))) + 1
+        assert torch.allclose(model(x), plain, atol=1e-5)
+    assert model.forward.cache_info().hits == 1
+
+
+def patched(model: MLP, x: Tensor) -> Tensor:
+    return MLP.forward(model, x) + 1
+
+
+def test_decorating_again_changes_the_options(backend: Backend) -> None:
+    model = cuda_graphed(cuda_graphed(MLP(), sizes=(1,)), sizes=(2, 4)).to(backend.device)
+    use(model, backend)
+    assert model.forward.cache_info().sizes == (2, 4)
+
+
+def test_repr_is_useful(model: nn.Module) -> None:
+    assert repr(model.forward).startswith(f"<cuda_graphed {type(model).__name__}.forward: ")
+    assert "3 sizes [1, 2, 4]" in str(model.forward)
+    assert repr(OnForward.forward) == "<cuda_graphed OnForward.forward>"
+    assert "MLP" in repr(MLP())
+
+
+def collecting() -> tuple[list[torch.fx.GraphModule], Any]:
+    """A backend of torch.compile that changes nothing, and the graphs that it was given."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, compiler
+
+
+def operations(graphs: list[torch.fx.GraphModule]) -> list[str]:
+    return [str(node.target) for graph in graphs for node in graph.graph.nodes]
+
+
+def test_a_forward_put_on_top_later_is_called(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    plain = mlp(x).clone()
+    under = mlp.forward
+    mlp.forward = lambda x: under(x) + 1
+    assert close(mlp(x), plain + 1)
+    mlp.forward = under
+    assert close(mlp(x), plain)
+    del mlp.forward
+    assert close(mlp(x), plain)
+
+
+def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    plain = mlp(x).clone()
+    for register in (
+        mlp.register_forward_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(lambda module, args, out: out + 1 if module is mlp else None)
+        assert close(mlp(x), plain + 1)
+        handle.remove()
+        assert close(mlp(x), plain)
+    handle = mlp.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    assert close(mlp(x), eager(mlp, x * 0))
+    handle.remove()
+    assert close(mlp(x), plain)
+    assert mlp.forward.cache_info().hits >= 4
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_module_compiled_in_place_is_not_overridden(backend: Backend, mlp: MLP) -> None:
+    compiled, compiler = collecting()
+    x = backend.randn(2, 8)
+    plain = eager(cuda_graphed(mlp, sizes=(2,)), x)
+    mlp.compile(backend=compiler)
+    assert close(mlp(x), plain)
+    assert compiled
+    with pytest.warns(GraphCacheWarning, match=r"MLP has graphs that are not used.*compiled in place"):
+        cuda_graphed(mlp, sizes=(2,))
+    compiled.clear()
+    torch._dynamo.reset()
+    assert close(mlp(x), plain)
+    assert compiled
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_parent_that_is_compiled_takes_the_plain_forward_in(backend: Backend, mlp: MLP) -> None:
+    graphs, compiler = collecting()
+    x = backend.randn(2, 8)
+    parent = nn.Sequential(nn.Tanh(), cuda_graphed(mlp, sizes=(2,)), nn.Tanh())
+    plain = parent(x).clone()
+    torch._dynamo.reset()
+    assert close(torch.compile(parent, backend=compiler)(x), plain)
+    targets = operations(graphs)
+    assert sum("tanh" in target.lower() for target in targets) == 2
+    assert sum("linear" in target for target in targets) == 2
+    assert mlp.forward.cache_info().hits == 0
+
+
+def test_a_copy_enters_its_own_forward(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    mlp(x)
+    twin = copy.deepcopy(mlp)
+    with torch.no_grad():
+        twin.up.weight.zero_()
+    for _ in range(3):
+        assert close(twin(x), eager(twin, x))
+        assert close(mlp(x), eager(mlp, x))
+    assert twin.forward.cache_info().hits == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torch_compile_sees_the_plain_forward_of_what_has_graphs(backend: Backend) -> None:
+    @cuda_graphed(sizes=(2,))
+    class Graphed(MLP):
+        pass
+
+    model = Graphed().to(backend.device).eval()
+    x = backend.randn(2, 8)
+    for _ in range(3):
+        plain = model(x).clone()
+    graphs, compiler = collecting()
+    torch._dynamo.reset()
+    hits = model.forward.cache_info().hits
+    assert close(torch.compile(model, backend=compiler)(x), plain)
+    assert graphs
+    assert model.forward.cache_info().hits == hits
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_compiled_function_traces_a_forward_that_has_graphs(backend: Backend, mlp: MLP) -> None:
+    cuda_graphed(mlp, sizes=(2,))
+    x = backend.randn(2, 8)
+    for _ in range(3):
+        plain = mlp(x).clone()
+    graphs, compiler = collecting()
+    torch._dynamo.reset()
+    hits = mlp.forward.cache_info().hits
+    assert close(torch.compile(lambda x: mlp.forward(x) + 1, backend=compiler)(x), plain + 1)
+    targets = operations(graphs)
+    assert sum("linear" in target for target in targets) == 2
+    assert mlp.forward.cache_info().hits == hits
