@@ -89,7 +89,7 @@ def test_only_the_runtime_names_a_device_api() -> None:
             assert "torch.cuda." not in text, path
 
 
-def test_the_core_loop_reads_as_one_function() -> None:
+def test_core_loop_fits_one_function() -> None:
     assert len(inspect.getsource(capture_ladder).splitlines()) <= 40
 
 
@@ -105,7 +105,7 @@ def test_no_assert_and_no_placeholder_in_the_library() -> None:
             assert not isinstance(node, ast.Assert), path
 
 
-def test_what_the_docs_promise_is_tested() -> None:
+def test_docs_link_tests_that_exist() -> None:
     """Each link of docs/semantics.md names a test that exists, in the file that it leads to."""
     docs = PACKAGE.parent / "docs"
     text = (docs / "semantics.md").read_text()

@@ -22,7 +22,7 @@ def test_memcheck_knows_the_examples() -> None:
     }
 
 
-def test_the_examples_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memcheck_runs_the_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Here in place of it: a shell that says what it would."""
     says = "echo '==== ERROR SUMMARY: 1 error'; case \"$*\" in *two_models*) exit 1;; esac"
     monkeypatch.setattr(memcheck, "SANITIZER", ("sh", "-c", says, "sh"))
@@ -32,7 +32,7 @@ def test_the_examples_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert found["status"] == 1
 
 
-def test_the_tests_under_a_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memcheck_runs_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All are run, in processes of a few each."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # warnings of theirs are errors
     says = "\"$@\"; echo '==== ERROR SUMMARY: 0 errors'"

@@ -5,7 +5,7 @@ import json
 from benchmarks import tables
 
 
-def test_the_results_page_is_made_from_the_records() -> None:
+def test_results_page_is_made_from_the_records() -> None:
     assert tables.main(["--check"]) == 0
 
 

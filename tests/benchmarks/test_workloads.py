@@ -42,7 +42,7 @@ def made_up(**latencies: float) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_tiny_workload_runs_on_the_cpu_and_says_that_it_is_emulated(tmp_path: Path) -> None:
+def test_tiny_workload_runs_emulated_and_says_so(tmp_path: Path) -> None:
     figures = record_tiny(tmp_path)["figures"]
     assert figures["emulated"]
     assert figures["complete"]
@@ -120,7 +120,7 @@ def test_tables_refuse_what_is_emulated(tmp_path: Path, monkeypatch: pytest.Monk
         tables.page()
 
 
-def test_the_page_shows_plots_that_exist() -> None:
+def test_results_page_shows_plots_that_exist() -> None:
     for plot in re.findall(r"\]\((plots/[^)]*)\)", tables.PAGE.read_text()):
         assert (tables.PAGE.parent / plot).exists(), f"{plot}: run python -m benchmarks.plots"
 

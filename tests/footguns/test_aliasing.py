@@ -93,7 +93,7 @@ def test_a_view_of_a_written_argument_is_read_later(backend: Backend) -> None:
             equal(state, want)
 
 
-def test_an_argument_is_a_view_of_the_cache_that_the_forward_writes(backend: Backend) -> None:
+def test_argument_is_a_view_of_the_mutated_cache(backend: Backend) -> None:
     """The copy of x was made before the write."""
     model, twin = (Steps(lambda state, x: state.add_(1)).to(backend.device) for _ in range(2))
     cuda_graphed(model, sizes=(2,))
@@ -166,7 +166,7 @@ def test_an_output_is_a_view_of_an_argument_from_another_mode(backend: Backend) 
     assert info(model).hits >= 5
 
 
-def test_the_argument_itself_is_returned(backend: Backend) -> None:
+def test_argument_is_returned_as_it_is(backend: Backend) -> None:
     """In place activation: the caller's own object, changed."""
     model = cuda_graphed(lambda x: x.relu_(), sizes=(2,))
     for _ in range(4):

@@ -18,7 +18,7 @@ from tests.models import Net
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
-def test_the_forward_of_a_submodule_is_patched_on_its_class(
+def test_submodule_forward_is_patched_on_its_class(
     backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As accelerators do to a whole model at once."""
@@ -31,7 +31,7 @@ def test_the_forward_of_a_submodule_is_patched_on_its_class(
     survives(model, lambda: monkeypatch.setattr(Inner, "forward", lambda self, x: x * 2), x)
 
 
-def test_the_forward_of_a_submodule_is_patched_on_the_instance(net: Net, x: Tensor) -> None:
+def test_submodule_forward_is_patched_on_the_instance(net: Net, x: Tensor) -> None:
     """Code that ran at capture is all that ever runs."""
     survives(net, lambda: setattr(net.up, "forward", lambda x: x * 2), x)
     survives(net, lambda: delattr(net.up, "forward"), x)
@@ -54,7 +54,7 @@ def test_a_method_that_the_forward_calls_is_patched(
     survives(model, lambda: setattr(model, "step", lambda x: x * 4), x)
 
 
-def test_the_class_of_the_module_is_changed(backend: Backend, x: Tensor) -> None:
+def test_module_gets_another_class(backend: Backend, x: Tensor) -> None:
     """Quantisers assign `__class__`."""
 
     model = Net(backend.device)
@@ -64,7 +64,7 @@ def test_the_class_of_the_module_is_changed(backend: Backend, x: Tensor) -> None
     survives(model, lambda: setattr(model.up, "__class__", other), x)
 
 
-def test_the_class_of_a_class_decorated_module_is_changed(backend: Backend, x: Tensor) -> None:
+def test_class_decorated_module_gets_another_class(backend: Backend, x: Tensor) -> None:
     """The decorated class is left altogether."""
 
     @cuda_graphed(sizes=(2,))
@@ -165,7 +165,7 @@ def test_weight_norm_is_registered(net: Net, x: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
-def test_the_old_weight_norm_is_registered(net: Net, x: Tensor) -> None:
+def test_old_weight_norm_is_registered(net: Net, x: Tensor) -> None:
     """By a hook that computes the weight before each call."""
     replays(net, x)
     nn.utils.weight_norm(net.up)

@@ -84,7 +84,7 @@ def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend, frozen:
     assert info(model).hits == 0
 
 
-def test_the_capture_itself_changes_a_flag(backend: Backend, x: Tensor) -> None:
+def test_capture_changes_a_flag_by_itself(backend: Backend, x: Tensor) -> None:
     """It runs the forward's Python once more; the graph has what that made of the flag."""
     runs = Counter()
 
@@ -267,7 +267,7 @@ def in_good_order(backend: Backend, pool: graphcache.GraphPool) -> None:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-def test_the_process_after_every_kind_of_failure(backend: Backend, x: Tensor) -> None:
+def test_process_goes_on_after_every_kind_of_failure(backend: Backend, x: Tensor) -> None:
     """One failure leaves the generator, the allocator or the stream in the middle of a capture."""
     pool = backend.pool()
     drop = cuda_graphed(nn.Dropout(0.5), sizes=(2,), pool=pool)
@@ -334,7 +334,7 @@ def test_no_memory_is_left_to_compare_a_replay(
     replays(cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,)), backend.randn(2, 8))
 
 
-def test_the_forward_names_the_default_stream(backend: Backend) -> None:
+def test_forward_names_the_default_stream(backend: Backend) -> None:
     """Which is the caller's in eager, and not that of the capture."""
     cuda = backend.name == "cuda"
 

@@ -81,7 +81,7 @@ def test_copy_copy_with_other_parameters(backend: Backend, x: Tensor, captured: 
         equal(model(x), nn.functional.linear(x, model.weight, model.bias))
 
 
-def test_the_dict_of_a_module_is_copied_into_another(backend: Backend, x: Tensor) -> None:
+def test_module_dict_is_copied_into_another(backend: Backend, x: Tensor) -> None:
     """`other.__dict__.update(model.__dict__)` takes the graphed forward along."""
     model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     replays(model, x)
@@ -496,7 +496,7 @@ def test_a_sparse_argument(backend: Backend) -> None:
     assert info(model).misses == 3
 
 
-def test_the_default_dtype_is_changed(backend: Backend, x: Tensor) -> None:
+def test_default_dtype_is_changed(backend: Backend, x: Tensor) -> None:
     """`torch.zeros` in the forward is of another dtype then."""
     model = cuda_graphed(lambda x: x.sum(1) + torch.ones(2, device=x.device).sum() * 0, sizes=(2,))
     make = cuda_graphed(lambda x: torch.ones(len(x), 2, device=x.device), sizes=(2,))
@@ -510,7 +510,7 @@ def test_the_default_dtype_is_changed(backend: Backend, x: Tensor) -> None:
             torch.set_default_dtype(before)
 
 
-def test_the_default_device_is_changed(backend: Backend, x: Tensor) -> None:
+def test_default_device_is_changed(backend: Backend, x: Tensor) -> None:
     """`torch.zeros` in the forward lies elsewhere then."""
     make = cuda_graphed(lambda x: torch.ones(3) * 2, sizes=(2,))
     for device in (None, "meta", None, str(backend.device)):
@@ -746,7 +746,7 @@ def test_a_quantised_tensor(backend: Backend) -> None:
     assert info(passed).eager["q is quantised; pass it dequantised"] == 3
 
 
-def test_the_plan_of_an_fft_is_dropped(backend: Backend) -> None:
+def test_fft_plan_is_dropped(backend: Backend) -> None:
     """A replay read memory that the plan had owned, or crashed: its kernels were gone, too."""
 
     def forward(x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def test_a_thread_without_the_switches_of_this_one(backend: Backend, net: Net, x
 
 
 @on("cuda", "cuda-portable")
-def test_the_stream_changes_between_two_calls(backend: Backend, net: Net) -> None:
+def test_stream_changes_between_two_calls(backend: Backend, net: Net) -> None:
     """Two replays of one memory run at once."""
     side = torch.cuda.Stream()
     x = backend.randn(2, 8)
@@ -174,7 +174,7 @@ def test_the_stream_changes_between_two_calls(backend: Backend, net: Net) -> Non
 
 
 @on("cuda", "cuda-portable")
-def test_the_input_is_made_on_a_side_stream(backend: Backend, net: Net) -> None:
+def test_input_is_made_on_a_side_stream(backend: Backend, net: Net) -> None:
     """Staged on the stream of the call, which waits for the caller's event."""
     side = torch.cuda.Stream()
     replays(net, backend.randn(2, 8))
@@ -207,7 +207,7 @@ def test_a_side_stream_still_reads_the_last_output(backend: Backend, net: Net) -
 
 
 @on("cuda", "cuda-portable")
-def test_the_forward_uses_side_streams(backend: Backend) -> None:
+def test_forward_uses_side_streams(backend: Backend) -> None:
     """Forked and joined by events, as a capture allows."""
     side = torch.cuda.Stream()
 
@@ -255,7 +255,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 @EMULATED
 @needs_fork
-def test_the_process_forks(backend: Backend, net: Net, x: Tensor) -> None:
+def test_process_forks(backend: Backend, net: Net, x: Tensor) -> None:
     """Data loaders do; the child has the graphs, and memory of its own."""
     replays(net, x)
     assert child_returns(lambda: all(agrees(net, backend.randn(b, 8)) for b in (2, 4, 3, 2))) == 0
@@ -264,7 +264,7 @@ def test_the_process_forks(backend: Backend, net: Net, x: Tensor) -> None:
 
 @EMULATED
 @needs_fork
-def test_the_child_of_a_fork_captures(backend: Backend, net: Net, x: Tensor) -> None:
+def test_fork_child_captures(backend: Backend, net: Net, x: Tensor) -> None:
     """Nothing is captured yet, or something else."""
     other = cuda_graphed(Net(backend.device), sizes=(2,))
     replays(other, x)
@@ -274,7 +274,7 @@ def test_the_child_of_a_fork_captures(backend: Backend, net: Net, x: Tensor) -> 
 
 @EMULATED
 @needs_fork
-def test_the_process_forks_while_another_thread_holds_the_pool(backend: Backend, x: Tensor) -> None:
+def test_process_forks_while_another_thread_holds_the_pool(backend: Backend, x: Tensor) -> None:
     """The lock is copied as held, and nobody is there to let it go: so a fork waits for it."""
     pool = backend.pool()
     model = cuda_graphed(Net(backend.device), sizes=(2,), pool=pool)
@@ -321,14 +321,14 @@ print("fine")
 
 
 @pytest.mark.programs
-def test_the_first_call_of_a_process(backend: Backend) -> None:
+def test_first_call_of_a_process(backend: Backend) -> None:
     """Libraries are imported, and initialise themselves, in the middle of it."""
     done = run_script(backend, "FIRST = True" + SCRIPT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
 
 
 @pytest.mark.programs
-def test_the_process_exits_with_live_graphs(backend: Backend) -> None:
+def test_process_exits_with_live_graphs(backend: Backend) -> None:
     """Graphs are destroyed after the driver is gone: a crash, or a hang, at exit."""
     done = run_script(backend, "FIRST = False" + SCRIPT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
@@ -376,7 +376,7 @@ def test_a_pool_is_cleared_while_outputs_are_held(backend: Backend, what: str) -
     assert litter
 
 
-def test_the_input_is_deleted_at_once(backend: Backend, net: Net) -> None:
+def test_input_is_deleted_at_once(backend: Backend, net: Net) -> None:
     """A graph that remembered its address would read another tensor."""
     for step in range(6):
         got = net(torch.full((2, 8), float(step), device=backend.device))
@@ -405,7 +405,7 @@ def group() -> Iterator[torch.distributed.ProcessGroup]:
         torch.distributed.destroy_process_group()
 
 
-def test_the_forward_waits_for_other_processes(
+def test_forward_waits_for_other_processes(
     backend: Backend, x: Tensor, group: torch.distributed.ProcessGroup
 ) -> None:
     """One rank captured, or compared, where another did not, and both waited."""

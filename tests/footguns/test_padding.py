@@ -20,7 +20,7 @@ class Centres(nn.Module):
         return x - x.mean(0)
 
 
-def test_the_mean_over_the_batch_is_subtracted(backend: Backend) -> None:
+def test_mean_over_the_batch_is_subtracted(backend: Backend) -> None:
     """Padded rows count in the mean."""
     model = cuda_graphed(Centres(), sizes=(2, 4))
     for batch in (4, 3, 3, 2, 1, 1, 3):
@@ -111,14 +111,14 @@ def test_a_square_argument(backend: Backend) -> None:
         same_as_eager(model, backend.randn(batch, 8), backend.randn(batch, batch), times=2)
 
 
-def test_the_batch_size_is_used_as_a_number(backend: Backend) -> None:
+def test_batch_size_is_used_as_a_number(backend: Backend) -> None:
     """`x / len(x)` is baked in at the padded size."""
     model = cuda_graphed(lambda x: x / len(x), sizes=(2, 4))
     for batch in (4, 3, 3, 1, 1, 2):
         same_as_eager(model, backend.randn(batch, 8), times=2)
 
 
-def test_the_batch_size_is_used_as_a_number_and_zeros_hide_it(backend: Backend) -> None:
+def test_batch_size_is_used_as_a_number_hidden_by_zeros(backend: Backend) -> None:
     """Likewise, with nothing to see at first."""
     model = cuda_graphed(lambda x: x / len(x), sizes=(4,))
     for _ in range(4):

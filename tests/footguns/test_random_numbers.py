@@ -74,7 +74,7 @@ def test_sampling_with_a_seed(backend: Backend) -> None:
 
 
 @on("cuda", "cuda-portable")
-def test_a_capture_has_not_begun_on_the_device_when_its_graph_runs(
+def test_graph_runs_before_its_capture_began_on_the_device(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the stream of a capture torch notes that nothing was drawn, and no replay waits for that."""
@@ -159,7 +159,7 @@ def test_a_generator_is_an_attribute(backend: Backend) -> None:
                 each.generator = torch.Generator(backend.device).manual_seed(step)
 
 
-def test_the_forward_seeds_the_generator(backend: Backend) -> None:
+def test_forward_seeds_the_generator(backend: Backend) -> None:
     """`torch.manual_seed` in the forward is a call of the host, made at capture only."""
 
     def forward(x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def test_the_forward_seeds_the_generator(backend: Backend) -> None:
         equal(got, torch.rand(3, device=backend.device))
 
 
-def test_the_state_of_the_generator_is_saved_and_put_back(backend: Backend) -> None:
+def test_generator_state_is_saved_and_put_back(backend: Backend) -> None:
     """`torch.random.fork_rng` in the forward: noise that leaves the generator as it was."""
     devices = [backend.device] if backend.device.type == "cuda" else []
 

@@ -39,7 +39,7 @@ def test_load_state_dict_with_assign(net: Net, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, nn.Module.bfloat16])
-def test_the_module_is_cast(net: Net, x: Tensor, cast: Callable[[nn.Module], nn.Module]) -> None:
+def test_module_is_cast(net: Net, x: Tensor, cast: Callable[[nn.Module], nn.Module]) -> None:
     """Weights move; eager refuses the old input dtype, and the graph computes with freed memory."""
     replays(net, x)
     cast(net)
@@ -49,7 +49,7 @@ def test_the_module_is_cast(net: Net, x: Tensor, cast: Callable[[nn.Module], nn.
     same_as_eager(net, x)
 
 
-def test_the_module_is_cast_to_and_fro(net: Net, x: Tensor) -> None:
+def test_module_is_cast_to_and_fro(net: Net, x: Tensor) -> None:
     """Same dtypes as at capture, another address."""
 
     def change() -> None:
@@ -75,14 +75,14 @@ def test_lora_is_merged_by_replacing_the_weight(net: Net, x: Tensor) -> None:
         survives(net, lambda: setattr(net.up.weight, "data", old), x)
 
 
-def test_the_old_parameter_lives_on_in_an_optimizer(net: Net, x: Tensor) -> None:
+def test_old_parameter_lives_on_in_an_optimizer(net: Net, x: Tensor) -> None:
     """Its memory is intact, so nothing crashes: the graph serves the old weights."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     survives(net, lambda: setattr(net.up, "weight", nn.Parameter(net.up.weight * 2)), x)
     assert optimizer.param_groups
 
 
-def test_the_parameters_are_swapped_with_an_average(net: Net, x: Tensor) -> None:
+def test_parameters_are_swapped_with_an_average(net: Net, x: Tensor) -> None:
     """Both sets live on, and swap back: the graph serves one of them at all times."""
     average = [nn.Parameter(p * 0.9) for p in net.up.parameters()]
 
@@ -94,7 +94,7 @@ def test_the_parameters_are_swapped_with_an_average(net: Net, x: Tensor) -> None
         survives(net, swap, x)
 
 
-def test_the_data_of_parameters_is_swapped_with_an_average(net: Net, x: Tensor) -> None:
+def test_parameter_data_is_swapped_with_an_average(net: Net, x: Tensor) -> None:
     """The same objects with each other's memory."""
     average = copy.deepcopy(net.up).to(x.device)
     average.weight.mul_(0.5)
@@ -106,7 +106,7 @@ def test_the_data_of_parameters_is_swapped_with_an_average(net: Net, x: Tensor) 
         survives(net, swap, x)
 
 
-def test_the_old_parameters_live_on_in_a_list(net: Net, x: Tensor) -> None:
+def test_old_parameters_live_on_in_a_list(net: Net, x: Tensor) -> None:
     """As a snapshot to go back to."""
     old = list(net.up.parameters())
     survives(net, lambda: setattr(net, "up", nn.Linear(8, 8).to(x.device)), x)
@@ -140,9 +140,7 @@ def test_a_view_of_a_weight_is_written_by_the_caller(net: Net, x: Tensor) -> Non
     assert info(net).captures == 2
 
 
-def test_the_old_weight_is_freed_and_its_memory_used_again(
-    backend: Backend, net: Net, x: Tensor
-) -> None:
+def test_old_weight_is_freed_and_its_memory_used_again(backend: Backend, net: Net, x: Tensor) -> None:
     """The graph reads whatever lies there now."""
     replays(net, x)
     for _ in range(4):

@@ -40,7 +40,7 @@ class Attends(nn.Module):
         return (x @ self.cache.k.T).softmax(-1) @ self.cache.v[0]
 
 
-def test_the_kv_cache_object_is_rebuilt(backend: Backend) -> None:
+def test_kv_cache_object_is_rebuilt(backend: Backend) -> None:
     """The graph fills the cache of the last conversation."""
     twin, model = Attends(KV(backend.device)), cuda_graphed(Attends(KV(backend.device)), sizes=(2,))
     at = torch.tensor([1, 3], device=backend.device)
@@ -67,7 +67,7 @@ def test_a_tensor_of_the_kv_cache_is_rebuilt(backend: Backend) -> None:
     assert info(model).hits >= 3
 
 
-def test_the_caller_grows_the_cache_by_torch_cat(backend: Backend, x: Tensor) -> None:
+def test_cache_is_grown_by_torch_cat(backend: Backend, x: Tensor) -> None:
     """Shape and address change; the graph attends to the first tokens only."""
 
     class Grows(nn.Module):
@@ -273,7 +273,7 @@ def test_a_number_in_a_class_attribute_is_changed(net: Net, x: Tensor, monkeypat
     survives(net, lambda: monkeypatch.setattr(Net, "bias", 4.0), x)
 
 
-def test_a_number_in_a_class_attribute_of_a_plain_object_is_changed(x: Tensor) -> None:
+def test_number_in_a_class_attribute_of_an_object_is_changed(x: Tensor) -> None:
     """`self.config.scale` that was never set on the instance."""
 
     class Config:

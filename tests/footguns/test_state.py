@@ -57,7 +57,7 @@ def undeclared(state: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("write", [add_sum, declared])
 @pytest.mark.parametrize("inference", [False, True])
-def test_the_forward_writes_to_a_buffer(backend: Backend, write: Any, inference: bool) -> None:
+def test_forward_writes_to_a_buffer(backend: Backend, write: Any, inference: bool) -> None:
     """Warm-ups advance it, captures don't, and padded rows write to it too."""
     model, twin = steps(backend, write)
     with torch.inference_mode(inference):
@@ -73,7 +73,7 @@ def test_a_custom_op_writes_and_does_not_declare_it(backend: Backend) -> None:
         in_step(model, twin, backend.randn(batch, 8))
 
 
-def test_a_custom_op_writes_to_an_argument_and_does_not_declare_it(backend: Backend) -> None:
+def test_custom_op_writes_to_an_argument_undeclared(backend: Backend) -> None:
     """It writes to the graph's own copy of the argument; the caller's stays as it was."""
 
     def forward(x: Tensor, state: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kern
     ],
 )
 @pytest.mark.parametrize("derived", [False, True])
-def test_nobody_else_holds_a_kernel_any_more(
+def test_kernel_is_unloaded_by_what_loaded_it(
     backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch, file: str, name: str, derived: bool
 ) -> None:
     """What loaded it unloads it, and the graph launched what was no longer on the device."""
@@ -202,7 +202,7 @@ def test_a_triton_kernel_tunes_itself(backend: Backend, kernels: ModuleType) -> 
 
 @EMULATED
 @pytest.mark.parametrize("write", [bump_by_address, bump_by_numpy])
-def test_the_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:
+def test_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:
     """What passes torch's operators is in no record: it happens once, at capture."""
     pytest.importorskip("numpy")
     model, twin = steps(backend, write)
@@ -211,7 +211,7 @@ def test_the_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:
 
 
 @EMULATED
-def test_the_host_writes_by_data_ptr_on_later_calls_only(backend: Backend) -> None:
+def test_host_writes_by_data_ptr_on_later_calls_only(backend: Backend) -> None:
     """The first call, which is watched, had nothing to write."""
     step = [0]
 
@@ -511,7 +511,7 @@ DRAWS: dict[str, tuple[Callable[[int], Any], Callable[[], float]]] = {
 
 
 @pytest.mark.parametrize("which", DRAWS)
-def test_the_host_draws_a_number(backend: Backend, which: str) -> None:
+def test_host_draws_a_number(backend: Backend, which: str) -> None:
     """Layer drop and the like: the draw of the capture is made for good."""
     seed, draw = DRAWS[which]
 
@@ -574,7 +574,7 @@ def test_a_numpy_generator_decides(backend: Backend, x: Tensor) -> None:
         equal(model(x), twin(x))
 
 
-def test_the_clock_decides(backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_decides_a_branch(backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """`time.time()` is that of the capture for ever."""
     now = [1.0]
     monkeypatch.setattr(time, "time", lambda: now[0])

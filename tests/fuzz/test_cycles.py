@@ -15,13 +15,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
 
 
-def test_nothing_is_left_behind(device: torch.device) -> None:
+def test_cycles_leave_nothing_behind(device: torch.device) -> None:
     record = cycles.run(48, device)
     # 48 cycles are too few for the host's figures: other tests' memory comes and goes meanwhile.
     assert set(record["leaks"]) <= {"host_rss", "device_used"}
 
 
-def test_what_is_left_behind_is_reported(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_left_behind_are_reported(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     cycle = cycles.cycle
 
     def leaks(number: int, device: torch.device) -> None:

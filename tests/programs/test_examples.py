@@ -96,7 +96,7 @@ def test_generate_says_what_it_needs(tmp_path: Path) -> None:
         ("continuous_batching.py", 'pad={"slots": SPARE}', 'pad={"slots": 0}', ("--requests", "16")),
     ],
 )
-def test_an_example_notices_padded_rows_that_write_where_they_must_not(
+def test_example_fails_if_padded_rows_write_elsewhere(
     tmp_path: Path, name: str, right: str, wrong: str, options: tuple[str, ...]
 ) -> None:
     """A check that can't fail is worth nothing: here padded rows write into the first row's slot."""

@@ -41,7 +41,7 @@ def test_a_capture_leaves_what_earlier_graphs_wrote(backend: Backend) -> None:
     assert output.eq(5).all()
 
 
-def test_a_graph_can_be_captured_after_the_last_one_of_its_pool_died(backend: Backend) -> None:
+def test_graph_can_be_captured_after_the_last_one_died(backend: Backend) -> None:
     lane = backend.pool().lane()
     x = torch.ones(2, device=backend.device)
     for _ in range(3):
@@ -51,7 +51,7 @@ def test_a_graph_can_be_captured_after_the_last_one_of_its_pool_died(backend: Ba
         del graph, output
 
 
-def test_the_same_for_a_module(backend: Backend) -> None:
+def test_module_can_be_captured_after_the_last_one_died(backend: Backend) -> None:
     def reserved(sizes: range | tuple[int], *, weak: bool) -> int:
         model = torch.nn.Linear(16, 2**18).to(backend.device)  # outputs of 1 MiB a row
         cuda_graphed(model, sizes=sizes, pool=(pool := backend.pool(weak=weak)))

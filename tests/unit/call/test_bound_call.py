@@ -29,7 +29,7 @@ def twice(x: Tensor, y: Tensor) -> Tensor:
     return x * 2 if x is y else x * 3
 
 
-def test_the_forward_asks_whether_arguments_are_the_same(backend: Backend) -> None:
+def test_forward_compares_arguments_by_identity(backend: Backend) -> None:
     """`if key is value` (attention does so): the answer of the capture is baked in."""
     model = cuda_graphed(twice, sizes=(2, 4))
     x, y = backend.randn(2, 8), backend.randn(2, 8)
@@ -247,7 +247,7 @@ def test_gradients_accumulate_inside_the_forward(backend: Backend) -> None:
         equal(model.linear.weight.grad, x.sum(0, keepdim=True))
 
 
-def test_the_forward_of_the_class_is_patched_after_an_instance_was_decorated(backend: Backend) -> None:
+def test_class_forward_is_patched_after_an_instance_is_decorated(backend: Backend) -> None:
     """The wrapper of the instance knows the function that there was."""
 
     class Scale(nn.Module):
@@ -266,7 +266,7 @@ def test_the_forward_of_the_class_is_patched_after_an_instance_was_decorated(bac
     equal(model(x), x * 3)
 
 
-def test_the_first_call_moves_a_switch_of_torch(backend: Backend) -> None:
+def test_first_call_moves_a_switch_of_torch(backend: Backend) -> None:
     """The first attention of a process sets the order of its kernels; later calls see that."""
 
     def forward(x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_bytes_that_weak_references_save(backend: Backend) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
-def test_the_ladder_leaves_memory_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ladder_leaves_memory_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the device were nearly full: the size that takes what is left is not kept."""
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]

@@ -233,7 +233,7 @@ def test_an_output_that_the_user_expires_is_gone_alone(backend: Backend, mlp: ML
     assert close(mlp(x), eager(mlp, x))
 
 
-def test_what_a_comparison_replays_is_held_by_nobody(backend: Backend, mlp: MLP) -> None:
+def test_comparison_holds_no_output(backend: Backend, mlp: MLP) -> None:
     for stale in ("error", "copy"):
         model = cuda_graphed(MLP().to(backend.device), sizes=(8,), stale=stale)
         for _ in range(6):
@@ -244,7 +244,7 @@ def test_what_a_comparison_replays_is_held_by_nobody(backend: Backend, mlp: MLP)
 
 
 @pytest.mark.parametrize("stale", ["error", "copy"])
-def test_the_option_of_its_maker_decides_what_becomes_of_an_output(backend: Backend, stale: str) -> None:
+def test_stale_option_of_the_maker_applies_to_an_output(backend: Backend, stale: str) -> None:
     pool = backend.pool()
     other = "copy" if stale == "error" else "error"
     maker = cuda_graphed(MLP().to(backend.device), sizes=(2,), stale=stale, pool=pool)

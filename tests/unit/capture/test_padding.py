@@ -78,7 +78,7 @@ def test_poisoned_rows_of_a_large_batch_do_not_reach_a_small_one(backend: Backen
     ],
     ids=str,
 )
-def test_what_a_padded_row_holds(backend: Backend, pad: Any, row: list[float]) -> None:
+def test_padded_rows_hold_the_pad_value(backend: Backend, pad: Any, row: list[float]) -> None:
     seen = torch.zeros(4, 2, device=backend.device)
 
     def forward(x: Tensor, y: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def test_any_batch_dim(backend: Backend, dim: int) -> None:
     assert info(model).hits == 6
 
 
-def test_the_batch_is_in_another_dimension_of_each_argument(backend: Backend) -> None:
+def test_batch_dim_differs_for_each_argument(backend: Backend) -> None:
     """As with `batch_first`: the state has it in its second one."""
     layer = nn.LSTM(4, 6, num_layers=2, batch_first=True).to(backend.device)
     plain = copy.deepcopy(layer).to(backend.device)
@@ -173,7 +173,7 @@ def test_channels_last_stays(backend: Backend) -> None:
     assert info(model).hits == 2
 
 
-def test_which_dimensions_carry_the_batch_is_learned(backend: Backend) -> None:
+def test_batch_dimensions_are_learned(backend: Backend) -> None:
     class Shapes(nn.Module):
         def forward(self, x: Tensor) -> Any:
             fixed = x.new_ones(4) * 2  # four rows at any batch, four of them by chance

@@ -122,7 +122,7 @@ def test_many_dimensions_in_any_order(backend: Backend) -> None:
             assert torch.equal(graphed(part), part), (shape, axes)
 
 
-def test_more_strided_dimensions_than_a_kernel_follows_run_eagerly(backend: Backend) -> None:
+def test_too_many_strided_dimensions_run_eagerly(backend: Backend) -> None:
     graphed = cuda_graphed(lambda x: x * 1, sizes=(2,))
     x = values(backend, (4,) * 8, torch.int32)[::2, ::2, ::2, ::2, ::2, ::2, ::2, ::2]
     for _ in range(3):
@@ -159,7 +159,7 @@ def test_any_number_of_inputs(backend: Backend, count: int) -> None:
     assert launches(graphed) == backend.launch
 
 
-def test_the_largest_parameter_of_a_kernel_and_beyond(backend: Backend) -> None:
+def test_kernel_parameters_at_the_largest_size_and_beyond(backend: Backend) -> None:
     """A node takes what fits into 32,764 bytes; more inputs are staged by torch calls."""
     for count, native in ((200, True), (210, False)):
         graphed = cuda_graphed(lambda inputs: torch.stack(inputs).sum(0), sizes=(2,))
@@ -189,7 +189,7 @@ def test_an_output_fed_back_is_read_before_it_is_overwritten(backend: Backend) -
         assert torch.equal(x, expected)
 
 
-def test_the_static_buffer_itself_as_input_is_left_as_it_is(backend: Backend) -> None:
+def test_static_input_passed_as_input_is_unchanged(backend: Backend) -> None:
     graphed = cuda_graphed(lambda x: x * 2, sizes=(4,), pad=7)
     for _ in range(3):
         graphed(values(backend, (3, 5), torch.int32))
@@ -214,7 +214,7 @@ def test_a_static_input_that_is_given_is_not_read() -> None:
     assert stage.copied_bytes() == 16  # the padding
 
 
-def test_nothing_is_patched_where_nothing_changed() -> None:
+def test_unchanged_kernel_parameters_are_not_patched() -> None:
     buffer, x = torch.zeros(3, 2), torch.ones(3, 2)
     stage = _C.InputCopier([buffer], [0], [0], [bytes(16)], [False])
     assert stage.read([x], 3)
@@ -249,7 +249,7 @@ def test_a_call_that_raised_leaves_nothing_of_its_inputs(backend: Backend) -> No
     assert torch.equal(graphed(x, y), x - y)
 
 
-def test_an_output_that_could_not_be_moved_leaves_nothing_of_the_inputs(
+def test_output_that_cannot_be_moved_leaves_no_inputs(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphed = cuda_graphed(lambda x: x * 2, sizes=(2,), stale="copy")

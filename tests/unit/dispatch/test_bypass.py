@@ -168,7 +168,7 @@ GENERATORS = {kind: torch.Generator(kind) for kind in ("cpu", *(["cuda"] * torch
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> None:
+def test_forward_that_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> None:
     forward, why = BAD[name]
     runs = Counter()
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_captured_runs_eagerly(backend: Backend, name: str) -> No
     assert model.cache_info().captures == 0
 
 
-def test_what_is_refused_for_good_is_known_without_reading_the_call(
+def test_permanent_bypass_does_not_read_the_call(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forward that no graph can hold should cost little more than it did undecorated."""
@@ -227,7 +227,7 @@ def test_what_is_refused_for_good_is_known_without_reading_the_call(
     assert len(reads) > 1
 
 
-def test_what_is_refused_in_emulation_is_not_called_that_without() -> None:
+def test_reason_for_emulation_is_not_given_on_a_gpu() -> None:
     @cuda_graphed(sizes=(4,))
     def forward(x: Tensor) -> Tensor:
         return x * x.sum().item()
@@ -240,7 +240,7 @@ def test_what_is_refused_in_emulation_is_not_called_that_without() -> None:
     assert "graphcache.emulate()" in why
 
 
-def test_what_looks_like_a_host_copy_and_is_none(backend: Backend) -> None:
+def test_operators_that_look_like_host_copies_are_captured(backend: Backend) -> None:
     """To the device where it is already: a no-op on a GPU, and so in emulation."""
 
     def forward(x: Tensor) -> Tensor:

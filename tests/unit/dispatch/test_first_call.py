@@ -15,7 +15,7 @@ from tests.helpers import Backend, Capturing, Counter, close, eager, hidden, sta
 from tests.models import MLP, Cached
 
 
-def test_the_process_is_in_good_order_after_a_failed_capture(backend: Backend, mlp: MLP) -> None:
+def test_process_is_in_good_order_after_a_failed_capture(backend: Backend, mlp: MLP) -> None:
     """The operation is hidden from the first call, so that the capture itself fails."""
     there = hidden()  # where nothing watches
     calls = next(there)
@@ -157,7 +157,7 @@ def test_progress_bar_on_request_only(
     assert "graphcache: capturing MLP.forward" in capsys.readouterr().err
 
 
-def test_the_first_call_runs_once_and_captures_execute_nothing(backend: Backend, mlp: MLP) -> None:
+def test_first_call_runs_once_and_captures_execute_nothing(backend: Backend, mlp: MLP) -> None:
     """One run for the call, one for each size: a capture runs Python, but no kernel."""
     cuda_graphed(mlp, sizes=(1, 2, 4))
     x = backend.randn(4, 8)
@@ -198,7 +198,7 @@ def test_a_warmup_that_captures_nothing_says_so(backend: Backend, mlp: MLP) -> N
         mlp.forward.warmup(backend.randn(2, 8))
 
 
-def test_what_needs_a_warm_up_gets_one_without_its_effects(backend: Backend) -> None:
+def test_warm_up_leaves_no_effects(backend: Backend) -> None:
     """A library that refuses to work in a capture until it has seen the size, as autotuners do."""
     there = hidden()  # where nothing watches, as in a library
     tuned = next(there)

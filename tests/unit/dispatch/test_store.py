@@ -8,7 +8,7 @@ from tests.helpers import Backend, change_parameter, eager
 from tests.models import MLP
 
 
-def test_what_changes_on_every_call_stops_being_captured(backend: Backend, mlp: MLP) -> None:
+def test_attribute_that_changes_on_every_call_stops_captures(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2,))
     x = backend.randn(2, 8)
     with pytest.warns(
@@ -56,7 +56,7 @@ def test_warmup_asks_for_a_capture_of_any_signature(backend: Backend) -> None:
     assert (model.cache_info().captures, model.cache_info().hits) == (4, 4)
 
 
-def test_the_signature_that_was_not_called_for_longest_goes_first(backend: Backend) -> None:
+def test_least_recently_used_signature_is_dropped_first(backend: Backend) -> None:
     model = cuda_graphed(lambda x: x * 2, sizes=(2,))
 
     def calls(width: int, times: int) -> None:

@@ -161,7 +161,7 @@ class Hidden:
         return next(self._there)[0]
 
 
-def test_what_cannot_be_watched_runs_eagerly(backend: Backend) -> None:
+def test_forward_that_cannot_be_guarded_runs_eagerly(backend: Backend) -> None:
     class Opaque(nn.Module):
         def __init__(self, hidden: Hidden) -> None:
             super().__init__()
@@ -303,7 +303,7 @@ def test_guards_are_collected_with_what_leads_back_to_them(backend: Backend) -> 
     assert cache() is None
 
 
-def test_what_a_class_says_of_itself_is_no_value_of_the_forward(backend: Backend) -> None:
+def test_names_that_a_class_has_of_itself_are_not_guarded(backend: Backend) -> None:
     """Annotations lead to the docs of `typing`, which are made when somebody asks for them."""
 
     class PythonRecorder(nn.Module):
@@ -322,7 +322,7 @@ def test_what_a_class_says_of_itself_is_no_value_of_the_forward(backend: Backend
     assert model.forward.cache_info().hits == 2
 
 
-def test_what_lies_beside_torch_is_not_of_torch() -> None:
+def test_files_beside_torch_are_no_library() -> None:
     """Else nothing that torchvision's code reads would be watched, and messages named other lines."""
     folder = Path(torch.__file__).parent
     assert is_library(str(folder / "nn" / "functional.py"))

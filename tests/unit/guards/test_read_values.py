@@ -572,7 +572,7 @@ def check(backend: Backend, patch: Patch, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_read_changes(backend: Backend, monkeypatch: Patch, case: str) -> None:
+def test_read_value_changes_after_the_capture(backend: Backend, monkeypatch: Patch, case: str) -> None:
     """The graph holds the number, or the function's kernels, of the capture."""
     kinds = set(OfClass.kinds)
     try:
@@ -690,7 +690,9 @@ def count(backend: Backend, forward: Forward) -> None:
 
 
 @pytest.mark.parametrize("forward", COUNTERS)
-def test_what_counts_its_calls(backend: Backend, monkeypatch: Patch, forward: Forward) -> None:
+def test_forward_that_counts_its_calls_runs_eagerly(
+    backend: Backend, monkeypatch: Patch, forward: Forward
+) -> None:
     """A replay counts nothing, and the capture counts once too often."""
     for owner, name in ((helper, "calls"), (CONFIG, "CALLS"), (Config, "CALLS"), (OWN, "calls")):
         monkeypatch.setattr(owner, name, 0)
@@ -700,7 +702,7 @@ def test_what_counts_its_calls(backend: Backend, monkeypatch: Patch, forward: Fo
     contextvars.copy_context().run(count, backend, forward)
 
 
-def test_the_class_of_an_argument_counts(backend: Backend) -> None:
+def test_counter_in_the_class_of_an_argument_runs_eagerly(backend: Backend) -> None:
     class Counted(Cache):
         calls = 0
 
@@ -715,7 +717,7 @@ def reads_all_kinds(m: Any, x: Tensor) -> Tensor:
     return FIRST((x * m.held * known, torch.nn.functional.relu(x)))
 
 
-def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
+def test_unread_values_change_without_a_capture(backend: Backend, monkeypatch: Patch) -> None:
     """Other entries of the same classes, modules, functions and parameters: no reason for a capture.
 
     Nor is data of a library, by whatever name: it keeps its caches there.
@@ -753,7 +755,9 @@ def test_what_is_not_read_changes(backend: Backend, monkeypatch: Patch) -> None:
     ],
     ids=["constant", "object", "method", "class", "function"],
 )
-def test_what_an_argument_has_of_its_class(backend: Backend, monkeypatch: Patch, read, change) -> None:
+def test_class_attributes_of_an_argument_are_guarded(
+    backend: Backend, monkeypatch: Patch, read, change
+) -> None:
     """The object is part of the key, by what it holds itself."""
     model = cuda_graphed(read, sizes=(2,))
     x, argument = backend.randn(2, 3), Cache(backend.device)
@@ -778,7 +782,7 @@ def test_what_an_argument_has_of_its_class(backend: Backend, monkeypatch: Patch,
     ],
     ids=["set", "deque", "function", "dict", "wrapper", "proxy", "class", "gone"],
 )
-def test_what_is_hard_to_search(backend: Backend, held: object) -> None:
+def test_objects_that_are_hard_to_search_do_no_harm(backend: Backend, held: object) -> None:
     """It does no harm, and no other guard breaks by it: a profile function may not raise."""
     model = cuda_graphed(model_of(lambda m, x: x * (2 if m.held is not None else 3), held), sizes=(2,))
     x = backend.randn(2, 3)
@@ -804,7 +808,7 @@ def test_a_copy_is_made(backend: Backend) -> None:
     assert model.forward.cache_info().captures == 1
 
 
-def test_what_leads_to_a_dict_is_compared_before_it() -> None:
+def test_owner_of_a_dict_is_compared_before_the_dict() -> None:
     """Before Python 3.12 a dict can't be asked whether it lives: a list might have let go of it."""
     owner = Own()
     owner.held = [{"k": [{"k": 1}]}]
@@ -822,7 +826,7 @@ def test_a_getter_is_no_state(backend: Backend) -> None:
     assert model.cache_info().hits == 2
 
 
-def test_what_a_function_keeps_for_itself(backend: Backend) -> None:
+def test_attributes_and_defaults_of_a_function_are_guarded(backend: Backend) -> None:
     """Its attributes and defaults, where its own name is that of the graphed one."""
     data = Data()
 

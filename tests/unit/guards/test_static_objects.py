@@ -96,7 +96,7 @@ def test_a_new_object_takes_the_place_of_one_that_is_gone(pair: Pair) -> None:
     assert (pair.info.captures, pair.info.hits) == (1, 19)
 
 
-def test_what_is_let_in_keeps_what_it_held(pair: Pair) -> None:
+def test_adopted_object_keeps_its_contents(pair: Pair) -> None:
     """Also where a view of it is read elsewhere: it follows."""
     pair.step(pair.new(), steps=3)
     caches = pair.new()
@@ -168,7 +168,7 @@ def test_a_number_in_the_object_changes(pair: Pair) -> None:
     assert pair.info.captures == 2
 
 
-def test_the_object_gets_more_layers(pair: Pair) -> None:
+def test_static_object_gets_more_layers(pair: Pair) -> None:
     caches = pair.new()
     pair.step(caches, steps=3)
     for cache in caches:
@@ -176,7 +176,7 @@ def test_the_object_gets_more_layers(pair: Pair) -> None:
     pair.step(caches, steps=3)
 
 
-def test_the_object_is_passed_at_other_batches(pair: Pair) -> None:
+def test_static_object_is_passed_at_other_batches(pair: Pair) -> None:
     for batch in (2, 3, 2, 3, 4):
         pair.step(pair.new(batch), steps=3)
     assert pair.info.captures == 3
@@ -189,7 +189,7 @@ class Filling(Decoder):
         return super().forward(x, cache)
 
 
-def test_the_forward_fills_a_new_object(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_fills_a_new_object(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a prefill does, eagerly; the steps after it have graphs, also the next time."""
     monkeypatch.setattr("tests.unit.guards.test_static_objects.Decoder", Filling)
     pair = Pair(backend)
@@ -210,7 +210,7 @@ class Functional(Decoder):
         return super().forward(x, cache)
 
 
-def test_the_forward_replaces_tensors_of_the_object(
+def test_forward_replaces_tensors_of_a_static_object(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replay would leave the object with the tensor of the capture."""
@@ -233,7 +233,7 @@ class Warming(Decoder):
         return super().forward(x, cache)
 
 
-def test_the_capture_itself_changes_the_object(backend: Backend) -> None:
+def test_capture_changes_the_object_by_itself(backend: Backend) -> None:
     """The graph has what the forward's Python made of it when it ran once more."""
     twin, graphed = Decoder(backend.device), cuda_graphed(Warming(backend.device))
     x = backend.randn(2, 8)
@@ -249,7 +249,7 @@ class Counting(Decoder):
         return super().forward(x * cache.seen, cache)
 
 
-def test_the_forward_counts_in_the_object(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_counts_in_a_static_object(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay would not."""
     monkeypatch.setattr("tests.unit.guards.test_static_objects.Decoder", Counting)
     pair = Pair(backend)
@@ -260,7 +260,7 @@ def test_the_forward_counts_in_the_object(backend: Backend, monkeypatch: pytest.
     assert pair.info.hits == 0
 
 
-def test_the_module_is_gone_and_the_object_lives_on(pair: Pair) -> None:
+def test_static_object_outlives_its_module(pair: Pair) -> None:
     """Its memory is that of graphs that are no more."""
     pair.step(pair.new(), steps=3)
     caches = pair.new()
@@ -299,7 +299,7 @@ def test_layers_lie_in_one_block(pair: Pair) -> None:
         torch.testing.assert_close(*blocks[-2:])
 
 
-def test_the_block_behind_a_tensor_is_larger(pair: Pair) -> None:
+def test_static_object_tensor_lies_in_a_larger_block(pair: Pair) -> None:
     for rows in (2, 5, 3, 2):
         caches = pair.new()
         for cache in caches:
@@ -356,7 +356,7 @@ def test_blocks_share_the_object(backend: Backend) -> None:
     assert [block.forward.cache_info().captures for block in graphed] == [1, 1]
 
 
-def test_the_same_object_twice(backend: Backend) -> None:
+def test_static_object_is_passed_twice(backend: Backend) -> None:
     model = cuda_graphed(lambda x, a, b: x + a.layers[0].keys.sum() - b.layers[1].keys.sum())
     x = backend.randn(2, 8)
     one, other = Cache(x), Cache(x)
@@ -395,7 +395,7 @@ def test_objects_of_inference_mode_and_others(pair: Pair) -> None:
         pair.step(pair.new(), steps=3)
 
 
-def test_the_object_needs_gradients(pair: Pair) -> None:
+def test_static_object_needs_gradients(pair: Pair) -> None:
     caches = pair.new()
     pair.step(caches, steps=3)
     for cache in caches:
@@ -404,7 +404,7 @@ def test_the_object_needs_gradients(pair: Pair) -> None:
         pair.step(caches, steps=2)
 
 
-def test_the_object_refers_to_itself(pair: Pair) -> None:
+def test_static_object_refers_to_itself(pair: Pair) -> None:
     for _ in range(2):
         caches = pair.new()
         for cache in caches:

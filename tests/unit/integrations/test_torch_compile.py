@@ -36,7 +36,7 @@ def test_lists_in_compiled_code(backend: Backend) -> None:
     assert compiled_graphs
 
 
-def test_a_module_that_was_never_called_is_compiled_before_its_capture(backend: Backend) -> None:
+def test_uncalled_module_is_compiled_before_its_capture(backend: Backend) -> None:
     """Compiling inside a capture would synchronise, and end it."""
     plain = MLP().to(backend.device)
     model = cuda_graphed(torch.compile(plain, backend=compiler), sizes=(2, 4))
@@ -80,7 +80,7 @@ def test_a_part_is_compiled(backend: Backend) -> None:
     assert model.forward.cache_info().hits == 2
 
 
-def test_what_the_warm_up_writes_and_draws_is_put_back(backend: Backend) -> None:
+def test_warm_up_restores_state_and_generator(backend: Backend) -> None:
     class Drops(Counting):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.dropout(super().forward(x), 0.5, training=True)

@@ -66,7 +66,7 @@ def plainly(twin: Asking, x: Tensor, steps: int = 4) -> list[Tensor]:
     return [twin(x).clone() for _ in range(steps)]
 
 
-def test_it_is_answered_by_graphs_over_compiled_code(backend: Backend) -> None:
+def test_compiled_call_runs_graphs_over_compiled_code(backend: Backend) -> None:
     twin, model = asking(backend, sizes=(2,), pad=0)
     x = backend.randn(2, 8)
     assert same(plainly(twin, x), model.decode(x))
@@ -78,7 +78,7 @@ def test_it_is_answered_by_graphs_over_compiled_code(backend: Backend) -> None:
     assert model.forward.cache_info().hits == 7
 
 
-def test_calls_that_are_not_compiled_are_counted_with_those_that_are(backend: Backend) -> None:
+def test_compiled_and_plain_calls_are_counted_together(backend: Backend) -> None:
     twin, model = asking(backend, sizes=(2,), pad=0)
     x = backend.randn(2, 8)
     for _ in range(2):
@@ -106,7 +106,7 @@ def test_another_configuration_is_compiled_anew(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("why", ["a hook", "another forward", "it compiles nothing"])
-def test_the_model_answers_itself_where_a_graph_can_not(backend: Backend, why: str) -> None:
+def test_compiled_call_falls_back_to_the_model(backend: Backend, why: str) -> None:
     twin, model = asking(backend, sizes=(2,), pad=0)
     x = backend.randn(2, 8)
     for module in (twin, model):
@@ -149,7 +149,7 @@ def test_a_compiled_model_says_that_generate_gets_round_it(backend: Backend) -> 
         cuda_graphed(compiled, sizes=(2,))
 
 
-def test_who_shares_a_forward_is_not_searched_for_at_each_call(
+def test_owners_of_a_forward_are_not_searched_at_each_call(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The search goes through all objects of the process, which takes a tenth of a second."""
@@ -193,7 +193,7 @@ def test_a_call_of_compiled_code_is_of_its_module(backend: Backend) -> None:
     assert model.forward.cache_info().hits == 2
 
 
-def test_it_dies_with_its_module(backend: Backend) -> None:
+def test_compiled_forward_dies_with_its_module(backend: Backend) -> None:
     _, model = asking(backend, sizes=(2,), pad=0)
     model.decode(backend.randn(2, 8))
     known = weakref.ref(model)

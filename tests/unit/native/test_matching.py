@@ -141,9 +141,7 @@ def test_constants_are_told_apart_by_type_and_value(backend: Backend) -> None:
     ],
     ids=["dtype", "shape", "dimensions", "subclass", "layout", "empty", "parameter", "nested", "none"],
 )
-def test_what_does_not_match_is_not_taken_for_it(
-    backend: Backend, change: Callable[[Tensor], Any]
-) -> None:
+def test_call_that_does_not_match_is_a_miss(backend: Backend, change: Callable[[Tensor], Any]) -> None:
     def forward(x: Any) -> Any:
         return x if x is None else x[0] * 2 if isinstance(x, tuple) else x * 2
 
@@ -212,7 +210,7 @@ def test_switches_hold_for_native_calls_too(backend: Backend, mlp: MLP) -> None:
     assert mlp.forward.cache_info().hits == 2
 
 
-def test_what_was_cleared_is_not_served(backend: Backend, mlp: MLP) -> None:
+def test_cleared_graphs_are_not_served(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2,))
     x = backend.randn(2, 8)
     mlp(x)

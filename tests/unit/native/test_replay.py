@@ -160,9 +160,7 @@ def launches_of(call: Callable[[], Any]) -> Counter[str]:
 
 
 @on("cuda-portable")
-def test_the_profile_sees_launches_outside_a_graph(
-    backend: Backend, replayed: Callable[[], Any]
-) -> None:
+def test_profile_sees_launches_outside_a_graph(backend: Backend, replayed: Callable[[], Any]) -> None:
     """The test above can fail: on the portable path, copies come before the graph."""
     names = launches_of(replayed)
     assert sum(count for name, count in names.items() if "GraphLaunch" not in name) >= 10, names

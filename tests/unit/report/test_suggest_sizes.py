@@ -21,7 +21,7 @@ def cost_of(sizes: tuple[int, ...], batches: dict[int, int], cost: Callable[[int
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_best_sizes_are_those_of_a_search_through_all(seed: int) -> None:
+def test_best_sizes_equal_those_of_a_full_search(seed: int) -> None:
     rng = random.Random(seed)
     batches = {rng.randint(1, 40): rng.randint(1, 50) for _ in range(rng.randint(1, 9))}
     times = list(itertools.accumulate(rng.choice((0, 0, 1, 7)) + rng.random() for _ in range(41)))

@@ -77,14 +77,14 @@ def test_a_product_of_many_rows_is_left_alone(device: Device, rows: int, count: 
     assert (branches.count, branches.large) == (count, 2 * (1 - count))
 
 
-def test_what_comes_between_is_not_large(device: Device) -> None:
+def test_large_operator_between_products_ends_branches(device: Device) -> None:
     x, large, (a, b) = device.tensor(), device.tensor(5 << 10, 1 << 10), device.weights(2)
     with device.captured() as branches:
         x @ a, torch.relu(large), x @ b
     assert (branches.count, branches.large) == (0, 1)
 
 
-def test_what_is_no_matrix_raises_as_ever(device: Device) -> None:
+def test_product_of_no_matrix_raises_as_in_eager(device: Device) -> None:
     x, (a, b) = device.tensor(), device.weights(2)
     with device.captured() as branches:
         for wrong in ((x[0, 0], a), (x, a[0, 0]), (x, a[:3])):

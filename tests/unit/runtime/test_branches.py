@@ -77,7 +77,7 @@ def branches_of(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_three_products_of_an_attention_run_side_by_side(dtype: torch.dtype, bias: bool) -> None:
+def test_three_attention_products_run_side_by_side(dtype: torch.dtype, bias: bool) -> None:
     q, k, v = (nn.Linear(WIDTH, WIDTH, bias=bias, device=CUDA, dtype=dtype) for _ in range(3))
 
     def forward(x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def test_a_gate_and_its_activation_run_beside_what_they_open(
     assert branches_of(forward, dtype=dtype) == 3
 
 
-def test_what_scales_and_norms_one_product_runs_beside_the_next() -> None:
+def test_scale_and_norm_run_beside_the_next_product() -> None:
     q, k, v = weights(3, torch.bfloat16)
     norm, by = nn.RMSNorm(WIDTH, device=CUDA, dtype=torch.bfloat16), nn.LayerNorm(WIDTH, device=CUDA)
 
@@ -299,7 +299,7 @@ def test_products_with_a_gradient_stay_in_their_place(device: Cuda) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_what_is_read_between_products_is_not_given_to_the_next(device: Cuda) -> None:
+def test_memory_read_between_products_is_not_reused(device: Cuda) -> None:
     a, b = weights(2)
     x = torch.randn(4, WIDTH, device=CUDA)
     with device.captured() as branches:
@@ -341,7 +341,7 @@ def test_memory_that_was_given_away_stops_the_capture(device: Cuda) -> None:
         capture()
 
 
-def test_a_capture_that_fails_among_branches_leaves_nothing_behind() -> None:
+def test_capture_that_fails_among_branches_leaves_nothing() -> None:
     a, b = weights(2)
     runs = Counter()
 
@@ -387,12 +387,12 @@ def branches_by_size(forward: Callable[[Tensor], Tensor], width: int, *sizes: in
     return {size: bucket.graph.branches for size, bucket in entry.buckets.items()}
 
 
-def test_smaller_sizes_are_looked_at_where_the_largest_has_too_many_rows() -> None:
+def test_smaller_sizes_branch_if_the_largest_has_many_rows() -> None:
     a, b = weights(2)
     assert branches_by_size(lambda x: x @ a + x @ b, WIDTH, 512, 256) == {512: 0, 256: 1}
 
 
-def test_smaller_sizes_are_looked_at_where_something_large_comes_between() -> None:
+def test_smaller_sizes_branch_if_a_large_operator_intervenes() -> None:
     a, b = torch.randn(2, 20 << 10, 8, device=CUDA)
 
     def forward(x: Tensor) -> Tensor:
@@ -403,7 +403,7 @@ def test_smaller_sizes_are_looked_at_where_something_large_comes_between() -> No
     assert branches_by_size(forward, 20 << 10, 256, 4) == {256: 0, 4: 1}
 
 
-def test_smaller_sizes_are_not_looked_at_where_the_largest_has_none() -> None:
+def test_smaller_sizes_have_no_branches_if_the_largest_has_none() -> None:
     """As a captured operator is looked at for a microsecond; the next ladder begins anew."""
     a, b = weights(2)
 

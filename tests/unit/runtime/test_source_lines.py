@@ -7,7 +7,7 @@ from torch import nn
 from graphcache.runtime.source_lines import user_line_of
 
 
-def test_the_line_of_an_error_is_torchs_where_no_other_is() -> None:
+def test_error_line_is_torchs_without_a_user_line() -> None:
     with pytest.raises(RuntimeError) as caught:
         nn.Linear(2, 2)(torch.ones(3))
     error = caught.value

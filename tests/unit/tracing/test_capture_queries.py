@@ -42,7 +42,7 @@ def masks(backend: Backend) -> list[Tensor]:
     return [full, holed, full, holed, holed, full]
 
 
-def test_what_a_forward_does_while_it_is_captured_is_what_counts(backend: Backend) -> None:
+def test_forward_that_branches_on_capturing_replays_that_branch(backend: Backend) -> None:
     model = cuda_graphed(Checks().to(backend.device), sizes=(2,), pad=0)
     asks = torch.cuda.is_current_stream_capturing
     for step, mask in enumerate(masks(backend), 1):
@@ -54,7 +54,7 @@ def test_what_a_forward_does_while_it_is_captured_is_what_counts(backend: Backen
     assert not capturing()
 
 
-def test_a_forward_that_returns_something_else_while_it_is_captured(backend: Backend) -> None:
+def test_forward_that_returns_something_else_while_capturing(backend: Backend) -> None:
     model = cuda_graphed(Checks(scale=2.0).to(backend.device), sizes=(2,))
     with pytest.warns(GraphCacheWarning, match="something else while a capture is under way"):
         for mask in masks(backend):
@@ -63,7 +63,7 @@ def test_a_forward_that_returns_something_else_while_it_is_captured(backend: Bac
     assert model.forward.cache_info().hits == 0
 
 
-def test_what_only_a_captured_forward_reads_is_watched(backend: Backend) -> None:
+def test_value_read_only_while_capturing_is_guarded(backend: Backend) -> None:
     model = Checks(hidden=True).to(backend.device)
     model.offset = torch.zeros(3, device=backend.device)
     cuda_graphed(model, sizes=(2,), pad=0)
@@ -112,7 +112,7 @@ def test_a_forward_that_raises_as_in_a_capture(backend: Backend) -> None:
     assert model.cache_info().hits == 2
 
 
-def test_others_are_not_told_of_a_capture(backend: Backend) -> None:
+def test_other_threads_are_not_told_of_a_capture(backend: Backend) -> None:
     """Only the thread that observes is."""
     told: list[bool] = []
 

@@ -80,7 +80,7 @@ def test_without_pad_state_is_captured_at_exact_sizes(backend: Backend) -> None:
     assert "pad does not say" in told.notes[0]
 
 
-def test_a_written_argument_is_bound_and_its_mutation_reaches_the_caller(backend: Backend) -> None:
+def test_mutated_argument_is_bound_and_reaches_the_caller(backend: Backend) -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
             cache.index_add_(0, slots, x)

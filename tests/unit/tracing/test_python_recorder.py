@@ -36,7 +36,7 @@ def test_attributes_that_every_call_changes_are_noticed(backend: Backend) -> Non
 collections = 0
 
 
-def test_what_the_garbage_collector_runs_is_none_of_the_forward(backend: Backend) -> None:
+def test_finalizers_are_no_part_of_the_forward(backend: Backend) -> None:
     """As pytest plug-ins and profilers count collections, which happen at any time."""
 
     def count(phase: str, _: object) -> None:
@@ -65,7 +65,7 @@ def test_what_the_garbage_collector_runs_is_none_of_the_forward(backend: Backend
     assert model.forward.cache_info().hits == 2
 
 
-def test_names_of_temporary_files_are_no_random_numbers_of_the_forward(backend: Backend) -> None:
+def test_temporary_file_names_draw_no_random_numbers(backend: Backend) -> None:
     """Triton writes such files where it compiles a kernel, at the first call of a process."""
     compiled = functools.cache(lambda: tempfile.TemporaryDirectory().cleanup())
 
