@@ -27,7 +27,7 @@ BACKENDS = [*RUNTIMES, *(f"{runtime}-portable" for runtime in RUNTIMES)]
 
 @dataclass
 class Backend:
-    """Where a test runs, and by which launch path its calls are replayed."""
+    """The runtime and device of a test, and the launch path of its replays."""
 
     name: str
     device: torch.device
@@ -41,7 +41,7 @@ class Backend:
 
 
 class Counter:
-    """Counts in a place that nothing watches: what a forward changes stops its capture."""
+    """Counts where nothing is guarded: a counter in plain sight would stop the capture."""
 
     def __init__(self) -> None:
         self._added = hidden()
@@ -55,7 +55,7 @@ class Counter:
 
 
 def hidden(*items: object) -> Hidden:
-    """A list, by `next` whenever asked, where nothing looks for it: behind what counts as a library."""
+    """Returns a list behind `next`, in what counts as a library: no search finds it."""
     return Hidden(list(items))
 
 
@@ -73,12 +73,12 @@ class Hidden:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal within what another batch size's kernel may round differently."""
+    """Return True if two results are equal within the rounding of another batch size's kernel."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def eager(module: nn.Module, *args: object, **kwargs: object) -> Tensor:
-    """What the undecorated forward returns; counted nowhere."""
+    """Returns the undecorated forward's result, which is counted nowhere."""
     function, _ = module.forward._wrapped_call()
     with graphcache.disabled():
         return function(*args, **kwargs)
@@ -92,7 +92,7 @@ def info(model: Any) -> CacheInfo:
 
 
 def eagerly(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the class, or the function, says now; for a module, whatever was put on the instance."""
+    """Calls the class's forward, or the function, eagerly; ignores a forward put on the instance."""
     with graphcache.disabled():
         if isinstance(model, nn.Module):
             return type(model).forward(model, *args, **kwargs)
@@ -116,7 +116,7 @@ def equal(got: Any, want: Any) -> None:
 
 
 def same_as_eager(model: Any, *args: Any, times: int = 3, **kwargs: Any) -> None:
-    """Each call returns what eager returns, raises what eager raises, or raises an error of ours."""
+    """Asserts that each call returns or raises what eager does, or raises an error of graphcache."""
     for _ in range(times):
         want = outcome(eagerly, model, *args, **kwargs)
         got = outcome(model, *args, **kwargs)
@@ -127,7 +127,7 @@ def same_as_eager(model: Any, *args: Any, times: int = 3, **kwargs: Any) -> None
 
 
 def replays(model: Any, *args: Any, **kwargs: Any) -> None:
-    """The same, and graphs serve the last of the calls."""
+    """Asserts that each call equals eager, and that graphs serve the last one."""
     same_as_eager(model, *args, **kwargs)
     before = info(model).hits
     same_as_eager(model, *args, times=1, **kwargs)
@@ -135,7 +135,7 @@ def replays(model: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def survives(model: Any, change: Callable[[], Any], *args: Any) -> None:
-    """Graphs serve before the change; after it every call is what eager returns, and differs."""
+    """Asserts that graphs serve before a change, and that each call equals the changed eager after it."""
     replays(model, *args)
     before = eagerly(model, *args)
     change()
@@ -145,7 +145,7 @@ def survives(model: Any, change: Callable[[], Any], *args: Any) -> None:
 
 
 def in_step(model: Any, twin: Any, *args: Any) -> None:
-    """Two that hold state of their own return the same, and leave it the same."""
+    """Asserts that two modules with state of their own return the same, and leave it the same."""
     equal(model(*args), twin(*args))
     for name, state in twin.state_dict().items():
         equal(model.state_dict()[name], state)
@@ -173,7 +173,7 @@ def change_parameter(model: Any) -> None:
 
 
 def on(*backends: str) -> Callable[[Any], Any]:
-    """Runs a test on these backends only."""
+    """Restricts a test to these backends."""
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     return pytest.mark.parametrize(
         "backend", [pytest.param(name, marks=skip) for name in backends], indirect=True

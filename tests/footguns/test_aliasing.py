@@ -25,7 +25,7 @@ from tests.helpers import (
 )
 from tests.models import Net, Scaled, Steps
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -52,13 +52,13 @@ def pair(backend: Backend, *, aliased: bool) -> tuple[Tensor, Tensor]:
 
 
 def test_an_argument_is_written_and_read_as_another_one(backend: Backend) -> None:
-    """The copy of x was made before the write."""
+    """The graph reads a copy of x that was made before the write."""
     model = cuda_graphed(writes_second, sizes=(4,))
     check_aliased(model, writes_second, *(pair(backend, aliased=True) for _ in range(4)))
 
 
 def test_a_written_argument_is_read_as_another_one_later(backend: Backend) -> None:
-    """Separate tensors at capture; the same one in a later call, at the address that was captured."""
+    """The graph writes one address and reads another; in a later call both are one tensor."""
     model = cuda_graphed(writes_second, sizes=(4,))
     x, state = pair(backend, aliased=False)
     for _ in range(3):
@@ -77,7 +77,7 @@ def test_a_written_argument_is_read_as_another_one_later(backend: Backend) -> No
 
 
 def test_a_view_of_a_written_argument_is_read_later(backend: Backend) -> None:
-    """The same with a slice of it."""
+    """The graph writes one address and reads another; in a later call one is a slice of the other."""
     forward = lambda x, state: state.add_(1).sum() + x  # noqa: E731
     model = cuda_graphed(forward, sizes=(2,))
     x, state = backend.randn(2, 8), backend.randn(6, 8)
@@ -94,7 +94,7 @@ def test_a_view_of_a_written_argument_is_read_later(backend: Backend) -> None:
 
 
 def test_argument_is_a_view_of_the_mutated_cache(backend: Backend) -> None:
-    """The copy of x was made before the write."""
+    """The graph reads a copy of x that was made before the cache was written."""
     model, twin = (Steps(lambda state, x: state.add_(1)).to(backend.device) for _ in range(2))
     cuda_graphed(model, sizes=(2,))
     for _ in range(4):
@@ -116,7 +116,7 @@ class WritesCache(nn.Module):
 
 
 def test_an_argument_is_a_view_of_a_written_cache_later(backend: Backend) -> None:
-    """An ordinary tensor at capture, a row of the cache in a later call."""
+    """The graph reads a copy of the argument, which in a later call is a row of the cache."""
     model, twin = (WritesCache().to(backend.device) for _ in range(2))
     cuda_graphed(model, sizes=(2,))
     for _ in range(3):
@@ -132,14 +132,14 @@ def test_an_argument_is_a_view_of_a_written_cache_later(backend: Backend) -> Non
 
 
 def test_an_argument_is_a_parameter_of_the_module(net: Net, x: Tensor) -> None:
-    """As `model(model.embedding.weight)`: read only, and nothing is to be lost."""
+    """The graph reads a copy of `model.embedding.weight`, as it may: it only reads."""
     replays(net, x)
     same_as_eager(net, net.up.weight.data[:2])
     same_as_eager(net, net.up.weight[:4])
 
 
 def test_an_output_is_a_view_of_an_argument(backend: Backend) -> None:
-    """It would be a view of the static input, which the next call overwrites."""
+    """The output is a view of the static input, which the next call overwrites."""
     model = cuda_graphed(lambda x: (x[:, 1:], x.t()), sizes=(2,))
     kept = []
     for _ in range(4):
@@ -153,7 +153,7 @@ def test_an_output_is_a_view_of_an_argument(backend: Backend) -> None:
 
 
 def test_an_output_is_a_view_of_an_argument_from_another_mode(backend: Backend) -> None:
-    """A view is an inference tensor if its base is one, whatever the mode: autograd refuses those."""
+    """The output is a view of the static input, an inference tensor that autograd refuses."""
     model = cuda_graphed(lambda x: (x[:, 1:], x + 1), sizes=(2, 4))
     for batch in (4, 4, 3, 2, 3):
         plain = backend.randn(batch, 8)
@@ -167,7 +167,7 @@ def test_an_output_is_a_view_of_an_argument_from_another_mode(backend: Backend) 
 
 
 def test_argument_is_returned_as_it_is(backend: Backend) -> None:
-    """In place activation: the caller's own object, changed."""
+    """The graph changes and returns its static input, where eager changes the caller's object."""
     model = cuda_graphed(lambda x: x.relu_(), sizes=(2,))
     for _ in range(4):
         x = backend.randn(2, 8)
@@ -177,7 +177,7 @@ def test_argument_is_returned_as_it_is(backend: Backend) -> None:
 
 
 def test_an_argument_is_written_through_a_view(backend: Backend) -> None:
-    """`x[:, 0] = 0` in the forward reaches the caller's tensor in eager."""
+    """`x[:, 0] = 0` in the forward changes the static input, not the caller's tensor."""
 
     def forward(x: Tensor) -> Tensor:
         x[:, 0] = 0
@@ -192,7 +192,7 @@ def test_an_argument_is_written_through_a_view(backend: Backend) -> None:
 
 
 def test_an_argument_is_written_under_a_condition(backend: Backend) -> None:
-    """Not in the call that is watched, but in one of the same shape, by a flag of the module."""
+    """The write is missing from the graph: a flag of the module turned it off at the first call."""
 
     class Sometimes(nn.Module):
         write = False
@@ -210,7 +210,7 @@ def test_an_argument_is_written_under_a_condition(backend: Backend) -> None:
 
 
 def test_one_tensor_is_passed_for_two_arguments(backend: Backend) -> None:
-    """Each has a static input of its own, of which one may stay empty."""
+    """Each argument has a static input of its own, of which one may stay empty."""
     model = cuda_graphed(lambda x, y: x * 2 + y, sizes=(2, 4))
     for batch in (2, 3, 4, 3):
         x, y = backend.randn(batch, 8), backend.randn(batch, 8)
@@ -220,7 +220,7 @@ def test_one_tensor_is_passed_for_two_arguments(backend: Backend) -> None:
 
 
 def test_an_expanded_argument(backend: Backend) -> None:
-    """Strides of zero: rows share memory, and writing one writes all."""
+    """The static input has strides of zero: writing one row writes all."""
     model = cuda_graphed(lambda x: x * 2, sizes=(2, 4))
     for batch in (4, 3, 3, 2):
         same_as_eager(model, backend.randn(1, 8).expand(batch, 8))
@@ -270,7 +270,7 @@ CHANGED: dict[str, tuple[Callable[[Tensor, Any], Tensor], Callable[[Tensor], Any
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_container_argument_is_changed(backend: Backend, name: str) -> None:
-    """The first call changed the caller's; replays did not, though their results were right."""
+    """The caller's container changes at capture only; replays leave it as it is."""
     forward, make, what = CHANGED[name]
     model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
     with pytest.warns(

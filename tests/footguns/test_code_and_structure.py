@@ -14,14 +14,14 @@ from graphcache import cuda_graphed
 from tests.helpers import Backend, equal, in_step, replays, same_as_eager, survives
 from tests.models import Net
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
 def test_submodule_forward_is_patched_on_its_class(
     backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As accelerators do to a whole model at once."""
+    """The old forward's kernels are all that ever runs. Accelerators patch whole models this way."""
 
     class Inner(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def test_submodule_forward_is_patched_on_its_class(
 
 
 def test_submodule_forward_is_patched_on_the_instance(net: Net, x: Tensor) -> None:
-    """Code that ran at capture is all that ever runs."""
+    """The old forward's kernels are all that ever runs."""
     survives(net, lambda: setattr(net.up, "forward", lambda x: x * 2), x)
     survives(net, lambda: delattr(net.up, "forward"), x)
 
@@ -40,7 +40,7 @@ def test_submodule_forward_is_patched_on_the_instance(net: Net, x: Tensor) -> No
 def test_a_method_that_the_forward_calls_is_patched(
     backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Likewise, on a class that is not the forward's own business."""
+    """The old method's kernels are all that ever runs."""
 
     class Methodical(nn.Module):
         def step(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def test_a_method_that_the_forward_calls_is_patched(
 
 
 def test_module_gets_another_class(backend: Backend, x: Tensor) -> None:
-    """Quantisers assign `__class__`."""
+    """The old class's kernels are all that ever runs. Quantisers assign `__class__`."""
 
     model = Net(backend.device)
     model.up.__class__ = type("Linear", (nn.Linear,), {})
@@ -65,7 +65,7 @@ def test_module_gets_another_class(backend: Backend, x: Tensor) -> None:
 
 
 def test_class_decorated_module_gets_another_class(backend: Backend, x: Tensor) -> None:
-    """The decorated class is left altogether."""
+    """The graph of the decorated class serves a module that has left that class."""
 
     @cuda_graphed(sizes=(2,))
     class Graphed(Net):
@@ -97,7 +97,7 @@ def test_a_layer_is_appended_and_removed(backend: Backend, x: Tensor) -> None:
 
 
 def test_layers_in_a_plain_list_are_replaced(backend: Backend, x: Tensor) -> None:
-    """No children as far as torch knows."""
+    """The graph runs the old layers; torch knows of no children in a plain list."""
 
     class Hides(nn.Module):
         def __init__(self) -> None:
@@ -116,7 +116,7 @@ def test_layers_in_a_plain_list_are_replaced(backend: Backend, x: Tensor) -> Non
 
 
 def test_one_submodule_is_put_into_training_mode(backend: Backend) -> None:
-    """The root's own mode stays, and with it what a key of modes sees."""
+    """The graph has no dropout; the root's own mode has not changed."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).to(backend.device).eval()
     twin = copy.deepcopy(model)
     cuda_graphed(model, sizes=(4,))
@@ -130,7 +130,7 @@ def test_one_submodule_is_put_into_training_mode(backend: Backend) -> None:
 
 
 def test_a_functional_flag_of_a_submodule_is_changed(backend: Backend, x: Tensor) -> None:
-    """`negative_slope`, `p`, `eps`: numbers that torch's own modules read."""
+    """The `negative_slope`, `p` or `eps` of the capture is baked in."""
     model = nn.Sequential(nn.LeakyReLU(0.1), nn.LayerNorm(8)).to(backend.device)
     cuda_graphed(model, sizes=(2,))
     survives(model, lambda: setattr(model[0], "negative_slope", 0.5), x)
@@ -139,7 +139,7 @@ def test_a_functional_flag_of_a_submodule_is_changed(backend: Backend, x: Tensor
 
 
 def test_a_parametrization_is_registered(net: Net, x: Tensor) -> None:
-    """The module gets another class, and its weight becomes a property."""
+    """The graph reads the weight, which has become a property of another class."""
 
     class Doubled(nn.Module):
         factor = 2.0
@@ -157,7 +157,7 @@ def test_a_parametrization_is_registered(net: Net, x: Tensor) -> None:
 
 
 def test_weight_norm_is_registered(net: Net, x: Tensor) -> None:
-    """Likewise; its magnitude is a parameter of its own."""
+    """The graph reads the old weight; direction and magnitude are parameters of their own now."""
     replays(net, x)
     parametrizations.weight_norm(net.up)
     same_as_eager(net, x)
@@ -166,7 +166,7 @@ def test_weight_norm_is_registered(net: Net, x: Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
 def test_old_weight_norm_is_registered(net: Net, x: Tensor) -> None:
-    """By a hook that computes the weight before each call."""
+    """The graph reads the old weight; a hook computes the weight before each call."""
     replays(net, x)
     nn.utils.weight_norm(net.up)
     with graphcache.disabled():
@@ -182,7 +182,7 @@ def test_old_weight_norm_is_registered(net: Net, x: Tensor) -> None:
 
 
 def test_spectral_norm_in_training_writes_its_vectors(backend: Backend) -> None:
-    """A power iteration in every call: state that advances."""
+    """Padded rows and comparisons advance a power iteration that every call advances once."""
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8))).to(backend.device)
     twin = copy.deepcopy(model)
     cuda_graphed(model, sizes=(2,))
@@ -194,7 +194,7 @@ def test_spectral_norm_in_training_writes_its_vectors(backend: Backend) -> None:
 
 
 def test_pruning_is_applied(net: Net, x: Tensor) -> None:
-    """A mask and a hook: the weight becomes a plain attribute, computed before each call."""
+    """The graph reads the unpruned weight; a hook computes another one before each call."""
     from torch.nn.utils import prune
 
     replays(net, x)
@@ -209,7 +209,7 @@ def test_pruning_is_applied(net: Net, x: Tensor) -> None:
 
 
 def test_a_module_is_quantised_dynamically(net: Net, x: Tensor) -> None:
-    """A child is swapped for another class with packed weights."""
+    """The graph runs the old child, which was swapped for a class with packed weights."""
 
     class Packed(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:

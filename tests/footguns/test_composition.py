@@ -23,7 +23,7 @@ from tests.helpers import (
 )
 from tests.models import Net
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -124,7 +124,7 @@ def test_twelve_residual_blocks_whose_sum_is_a_graph_too(backend: Backend) -> No
 
 
 def test_two_models_take_turns(backend: Backend) -> None:
-    """Each overwrites what the other returned, which nobody needs any more."""
+    """Each overwrites the other's output, which nobody needs any more: memory can be shared."""
     pool = backend.pool()
     models = [cuda_graphed(Net(backend.device), sizes=(2, 4), pool=pool) for _ in range(2)]
     for batch in (2, 4, 3, 1, 2, 3):
@@ -134,7 +134,7 @@ def test_two_models_take_turns(backend: Backend) -> None:
 
 
 def test_draft_and_target_hold_each_others_outputs(backend: Backend) -> None:
-    """Speculative decoding: the draft's last logits are compared with the target's."""
+    """The target's graph overwrites the draft's logits, which are compared next."""
     pool = backend.pool()
     draft, target = (cuda_graphed(Net(backend.device), sizes=(2,), pool=pool) for _ in range(2))
     x = backend.randn(2, 8)
@@ -148,7 +148,7 @@ def test_draft_and_target_hold_each_others_outputs(backend: Backend) -> None:
 
 
 def test_one_instance_in_two_parents(backend: Backend) -> None:
-    """Its weights are replaced through one of them."""
+    """The graph serves the old weights after they are replaced through one of the parents."""
     shared = nn.Linear(8, 8).to(backend.device)
     one = cuda_graphed(nn.Sequential(shared, nn.ReLU()), sizes=(2,))
     two = cuda_graphed(nn.Sequential(nn.Tanh(), shared), sizes=(2,))
@@ -161,7 +161,7 @@ def test_one_instance_in_two_parents(backend: Backend) -> None:
 
 
 def test_one_graphed_instance_in_two_parents(backend: Backend) -> None:
-    """Called from two places of one step, and one of the outputs is kept."""
+    """The second call of a step overwrites the output that the first parent holds."""
     shared = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,), stale="copy")
     one, two = nn.Sequential(shared, nn.ReLU()), nn.Sequential(nn.Tanh(), shared)
     for _ in range(4):

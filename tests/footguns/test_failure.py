@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tests.models import Net
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -85,7 +85,7 @@ def test_an_intermediate_is_kept_where_nothing_watches(backend: Backend, frozen:
 
 
 def test_capture_changes_a_flag_by_itself(backend: Backend, x: Tensor) -> None:
-    """It runs the forward's Python once more; the graph has what that made of the flag."""
+    """The capture runs the forward's Python once more; the graph has the branch of the changed flag."""
     runs = Counter()
 
     class Warms(nn.Module):
@@ -118,20 +118,20 @@ def frozen_objects() -> Iterator[None]:
 
 
 def test_objects_were_frozen(backend: Backend, x: Tensor) -> None:
-    """Intermediates of a forward that keeps nothing are gone then too."""
+    """Intermediates are freed in a capture; `gc.freeze` hides them from a search."""
     model = cuda_graphed(Net(backend.device), sizes=(2, 4))
     with frozen_objects():
         replays(model, x)
 
 
 def test_item(backend: Backend) -> None:
-    """It stops the capture, or freezes the value."""
+    """`.item()` ends the capture, or its value is frozen."""
     model = cuda_graphed(lambda x: x * x.max().item(), sizes=(2, 4))
     warned_once(model, *((backend.randn(b, 8),) for b in (2, 2, 3, 4, 3)), match="host")
 
 
 def test_item_of_a_replaced_value(backend: Backend) -> None:
-    """Under a condition that the first call does not meet."""
+    """`.item()` ends the capture, under a condition that the first call does not meet."""
 
     class Sometimes(nn.Module):
         check = False
@@ -147,20 +147,20 @@ def test_item_of_a_replaced_value(backend: Backend) -> None:
 
 
 def test_cpu(backend: Backend) -> None:
-    """A copy to the host waits for the device."""
+    """A copy to the host waits for the device, which ends a capture."""
     model = cuda_graphed(lambda x: x + x.cpu().to(x.device), sizes=(2, 4))
     warned_once(model, *((backend.randn(b, 8),) for b in (2, 2, 3)), match="cop")
 
 
 @pytest.mark.parametrize("mask", [lambda x: x[x > 0].sum() + x, lambda x: x.nonzero().sum() + x])
 def test_nonzero_and_masks(backend: Backend, mask: Callable[[Tensor], Tensor]) -> None:
-    """Shapes that depend on values."""
+    """Shapes that depend on values end the capture."""
     model = cuda_graphed(mask, sizes=(2, 4))
     warned_once(model, *((backend.randn(b, 8),) for b in (2, 2, 3)), match="depends on values")
 
 
 def test_an_exception_while_capturing_only(backend: Backend) -> None:
-    """The caller has a result already; the graph, the stream and the generator are left half done."""
+    """The graph, the stream and the generator are left half done; the caller has a result already."""
 
     def picky(x: Tensor) -> Tensor:
         if Capturing():
@@ -175,7 +175,7 @@ def test_an_exception_while_capturing_only(backend: Backend) -> None:
 
 
 def test_a_failed_capture_is_not_tried_on_every_call(backend: Backend, monkeypatch: Any) -> None:
-    """An attempt costs many times an eager call."""
+    """Each call pays for an attempt, which costs many times an eager call."""
     attempts: list[int] = []
     capture = Lane.capture
 
@@ -192,17 +192,17 @@ def test_a_failed_capture_is_not_tried_on_every_call(backend: Backend, monkeypat
 
 
 def test_an_exception_at_the_first_call(backend: Backend, x: Tensor) -> None:
-    """It is the caller's, and no reason never to capture."""
-    model = cuda_graphed(lambda x: x @ backend.randn(8, 2) if explain else x * 2, sizes=(2,))
-    explain = True
+    """The exception ends the capture for good, though only that call was wrong."""
+    model = cuda_graphed(lambda x: x @ backend.randn(8, 2) if broken else x * 2, sizes=(2,))
+    broken = True
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(x[:, :5])
-    explain = False
+    broken = False
     replays(model, x)
 
 
 def test_a_custom_op_fails(backend: Backend, x: Tensor) -> None:
-    """An exception of the kernel's own, at first and later."""
+    """An exception of the kernel ends the capture, at first or later."""
     model = cuda_graphed(lambda x: failing(x) + 1, sizes=(2,), pool=(pool := backend.pool()))
     FAILS[0] = True
     for _ in range(2):
@@ -214,7 +214,7 @@ def test_a_custom_op_fails(backend: Backend, x: Tensor) -> None:
 
 
 def test_out_of_memory_half_way_down_the_ladder(backend: Backend, monkeypatch: Any) -> None:
-    """The sizes that fit stay; the lane of the one that did not is closed."""
+    """The capture of a size fails; the sizes that fit must stay."""
     capture, attempts = Lane.capture, []
 
     def scarce(self: Lane, *args: Any) -> Any:
@@ -234,7 +234,7 @@ def test_out_of_memory_half_way_down_the_ladder(backend: Backend, monkeypatch: A
 
 
 def test_out_of_memory_at_every_size(backend: Backend, monkeypatch: Any) -> None:
-    """Nothing fits: eager for ever, told once, and tried once."""
+    """No size fits, and each call tries again."""
     attempts: list[int] = []
 
     def none_left(self: Lane, *args: Any) -> Any:
@@ -292,7 +292,7 @@ def test_process_goes_on_after_every_kind_of_failure(backend: Backend, x: Tensor
 
 
 def test_an_error_in_a_replayed_call_leaves_the_next_one_alone(backend: Backend, net: Net) -> None:
-    """A wrong argument after the graphs are there."""
+    """A wrong argument is copied into the graph's memory, or raises half way."""
     replays(net, x := backend.randn(2, 8))
     for bad in (backend.randn(2, 7), "text", None):
         assert isinstance(outcome(net, bad), Exception)
@@ -304,7 +304,7 @@ def test_an_error_in_a_replayed_call_leaves_the_next_one_alone(backend: Backend,
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_kernel_runs_where_no_capture_sees_it(backend: Backend, missing: int) -> None:
-    """On the legacy stream, as extensions do: it runs while a graph is captured, and in no replay."""
+    """A kernel on the legacy stream runs while a graph is captured, and in no replay."""
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         outputs = x * 2, x + 1
@@ -325,7 +325,7 @@ def test_a_kernel_runs_where_no_capture_sees_it(backend: Backend, missing: int) 
 def test_no_memory_is_left_to_compare_a_replay(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graph needs none, and serves."""
+    """The graph needs no more memory, and serves."""
 
     def fails(*_: object) -> bool:
         raise torch.OutOfMemoryError
@@ -335,7 +335,7 @@ def test_no_memory_is_left_to_compare_a_replay(
 
 
 def test_forward_names_the_default_stream(backend: Backend) -> None:
-    """Which is the caller's in eager, and not that of the capture."""
+    """The default stream is not that of the capture, which ends or misses the kernels."""
     cuda = backend.name == "cuda"
 
     def forward(x: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ def test_forward_names_the_default_stream(backend: Backend) -> None:
 
 
 def test_interrupted_while_capturing(backend: Backend) -> None:
-    """Ctrl-C is no failure of the capture, and must not leave a lock or a capture behind."""
+    """Ctrl-C leaves a lock or a capture behind."""
     presses = hidden(True)
 
     def interrupted(x: Tensor) -> Tensor:

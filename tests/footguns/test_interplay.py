@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tests.models import Net, Scaled
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -66,7 +66,7 @@ def test_copy_copy(backend: Backend, x: Tensor, decorate: str, captured: bool) -
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_copy_copy_with_other_parameters(backend: Backend, x: Tensor, captured: bool) -> None:
-    """As functional training loops do: shallow, with tables of its own."""
+    """The copy's graph reads the parameters of the original. Functional training loops copy this way."""
     model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     if captured:
         replays(model, x)
@@ -104,7 +104,7 @@ def test_pickle(net: Net, x: Tensor) -> None:
 
 
 def test_torch_save_and_load(net: Net, x: Tensor) -> None:
-    """Likewise."""
+    """A graph can't be pickled, which `torch.save` does."""
     replays(net, x)
     torch.save(net, file := io.BytesIO())
     file.seek(0)
@@ -115,7 +115,7 @@ def test_torch_save_and_load(net: Net, x: Tensor) -> None:
 
 
 def test_state_dict_in_and_out(net: Net, x: Tensor) -> None:
-    """Nothing of the graphs may be in it, and filling in place must reach them."""
+    """Filling the parameters in place must reach the graphs; the dict may hold nothing of them."""
     replays(net, x)
     state = {name: tensor * 2 for name, tensor in net.state_dict().items()}
     assert state.keys() == Net(x.device).state_dict().keys()
@@ -141,7 +141,7 @@ class Derived(Base):
 
 
 def test_a_subclass_calls_super(backend: Backend) -> None:
-    """The graph is that of the base, and what the subclass adds is eager."""
+    """The graph of the base class serves a subclass that does more."""
     model, plain = Derived().to(backend.device), nn.Linear(8, 8).to(backend.device)
     plain.load_state_dict(model.inner.state_dict())
     for batch in (2, 4, 3, 3, 2):
@@ -153,7 +153,7 @@ def test_a_subclass_calls_super(backend: Backend) -> None:
 
 
 def test_a_graphed_subclass_calls_a_graphed_super(backend: Backend) -> None:
-    """One capture inside the other, of one and the same module."""
+    """One capture begins inside the other, of one and the same module."""
     kind = cuda_graphed(type("Twice", (Derived,), {"forward": Derived.forward}), sizes=(2, 4))
     model = kind().to(backend.device)
     plain = nn.Linear(8, 8).to(backend.device)
@@ -177,7 +177,7 @@ def hooked(model: nn.Module, x: Tensor, seen: list[Any], handle: Any, times: int
 
 
 def test_a_hook_of_its_own(net: Net, x: Tensor) -> None:
-    """Added after capture, and changing the result."""
+    """The hook, added after the capture, is not called; it changes the result."""
     replays(net, x)
     seen: list[Any] = []
 
@@ -193,7 +193,7 @@ def test_a_hook_of_its_own(net: Net, x: Tensor) -> None:
 
 
 def test_a_pre_hook_of_its_own(net: Net, x: Tensor) -> None:
-    """Changes the arguments before they are staged."""
+    """The hook is not called; it changes the arguments."""
     replays(net, x)
     with net.register_forward_pre_hook(lambda module, args: (args[0] + 1,)):
         for _ in range(3):
@@ -202,7 +202,7 @@ def test_a_pre_hook_of_its_own(net: Net, x: Tensor) -> None:
 
 
 def test_a_hook_of_a_submodule(net: Net, x: Tensor) -> None:
-    """A graph calls no hook; this one changes what follows."""
+    """The hook is not called; it changes the result of the submodule."""
     replays(net, x)
     want = eagerly(net, x)
     with net.up.register_forward_hook(lambda module, args, out: out * 3):
@@ -212,7 +212,7 @@ def test_a_hook_of_a_submodule(net: Net, x: Tensor) -> None:
 
 
 def test_a_hook_of_a_submodule_that_was_there_before(net: Net, x: Tensor) -> None:
-    """Captured with its operations, and never called again."""
+    """The hook's operations are captured, and its Python is never called again."""
     seen: list[Any] = []
     handle = net.up.register_forward_hook(lambda *_: seen.append(1))
     hooked(net, x, seen, handle)
@@ -220,7 +220,7 @@ def test_a_hook_of_a_submodule_that_was_there_before(net: Net, x: Tensor) -> Non
 
 
 def test_a_hook_of_every_module(net: Net, x: Tensor) -> None:
-    """A profiler or a logger: registered globally, after capture."""
+    """A global hook, such as a profiler's, is not called."""
     replays(net, x)
     seen: list[Any] = []
     with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
@@ -231,7 +231,7 @@ def test_a_hook_of_every_module(net: Net, x: Tensor) -> None:
 
 
 def test_a_hook_with_kwargs_on_a_submodule_of_a_closure(backend: Backend, x: Tensor) -> None:
-    """The module with the hook is no child of anything that is decorated."""
+    """The hook is not called; its module is no child of the decorated one."""
     inner = nn.Linear(8, 8).to(backend.device)
     model = cuda_graphed(lambda x: inner(x) * 2, sizes=(2,))
     replays(model, x)
@@ -255,7 +255,7 @@ def test_torch_compile_outside(net: Net, x: Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_compile_inside(backend: Backend, x: Tensor) -> None:
-    """A part of the forward is compiled, and compiled anew under a capture when it changes."""
+    """The compiled part is compiled anew under a capture when it changes."""
     torch.compiler.reset()
 
     class Parts(nn.Module):
@@ -292,7 +292,7 @@ def test_vmap(net: Net, backend: Backend) -> None:
 
 
 def test_functional_call(net: Net, x: Tensor) -> None:
-    """Parameters are swapped for the length of a call, and swapped back."""
+    """The graph reads the module's own parameters, not those of the call."""
     replays(net, x)
     other = Net(x.device)
     state = dict(other.named_parameters())
@@ -317,7 +317,7 @@ def test_jvp_and_grad_of_the_forward(net: Net, x: Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_forward_mode_derivatives(net: Net, x: Tensor) -> None:
-    """Dual tensors, which need no grad mode: the tangent is lost."""
+    """The tangent is lost; dual tensors need no grad mode."""
     net.requires_grad_(False)
     replays(net, x)
     with torch.autograd.forward_ad.dual_level():
@@ -332,7 +332,7 @@ def test_forward_mode_derivatives(net: Net, x: Tensor) -> None:
 @pytest.mark.parametrize("decorate", [cuda_graphed, cuda_graphed(sizes=(2,))])
 @pytest.mark.parametrize("captured", [False, True])
 def test_data_parallel_replicas(backend: Backend, x: Tensor, decorate: Any, captured: bool) -> None:
-    """Copies of the module's `__dict__`, with other parameters, made anew for each call."""
+    """The replica's graph reads the original's parameters."""
     model = decorate(nn.Linear(8, 8).to(backend.device))
     if captured:
         replays(model, x)
@@ -350,7 +350,7 @@ def test_data_parallel_replicas(backend: Backend, x: Tensor, decorate: Any, capt
 
 
 def test_replicas_of_a_decorated_class(backend: Backend, x: Tensor) -> None:
-    """Likewise, through the class."""
+    """The replica of a decorated class replays graphs that read the original's parameters."""
     model = Base().to(backend.device)
     for _ in range(3):
         model(x)
@@ -363,7 +363,7 @@ def test_replicas_of_a_decorated_class(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_parent_with_a_decorated_child_is_replicated(backend: Backend, x: Tensor) -> None:
-    """The child is replicated too, with its forward bound to the original."""
+    """The replicated child's forward is bound to the original."""
     child = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     replays(child, x)
     parent = nn.Sequential(child, nn.ReLU())
@@ -391,7 +391,7 @@ def test_autocast_on_and_off(net: Net, x: Tensor) -> None:
 
 
 def test_train_and_eval(backend: Backend) -> None:
-    """Batch norm: other operations, and state that only one of the two writes."""
+    """The graph of one mode serves the other; only one of the two writes batch norm's state."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).to(backend.device)
     twin = copy.deepcopy(model)
     cuda_graphed(model, sizes=(4,))
@@ -420,7 +420,7 @@ def test_grad_on_and_off(net: Net, x: Tensor) -> None:
 
 
 def test_a_training_step_between_calls(net: Net, x: Tensor) -> None:
-    """Optimisers write in place, or replace (`foreach`, `set_`), as they see fit."""
+    """The graph reads the old weights where an optimiser replaces them (`foreach`, `set_`)."""
     for kind in (torch.optim.SGD, torch.optim.AdamW):
         optimizer = kind(net.parameters(), lr=0.1)
         for _ in range(3):
@@ -447,7 +447,7 @@ LOUD: list[Any] = []
 
 
 def test_a_tensor_subclass_is_an_argument(net: Net, backend: Backend) -> None:
-    """Its `__torch_function__` is Python, of which a replay runs none."""
+    """`__torch_function__` is Python, of which a replay runs none."""
     x = backend.randn(2, 8)
     replays(net, x)
     for _ in range(3):
@@ -460,7 +460,7 @@ def test_a_tensor_subclass_is_an_argument(net: Net, backend: Backend) -> None:
 
 
 def test_a_tensor_subclass_is_a_parameter(backend: Backend, x: Tensor) -> None:
-    """Quantised weights: the subclass says what a multiplication is."""
+    """The subclass defines the multiplication, in Python that a replay does not run."""
     model = nn.Linear(8, 8).to(backend.device)
     del model.weight
     model.weight = backend.randn(8, 8).as_subclass(Loud)
@@ -476,7 +476,7 @@ def test_a_tensor_subclass_is_a_parameter(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_parameter_becomes_a_tensor_subclass(backend: Backend, x: Tensor) -> None:
-    """Quantised after capture, at the same address."""
+    """The graph computes with the bytes of a weight that was quantised in place."""
     model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     replays(model, x)
     old = model.weight.data
@@ -488,7 +488,7 @@ def test_a_parameter_becomes_a_tensor_subclass(backend: Backend, x: Tensor) -> N
 
 
 def test_a_sparse_argument(backend: Backend) -> None:
-    """No strides, no address."""
+    """A sparse tensor has no strides and no address to copy from."""
     model = cuda_graphed(lambda x, m: torch.sparse.mm(m, x), sizes=(2, 4))
     for batch in (4, 3, 3):
         x, m = backend.randn(batch, 8), torch.eye(batch, device=backend.device).to_sparse()
@@ -497,7 +497,7 @@ def test_a_sparse_argument(backend: Backend) -> None:
 
 
 def test_default_dtype_is_changed(backend: Backend, x: Tensor) -> None:
-    """`torch.zeros` in the forward is of another dtype then."""
+    """`torch.zeros` in the forward keeps the dtype of the capture."""
     model = cuda_graphed(lambda x: x.sum(1) + torch.ones(2, device=x.device).sum() * 0, sizes=(2,))
     make = cuda_graphed(lambda x: torch.ones(len(x), 2, device=x.device), sizes=(2,))
     for dtype in (torch.float32, torch.float64, torch.float32, torch.float64):
@@ -511,7 +511,7 @@ def test_default_dtype_is_changed(backend: Backend, x: Tensor) -> None:
 
 
 def test_default_device_is_changed(backend: Backend, x: Tensor) -> None:
-    """`torch.zeros` in the forward lies elsewhere then."""
+    """`torch.zeros` in the forward stays on the device of the capture."""
     make = cuda_graphed(lambda x: torch.ones(3) * 2, sizes=(2,))
     for device in (None, "meta", None, str(backend.device)):
         torch.set_default_device(device)
@@ -532,7 +532,7 @@ def switched(get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> I
 
 
 def test_deterministic_algorithms_are_asked_for(backend: Backend) -> None:
-    """Eager refuses what has no deterministic kernel; a graph goes on."""
+    """The graph goes on with a kernel that eager refuses as not deterministic."""
     index = torch.tensor([0, 1], device=backend.device)
 
     def forward(x: Tensor) -> Tensor:
@@ -608,7 +608,7 @@ FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_of_torch_is_changed(backend: Backend, name: str) -> None:
-    """Kernels are chosen by it, at capture; here the forward itself asks."""
+    """Kernels are chosen at capture by a flag that has changed; the forward asks for it, too."""
     get, put, value = FLAGS[name]
     first = get()
     model = cuda_graphed(lambda x: x * (2 if get() == first else 3), sizes=(2,))
@@ -634,7 +634,7 @@ CARRIERS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", CARRIERS)
 def test_an_argument_has_an_attribute_that_is_no_field(backend: Backend, name: str) -> None:
-    """Graphs saw none of it: later calls got what the first had there, or what new objects have."""
+    """The graph bakes in the first call's attributes of a dataclass, a tuple or a tensor."""
     x, make = backend.randn(2, 8), CARRIERS[name]
 
     def tagged(scale: float) -> Any:
@@ -655,7 +655,7 @@ def test_an_argument_has_an_attribute_that_is_no_field(backend: Backend, name: s
 
 
 def test_attributes_of_a_tensor_that_torch_compile_set(backend: Backend) -> None:
-    """They say nothing to the forward, and replays stay."""
+    """Attributes that `torch.compile` sets do not change the result, so graphs may stay."""
     x = backend.randn(2, 8)
     model = cuda_graphed(lambda x: x * 2, sizes=(2,))
     torch._dynamo.mark_dynamic(x, 0)
@@ -676,7 +676,7 @@ class Slotted:
 def test_an_argument_is_of_a_type_with_attributes(
     backend: Backend, make: Callable[[Tensor], Any]
 ) -> None:
-    """Two that are equal are not the same; a graph baked in those of the first."""
+    """The graph bakes in the attributes of the first of two arguments that compare equal."""
     model = cuda_graphed(lambda x, other: x * getattr(other, "scale", 1.0), sizes=(2,))
     x = backend.randn(2, 8)
     for scale in (2.0, 3.0):
@@ -705,7 +705,7 @@ RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_result_is_more_than_its_data(backend: Backend, name: str) -> None:
-    """Replays returned tensors and dataclasses without what the forward had set on them."""
+    """The result lacks the attributes that the forward sets on it."""
     forward, why = RESULTS[name]
     model, x = cuda_graphed(forward, sizes=(2,)), backend.randn(2, 8)
     want = forward(x)
@@ -719,7 +719,7 @@ def test_a_result_is_more_than_its_data(backend: Backend, name: str) -> None:
 
 
 def test_a_parameter_with_attributes_is_returned(backend: Backend) -> None:
-    """What is handed on as it is keeps all of it, in replays too."""
+    """The result is a copy of the parameter, without its attributes."""
     net = nn.Linear(8, 8).to(backend.device)
     net.weight.scale = 7.0
     model, x = cuda_graphed(lambda x: (net.weight, x * 2), sizes=(2,)), backend.randn(2, 8)
@@ -729,7 +729,7 @@ def test_a_parameter_with_attributes_is_returned(backend: Backend) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_a_quantised_tensor(backend: Backend) -> None:
-    """Emulation copied its bytes over those of others, and crashed; elsewhere it failed inside torch."""
+    """A quantised argument's bytes are copied without its scale, or the capture fails inside torch."""
     x = torch.ones(2, 8)
     quantised = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).to(backend.device)
     x = x.to(backend.device)
@@ -747,7 +747,7 @@ def test_a_quantised_tensor(backend: Backend) -> None:
 
 
 def test_fft_plan_is_dropped(backend: Backend) -> None:
-    """A replay read memory that the plan had owned, or crashed: its kernels were gone, too."""
+    """The graph reads memory of a plan that was dropped, and launches kernels that are unloaded."""
 
     def forward(x: Tensor) -> Tensor:
         return torch.fft.irfft(torch.fft.rfft(x) * 2, n=100)

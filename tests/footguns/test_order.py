@@ -101,7 +101,7 @@ def test_threads_call_modules_of_one_pool(backend: Backend, stale: Any) -> None:
 
 
 def test_another_thread_works_eagerly_while_this_one_captures(backend: Backend) -> None:
-    """Its operations must not end in the graph, and its allocations not in the pool."""
+    """The other thread's operations end in the graph, and its allocations in the pool."""
     stop = threading.Event()
     wrong: list[int] = []
 
@@ -123,7 +123,7 @@ def test_another_thread_works_eagerly_while_this_one_captures(backend: Backend) 
 
 
 def test_another_thread_holds_an_output(backend: Backend) -> None:
-    """This thread's call overwrites it under the other's hands."""
+    """This thread's replay overwrites the output while the other one reads it."""
     model = cuda_graphed(lambda x: x * 2, sizes=(2,), pool=backend.pool())
     x = backend.randn(2, 8)
     replays(model, x)
@@ -146,7 +146,7 @@ def test_another_thread_holds_an_output(backend: Backend) -> None:
 
 
 def test_a_thread_without_the_switches_of_this_one(backend: Backend, net: Net, x: Tensor) -> None:
-    """Grad mode is a thread's own: there, gradients are needed."""
+    """A replay returns no gradients where that thread needs them: grad mode is a thread's own."""
     replays(net, x)
     results: list[Tensor] = []
     thread = threading.Thread(target=lambda: results.append(net(x)))
@@ -175,7 +175,7 @@ def test_stream_changes_between_two_calls(backend: Backend, net: Net) -> None:
 
 @on("cuda", "cuda-portable")
 def test_input_is_made_on_a_side_stream(backend: Backend, net: Net) -> None:
-    """Staged on the stream of the call, which waits for the caller's event."""
+    """The input is copied on the stream of the call, which has to wait for the caller's event."""
     side = torch.cuda.Stream()
     replays(net, backend.randn(2, 8))
     for step in range(10):
@@ -188,7 +188,7 @@ def test_input_is_made_on_a_side_stream(backend: Backend, net: Net) -> None:
 
 @on("cuda", "cuda-portable")
 def test_a_side_stream_still_reads_the_last_output(backend: Backend, net: Net) -> None:
-    """The caller waits properly before the next call, and gives the output up."""
+    """The next replay overwrites the output, unless the caller waits for the side stream."""
     side = torch.cuda.Stream()
     x = backend.randn(2, 8)
     replays(net, x)
@@ -208,7 +208,7 @@ def test_a_side_stream_still_reads_the_last_output(backend: Backend, net: Net) -
 
 @on("cuda", "cuda-portable")
 def test_forward_uses_side_streams(backend: Backend) -> None:
-    """Forked and joined by events, as a capture allows."""
+    """Streams that are forked and joined by events are captured."""
     side = torch.cuda.Stream()
 
     def forward(x: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @EMULATED
 @needs_fork
 def test_process_forks(backend: Backend, net: Net, x: Tensor) -> None:
-    """Data loaders do; the child has the graphs, and memory of its own."""
+    """The child has the parent's graphs, and memory of its own. Data loaders fork."""
     replays(net, x)
     assert child_returns(lambda: all(agrees(net, backend.randn(b, 8)) for b in (2, 4, 3, 2))) == 0
     replays(net, x)
@@ -265,7 +265,7 @@ def test_process_forks(backend: Backend, net: Net, x: Tensor) -> None:
 @EMULATED
 @needs_fork
 def test_fork_child_captures(backend: Backend, net: Net, x: Tensor) -> None:
-    """Nothing is captured yet, or something else."""
+    """The child captures on the parent's device state."""
     other = cuda_graphed(Net(backend.device), sizes=(2,))
     replays(other, x)
     assert child_returns(lambda: all(agrees(net, backend.randn(b, 8)) for b in (2, 4, 3, 2))) == 0
@@ -275,7 +275,7 @@ def test_fork_child_captures(backend: Backend, net: Net, x: Tensor) -> None:
 @EMULATED
 @needs_fork
 def test_process_forks_while_another_thread_holds_the_pool(backend: Backend, x: Tensor) -> None:
-    """The lock is copied as held, and nobody is there to let it go: so a fork waits for it."""
+    """The child copies a held lock that nobody lets go, so a fork has to wait for it."""
     pool = backend.pool()
     model = cuda_graphed(Net(backend.device), sizes=(2,), pool=pool)
     replays(model, x)
@@ -322,7 +322,7 @@ print("fine")
 
 @pytest.mark.programs
 def test_first_call_of_a_process(backend: Backend) -> None:
-    """Libraries are imported, and initialise themselves, in the middle of it."""
+    """Libraries are imported, and initialise themselves, in the middle of the capture."""
     done = run_script(backend, "FIRST = True" + SCRIPT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
 
@@ -377,14 +377,14 @@ def test_a_pool_is_cleared_while_outputs_are_held(backend: Backend, what: str) -
 
 
 def test_input_is_deleted_at_once(backend: Backend, net: Net) -> None:
-    """A graph that remembered its address would read another tensor."""
+    """A graph that remembered the input's address would read another tensor."""
     for step in range(6):
         got = net(torch.full((2, 8), float(step), device=backend.device))
         equal(got, eagerly(net, torch.full((2, 8), float(step), device=backend.device)))
 
 
 def test_a_bound_argument_is_freed_and_its_address_comes_again(backend: Backend) -> None:
-    """Another tensor, with another size of its storage, at the address that was captured."""
+    """The graph reads another tensor at the captured address, with another size of its storage."""
     model = cuda_graphed(lambda x, table: x + table.sum(0), sizes=(2,), bind="table")
     x, memory = backend.randn(2, 8), backend.randn(8, 8)
     for rows in (4, 8, 4, 6):
@@ -408,7 +408,7 @@ def group() -> Iterator[torch.distributed.ProcessGroup]:
 def test_forward_waits_for_other_processes(
     backend: Backend, x: Tensor, group: torch.distributed.ProcessGroup
 ) -> None:
-    """One rank captured, or compared, where another did not, and both waited."""
+    """One rank captures, or compares, where another one does not, and both wait."""
 
     def forward(x: Tensor) -> Tensor:
         y = x * 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from graphcache import cuda_graphed
 from tests.helpers import Backend, info, same_as_eager
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -29,7 +29,7 @@ def test_mean_over_the_batch_is_subtracted(backend: Backend) -> None:
 
 
 def test_warm_up_calls_are_all_zeros(backend: Backend) -> None:
-    """Zeros are their own mean: what is learned from them about rows is nothing."""
+    """Padded rows count in the mean; rows of zeros hide it from a comparison."""
     model = cuda_graphed(Centres(), sizes=(2, 4))
     for _ in range(5):
         model(torch.zeros(3, 8, device=backend.device))
@@ -39,7 +39,7 @@ def test_warm_up_calls_are_all_zeros(backend: Backend) -> None:
 
 @pytest.mark.parametrize("value", [1.0, -3.0])
 def test_warm_up_calls_are_all_the_same(backend: Backend, value: float) -> None:
-    """The largest row is subtracted: with padding by "edge" or zeros, equal rows hide it."""
+    """Padded rows count in the largest row; equal rows hide it from a comparison."""
     for pad in (None, "edge"):
         model = cuda_graphed(lambda x: x - x.max(0).values - x.min(0).values, sizes=(4,), pad=pad)
         for _ in range(5):
@@ -49,7 +49,7 @@ def test_warm_up_calls_are_all_the_same(backend: Backend, value: float) -> None:
 
 
 def test_warm_up_calls_are_all_positive(backend: Backend) -> None:
-    """A maximum over the batch sees the zeros of padded rows only where all else is negative."""
+    """Padded rows of zeros count in a maximum, where all else is negative."""
     model = cuda_graphed(lambda x: x + x.max(0).values, sizes=(4,))
     for _ in range(5):
         same_as_eager(model, backend.randn(3, 8).abs() + 1, times=1)
@@ -58,7 +58,7 @@ def test_warm_up_calls_are_all_positive(backend: Backend) -> None:
 
 
 def test_large_values_hide_a_softmax_over_rows(backend: Backend) -> None:
-    """Padded rows don't show where another row has nearly all of the weight."""
+    """Padded rows count in a softmax; one row with all the weight hides it from a comparison."""
     model = cuda_graphed(lambda x: x.softmax(0), sizes=(4,))
     for values in ((-2000.0, 2000.0, 1000.0),) * 5 + ((-2000.0, -1000.0, -1500.0),) * 3:
         x = torch.tensor(values, device=backend.device)[:, None].expand(3, 8).contiguous()
@@ -66,7 +66,7 @@ def test_large_values_hide_a_softmax_over_rows(backend: Backend) -> None:
 
 
 def test_a_warm_up_by_warmup_with_zeros(backend: Backend) -> None:
-    """As frameworks do with dummy inputs before they serve."""
+    """Padded rows count in the mean; frameworks warm up with zeros before they serve."""
     model = cuda_graphed(Centres(), sizes=(2, 4))
     model.forward.warmup(torch.zeros(3, 8, device=backend.device))
     for _ in range(3):
@@ -76,7 +76,7 @@ def test_a_warm_up_by_warmup_with_zeros(backend: Backend) -> None:
 
 
 def test_rows_depend_on_each_other_by_a_mask_of_them(backend: Backend) -> None:
-    """Attention between rows, switched on by an input that was off while the graphs were compared."""
+    """Padded rows are attended to; the mask was off while graphs were compared with eager."""
     model = cuda_graphed(lambda x, on: x - (on * x).mean(0), sizes=(4,))
     off = torch.zeros(3, 1, device=backend.device)
     for _ in range(4):
@@ -86,7 +86,7 @@ def test_rows_depend_on_each_other_by_a_mask_of_them(backend: Backend) -> None:
 
 
 def test_an_unbatched_argument_of_length_one_at_batch_one(backend: Backend) -> None:
-    """It has the length of the batch, so it is padded; a first value of zero hides that."""
+    """The argument has the length of the batch, so it is padded; a first zero hides that."""
     model = cuda_graphed(lambda x, shift: x + shift.mean(), sizes=(2, 4))
     for value in (0.0, 0.0, 0.0, 5.0, 7.0):
         shift = torch.full((1,), value, device=backend.device)
@@ -95,7 +95,7 @@ def test_an_unbatched_argument_of_length_one_at_batch_one(backend: Backend) -> N
 
 @pytest.mark.parametrize("first", [0.0, 3.0])
 def test_an_unbatched_argument_as_long_as_the_batch_by_chance(backend: Backend, first: float) -> None:
-    """A table of three entries meets a batch of three."""
+    """A table of three entries is padded with a batch of three."""
     model = cuda_graphed(lambda x, table: x + table.mean() + table[-1], sizes=(4, 8))
     for batch in (3, 3, 3, 4, 5, 3):
         table = torch.full((3,), first, device=backend.device)
@@ -105,7 +105,7 @@ def test_an_unbatched_argument_as_long_as_the_batch_by_chance(backend: Backend, 
 
 
 def test_a_square_argument(backend: Backend) -> None:
-    """A mask of batch by batch, of which one dimension is padded."""
+    """A mask of batch by batch is padded in one of two dimensions."""
     model = cuda_graphed(lambda x, mask: mask.softmax(-1) @ x, sizes=(2, 4))
     for batch in (4, 3, 3, 2, 3, 1, 1):
         same_as_eager(model, backend.randn(batch, 8), backend.randn(batch, batch), times=2)
@@ -119,7 +119,7 @@ def test_batch_size_is_used_as_a_number(backend: Backend) -> None:
 
 
 def test_batch_size_is_used_as_a_number_hidden_by_zeros(backend: Backend) -> None:
-    """Likewise, with nothing to see at first."""
+    """`x / len(x)` is baked in at the padded size; zeros hide it from a comparison."""
     model = cuda_graphed(lambda x: x / len(x), sizes=(4,))
     for _ in range(4):
         model(torch.zeros(3, 8, device=backend.device))
@@ -134,7 +134,7 @@ def test_a_branch_on_the_batch_size(backend: Backend) -> None:
 
 
 def test_a_padded_row_makes_infinities(backend: Backend) -> None:
-    """0/0 in a row that nobody sees is to harm nobody."""
+    """A padded row computes 0/0, which should harm nobody."""
     model = cuda_graphed(lambda x: x / x.norm(dim=1, keepdim=True), sizes=(4,))
     for batch in (3, 3, 2, 4):
         same_as_eager(model, backend.randn(batch, 8), times=2)
@@ -142,7 +142,7 @@ def test_a_padded_row_makes_infinities(backend: Backend) -> None:
 
 
 def test_a_larger_batch_leaves_its_tail(backend: Backend) -> None:
-    """Rows of the last, larger batch stay in the static input: indices that are out of range now."""
+    """Rows of the last, larger batch stay in the static input: indices that are out of range by now."""
     model = cuda_graphed(lambda x, at: x[at], sizes=(4,))
     for batch in (4, 3, 2, 1, 2, 3, 4, 1):
         at = torch.arange(batch, device=backend.device).flip(0)

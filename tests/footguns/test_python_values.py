@@ -11,7 +11,7 @@ from graphcache import cuda_graphed
 from tests.helpers import Backend, replays, same_as_eager, survives
 from tests.models import Net
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -53,7 +53,7 @@ def test_layers_are_skipped_by_a_set_of_numbers(backend: Backend, x: Tensor) -> 
 
 
 def test_a_number_in_a_numpy_array_is_changed(backend: Backend, x: Tensor) -> None:
-    """Host memory that Python reads, and changed in place: no object is replaced."""
+    """The number of the capture is baked in; the array changes in place, so no object is replaced."""
     numpy = pytest.importorskip("numpy")
 
     class Scales(nn.Module):
@@ -71,7 +71,7 @@ def test_a_number_in_a_numpy_array_is_changed(backend: Backend, x: Tensor) -> No
 
 
 def test_a_property_computes_from_another_attribute(backend: Backend, x: Tensor) -> None:
-    """The forward never names what it depends on."""
+    """The value of the capture is baked in; the forward never names the attribute behind it."""
 
     class Tempered(nn.Module):
         heat = 1.0
@@ -88,7 +88,7 @@ def test_a_property_computes_from_another_attribute(backend: Backend, x: Tensor)
 
 
 def test_attributes_are_read_by_getattr(net: Net, backend: Backend, x: Tensor) -> None:
-    """By a name that stands in no code."""
+    """The value of the capture is baked in; no code spells the attribute's name."""
 
     class Dynamic(nn.Module):
         def __init__(self) -> None:
@@ -104,7 +104,7 @@ def test_attributes_are_read_by_getattr(net: Net, backend: Backend, x: Tensor) -
 
 
 def test_a_mutable_default_argument_is_changed(backend: Backend, x: Tensor) -> None:
-    """A list as a default: the same object with other values."""
+    """The values of the capture are baked in; the default is the same list with other values."""
     scales = [2.0]
 
     def forward(x: Tensor, scales: list[float] = scales) -> Tensor:
@@ -117,7 +117,7 @@ def test_a_mutable_default_argument_is_changed(backend: Backend, x: Tensor) -> N
 
 
 def test_a_list_argument_is_changed_in_place(backend: Backend, x: Tensor) -> None:
-    """The same list object with other numbers in it."""
+    """The numbers of the capture are baked in; the argument is the same list."""
     model = cuda_graphed(lambda x, scales: x * scales[0], sizes=(2,))
     scales = [2.0]
     replays(model, x, scales)

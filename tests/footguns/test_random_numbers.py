@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphcache import cuda_graphed
 from tests.helpers import Backend, eagerly, equal, info, on, same_as_eager
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -35,7 +35,7 @@ def test_dropout_in_training_mode(backend: Backend) -> None:
 
 
 def test_dropout_is_switched_by_its_probability(backend: Backend) -> None:
-    """`model.p = 0.1` during a schedule."""
+    """The probability of the capture is baked in; `model.p = 0.1` is a schedule."""
     model = cuda_graphed(nn.Dropout(0.5), sizes=(4,))
     x = torch.ones(4, 64, device=backend.device)
     for p in (0.5, 0.1, 0.0, 0.5):
@@ -44,7 +44,7 @@ def test_dropout_is_switched_by_its_probability(backend: Backend) -> None:
 
 
 def test_dropout_between_graphed_and_eager_calls(backend: Backend) -> None:
-    """The generator must advance in a replay as it does in eager."""
+    """The generator does not advance in a replay as it does in eager."""
     model = cuda_graphed(nn.Dropout(0.5), sizes=(2,))
     x = torch.ones(2, 16, device=backend.device)
 
@@ -60,7 +60,7 @@ def test_dropout_between_graphed_and_eager_calls(backend: Backend) -> None:
 
 
 def test_sampling_with_a_seed(backend: Backend) -> None:
-    """Tokens must be those of eager, and the same for the same seed."""
+    """The same seed gives other tokens than in eager."""
 
     def sample(logits: Tensor) -> Tensor:
         noise = torch.empty_like(logits).exponential_()
@@ -77,7 +77,7 @@ def test_sampling_with_a_seed(backend: Backend) -> None:
 def test_graph_runs_before_its_capture_began_on_the_device(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the stream of a capture torch notes that nothing was drawn, and no replay waits for that."""
+    """The offset of the capture is written after the replay reads it, on another stream."""
     begin = torch.cuda.CUDAGraph.capture_begin
 
     def late(*args: Any, **kwargs: Any) -> None:
@@ -96,7 +96,7 @@ def test_graph_runs_before_its_capture_began_on_the_device(
 
 @on("cuda", "cuda-portable")
 def test_graphs_that_draw_run_on_two_streams(backend: Backend) -> None:
-    """torch tells all graphs in one place what was drawn before: one reads what another was told."""
+    """One graph reads the offset of another: torch keeps the offset of all graphs in one place."""
 
     def sample(x: Tensor) -> Tensor:
         torch.cuda._sleep(10**8)
@@ -120,7 +120,7 @@ def test_graphs_that_draw_run_on_two_streams(backend: Backend) -> None:
 
 
 def test_sampling_by_multinomial(backend: Backend) -> None:
-    """It looks at its input on the host, on some devices."""
+    """`multinomial` looks at its input on the host, on some devices, which ends a capture."""
     forward = lambda logits: torch.multinomial(logits.softmax(-1), 1)  # noqa: E731
     model, logits = cuda_graphed(forward, sizes=(4,)), backend.randn(3, 50)
     equal(seeded(model, logits), seeded(forward, logits))
@@ -141,7 +141,7 @@ def test_a_generator_is_an_argument(backend: Backend) -> None:
 
 
 def test_a_generator_is_an_attribute(backend: Backend) -> None:
-    """Likewise, and it may be replaced or seeded at any time."""
+    """A graph holds the state of the generator that it was captured with, which may be replaced."""
 
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -177,7 +177,7 @@ def test_forward_seeds_the_generator(backend: Backend) -> None:
 
 
 def test_generator_state_is_saved_and_put_back(backend: Backend) -> None:
-    """`torch.random.fork_rng` in the forward: noise that leaves the generator as it was."""
+    """`torch.random.fork_rng` in the forward saves and restores at capture only."""
     devices = [backend.device] if backend.device.type == "cuda" else []
 
     def forward(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from graphcache import GraphCacheWarning, cuda_graphed
 from tests.helpers import Backend, info, replays, same_as_eager, survives
 from tests.models import Net
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -40,7 +40,7 @@ def test_load_state_dict_with_assign(net: Net, x: Tensor) -> None:
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, nn.Module.bfloat16])
 def test_module_is_cast(net: Net, x: Tensor, cast: Callable[[nn.Module], nn.Module]) -> None:
-    """Weights move; eager refuses the old input dtype, and the graph computes with freed memory."""
+    """The graph computes with the freed memory of the old weights; eager refuses the old dtype."""
     replays(net, x)
     cast(net)
     same_as_eager(net, x)  # raises in eager
@@ -50,7 +50,7 @@ def test_module_is_cast(net: Net, x: Tensor, cast: Callable[[nn.Module], nn.Modu
 
 
 def test_module_is_cast_to_and_fro(net: Net, x: Tensor) -> None:
-    """Same dtypes as at capture, another address."""
+    """The graph reads the old address; dtypes are those of the capture again."""
 
     def change() -> None:
         net.up.weight.mul_(1.001)
@@ -60,7 +60,7 @@ def test_module_is_cast_to_and_fro(net: Net, x: Tensor) -> None:
 
 
 def test_lora_is_merged_in_place(net: Net, x: Tensor) -> None:
-    """Fine with a plain graph too, and must stay captured."""
+    """The graph reads the merged weight, as it should; a recapture would be a waste."""
     delta = torch.ones_like(net.up.weight)
     survives(net, lambda: net.up.weight.add_(delta), x)
     survives(net, lambda: net.up.weight.sub_(delta), x)
@@ -76,14 +76,14 @@ def test_lora_is_merged_by_replacing_the_weight(net: Net, x: Tensor) -> None:
 
 
 def test_old_parameter_lives_on_in_an_optimizer(net: Net, x: Tensor) -> None:
-    """Its memory is intact, so nothing crashes: the graph serves the old weights."""
+    """The graph serves the old weights; their memory is intact, so nothing crashes."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     survives(net, lambda: setattr(net.up, "weight", nn.Parameter(net.up.weight * 2)), x)
     assert optimizer.param_groups
 
 
 def test_parameters_are_swapped_with_an_average(net: Net, x: Tensor) -> None:
-    """Both sets live on, and swap back: the graph serves one of them at all times."""
+    """The graph serves one of the two sets at all times."""
     average = [nn.Parameter(p * 0.9) for p in net.up.parameters()]
 
     def swap() -> None:
@@ -95,7 +95,7 @@ def test_parameters_are_swapped_with_an_average(net: Net, x: Tensor) -> None:
 
 
 def test_parameter_data_is_swapped_with_an_average(net: Net, x: Tensor) -> None:
-    """The same objects with each other's memory."""
+    """The graph reads the memory of the capture, which now belongs to the average."""
     average = copy.deepcopy(net.up).to(x.device)
     average.weight.mul_(0.5)
 
@@ -107,7 +107,7 @@ def test_parameter_data_is_swapped_with_an_average(net: Net, x: Tensor) -> None:
 
 
 def test_old_parameters_live_on_in_a_list(net: Net, x: Tensor) -> None:
-    """As a snapshot to go back to."""
+    """The graph serves the snapshot, not the new parameters."""
     old = list(net.up.parameters())
     survives(net, lambda: setattr(net, "up", nn.Linear(8, 8).to(x.device)), x)
     net.up.weight, net.up.bias = old
@@ -115,7 +115,7 @@ def test_old_parameters_live_on_in_a_list(net: Net, x: Tensor) -> None:
 
 
 def test_a_view_of_a_weight_is_kept_by_the_module(backend: Backend, x: Tensor) -> None:
-    """Eager goes on reading the view of the old weight, and the new weight."""
+    """The graph reads one memory for weight and view; in eager these are two by now."""
 
     class Viewing(nn.Module):
         def __init__(self) -> None:
@@ -134,14 +134,14 @@ def test_a_view_of_a_weight_is_kept_by_the_module(backend: Backend, x: Tensor) -
 
 
 def test_a_view_of_a_weight_is_written_by_the_caller(net: Net, x: Tensor) -> None:
-    """Fine with a plain graph; nothing may be copied on the way."""
+    """The graph reads what the caller wrote, as it should; weights may not be copied."""
     view = net.up.weight.data[:3]
     survives(net, lambda: view.mul_(3), x)
     assert info(net).captures == 2
 
 
 def test_old_weight_is_freed_and_its_memory_used_again(backend: Backend, net: Net, x: Tensor) -> None:
-    """The graph reads whatever lies there now."""
+    """The graph reads whatever lies in the old weight's memory now."""
     replays(net, x)
     for _ in range(4):
         net.up.weight = nn.Parameter(net.up.weight.detach() * 1.5)
@@ -151,7 +151,9 @@ def test_old_weight_is_freed_and_its_memory_used_again(backend: Backend, net: Ne
 
 
 def test_a_parameter_is_deleted_and_set_again(net: Net, x: Tensor) -> None:
-    """As weight_norm and pruning do: the name now leads to a plain tensor."""
+    """The graph reads the deleted parameter. (`weight_norm` and pruning put a plain tensor in its
+    place.)
+    """
 
     def change() -> None:
         weight = net.up.weight
@@ -163,7 +165,7 @@ def test_a_parameter_is_deleted_and_set_again(net: Net, x: Tensor) -> None:
 
 
 def test_a_parameter_is_replaced_on_every_call(net: Net, x: Tensor) -> None:
-    """A capture for each call costs more than eager: it stops, and tells what keeps changing."""
+    """The graph reads the first parameter; a capture for each call would cost more than eager."""
     with pytest.warns(GraphCacheWarning) as told:
         for _ in range(40):
             net.up.weight = nn.Parameter(net.up.weight * 1.01)
@@ -178,7 +180,7 @@ def test_a_parameter_is_replaced_on_every_call(net: Net, x: Tensor) -> None:
 
 
 def test_a_number_changes_on_every_call(net: Net, x: Tensor) -> None:
-    """The number of the capture is baked in; a capture for each is no answer either."""
+    """The number of the capture is baked in; a capture for each call would cost more than eager."""
     with pytest.warns(GraphCacheWarning) as told:
         for step in range(40):
             net.scale = float(step)
@@ -192,7 +194,7 @@ def test_a_number_changes_on_every_call(net: Net, x: Tensor) -> None:
 
 
 def test_a_weight_is_swapped_now_and_then_in_a_long_run(net: Net, x: Tensor) -> None:
-    """Nightly weights in a server: no number of swaps may end the use of graphs."""
+    """The graph serves the first night's weights; no number of swaps may end the use of graphs."""
     for _ in range(24):
         net.up.weight = nn.Parameter(net.up.weight * 1.01)
         for _ in range(60):
@@ -201,7 +203,7 @@ def test_a_weight_is_swapped_now_and_then_in_a_long_run(net: Net, x: Tensor) -> 
 
 
 def test_weights_are_tied(backend: Backend) -> None:
-    """And untied, and tied again."""
+    """The graph reads two weights where the module has one, or the other way round."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -221,14 +223,14 @@ def test_weights_are_tied(backend: Backend) -> None:
 
 
 def test_set_puts_another_memory_under_a_parameter(net: Net, x: Tensor) -> None:
-    """`weight.set_(...)` and `swap_tensors`: the same object, elsewhere."""
+    """The graph reads the old memory after `weight.set_(...)` and `swap_tensors`."""
     survives(net, lambda: net.up.weight.set_(net.up.weight.detach() * 2), x)
     fresh = nn.Parameter(net.up.weight.detach() * 2)
     survives(net, lambda: torch.utils.swap_tensors(net.up.weight, fresh), x)
 
 
 def test_a_storage_is_resized(backend: Backend, x: Tensor) -> None:
-    """As FSDP does: freed after use, and filled again at another address."""
+    """The graph reads freed memory: FSDP frees a storage after use, and fills another one later."""
     model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     replays(model, x)
     storage, keep = model.weight.untyped_storage(), model.weight.data.clone()

@@ -17,7 +17,7 @@ from graphcache import cuda_graphed
 from tests.helpers import Backend, equal, info, replays, same_as_eager, survives
 from tests.models import Net
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -55,7 +55,7 @@ def test_kv_cache_object_is_rebuilt(backend: Backend) -> None:
 
 
 def test_a_tensor_of_the_kv_cache_is_rebuilt(backend: Backend) -> None:
-    """The same object with another tensor in a list."""
+    """The graph fills the tensor that was in the list before."""
     twin, model = Attends(KV(backend.device)), cuda_graphed(Attends(KV(backend.device)), sizes=(2,))
     at = torch.tensor([1, 3], device=backend.device)
     for step in range(9):
@@ -68,7 +68,7 @@ def test_a_tensor_of_the_kv_cache_is_rebuilt(backend: Backend) -> None:
 
 
 def test_cache_is_grown_by_torch_cat(backend: Backend, x: Tensor) -> None:
-    """Shape and address change; the graph attends to the first tokens only."""
+    """The graph attends to the first tokens only: shape and address have changed."""
 
     class Grows(nn.Module):
         k: Tensor
@@ -83,21 +83,21 @@ def test_cache_is_grown_by_torch_cat(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_tensor_in_a_dict_is_replaced(net: Net, x: Tensor) -> None:
-    """Addresses are looked up once, at capture."""
+    """The graph reads the tensor that was in the dict at capture."""
     old = net.tables["k"]
     survives(net, lambda: net.tables.update(k=old * 2), x)
     survives(net, lambda: net.__setattr__("tables", {"k": old * 3}), x)
 
 
 def test_a_tensor_in_an_opaque_object_is_replaced(net: Net, x: Tensor) -> None:
-    """Addresses are looked up once, at capture."""
+    """The graph reads the tensor that was in the object at capture."""
     old = net.cache.k
     survives(net, lambda: setattr(net.cache, "k", old * 2), x)
     survives(net, lambda: setattr(net, "cache", SimpleNamespace(k=old * 3)), x)
 
 
 def test_a_tensor_in_an_object_with_slots_is_replaced(backend: Backend, x: Tensor) -> None:
-    """No `__dict__` to look into."""
+    """The graph reads the old tensor; the object has no `__dict__` to look into."""
 
     class Slotted:
         __slots__ = ("k",)
@@ -118,7 +118,7 @@ def test_a_tensor_in_an_object_with_slots_is_replaced(backend: Backend, x: Tenso
 
 
 def test_a_number_in_an_object_with_slots_is_changed(backend: Backend, x: Tensor) -> None:
-    """Likewise, and nothing but the value tells."""
+    """The number of the capture is baked in, and the object has no `__dict__` to look into."""
 
     class Slotted:
         __slots__ = ("scale",)
@@ -148,7 +148,7 @@ def test_a_tensor_in_a_closure_is_replaced(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_tensor_in_the_closure_of_a_helper_is_replaced(backend: Backend, x: Tensor) -> None:
-    """The forward itself has no closure; what it calls has."""
+    """The graph reads the old tensor; a function that the forward calls has the closure."""
     table = backend.randn(8)
 
     def look(x: Tensor) -> Tensor:
@@ -195,26 +195,26 @@ def settings(backend: Backend) -> Iterator[None]:
 
 @pytest.mark.usefixtures("settings")
 def test_a_global_tensor_is_replaced(x: Tensor) -> None:
-    """Read by a helper of the forward."""
+    """The graph reads the old tensor; a helper of the forward reads the global."""
     old = TABLE
     survives(reads_globals, lambda: globals().update(TABLE=old * 2), x)
 
 
 @pytest.mark.usefixtures("settings")
 def test_a_global_number_is_changed(x: Tensor) -> None:
-    """Baked into the kernel's arguments at capture."""
+    """The number of the capture is baked into the kernel's arguments."""
     survives(reads_globals, lambda: globals().update(NUMBER=3), x)
 
 
 @pytest.mark.usefixtures("settings")
 def test_a_number_in_a_global_dict_is_changed(x: Tensor) -> None:
-    """Likewise, one step further away."""
+    """The number of the capture is baked in; the dict stays the same object."""
     survives(reads_globals, lambda: SETTINGS.update(shift=5.0), x)
 
 
 @pytest.mark.usefixtures("settings")
 def test_a_global_helper_is_replaced(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that ran at capture is all that ever runs."""
+    """The old helper's kernels are all that ever runs."""
     change = partial(monkeypatch.setitem, globals(), "helper_of_globals", lambda x: x * TABLE)
     survives(reads_globals, change, x)
 
@@ -234,7 +234,7 @@ def helper(backend: Backend, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 def test_a_global_tensor_of_another_module_is_replaced(x: Tensor, helper: ModuleType) -> None:
-    """Read by a helper there, which no look at the forward's own globals finds."""
+    """The graph reads the old tensor; a look at the forward's own globals does not find it."""
     look = helper.look
     model = cuda_graphed(lambda x: look(x) + 1, sizes=(2,))
     old = helper.TABLE
@@ -242,13 +242,13 @@ def test_a_global_tensor_of_another_module_is_replaced(x: Tensor, helper: Module
 
 
 def test_a_global_number_of_another_module_is_changed(x: Tensor, helper: ModuleType) -> None:
-    """Likewise."""
+    """The number of the capture is baked in; a look at the forward's own globals does not find it."""
     model = cuda_graphed(lambda x: helper.look(x) + 1, sizes=(2,))
     survives(model, lambda: setattr(helper, "SCALE", 5.0), x)
 
 
 def test_a_global_of_another_module_is_read_by_its_name(x: Tensor, helper: ModuleType) -> None:
-    """`config.SCALE` in the forward itself."""
+    """The value of the capture is baked in; the forward reads `config.SCALE`."""
     model = cuda_graphed(lambda x: x * helper.SCALE + helper.TABLE, sizes=(2,))
     same_as_eager(model, x)
     helper.SCALE = 5.0
@@ -259,7 +259,7 @@ def test_a_global_of_another_module_is_read_by_its_name(x: Tensor, helper: Modul
 
 
 def test_a_tensor_in_a_class_attribute_is_replaced(backend: Backend, x: Tensor) -> None:
-    """It is no attribute of the instance."""
+    """The graph reads the old tensor; the instance's attributes do not lead to it."""
 
     class Own(Net):
         bias = backend.randn(8)
@@ -269,12 +269,12 @@ def test_a_tensor_in_a_class_attribute_is_replaced(backend: Backend, x: Tensor) 
 
 
 def test_a_number_in_a_class_attribute_is_changed(net: Net, x: Tensor, monkeypatch: Any) -> None:
-    """It is no attribute of the instance, and no tensor."""
+    """The number of the capture is baked in; the instance has no such attribute."""
     survives(net, lambda: monkeypatch.setattr(Net, "bias", 4.0), x)
 
 
 def test_number_in_a_class_attribute_of_an_object_is_changed(x: Tensor) -> None:
-    """`self.config.scale` that was never set on the instance."""
+    """The number of the capture is baked in: `self.config.scale` was never set on the instance."""
 
     class Config:
         scale = 2.0

@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tests.models import Steps
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
@@ -67,14 +67,14 @@ def test_forward_writes_to_a_buffer(backend: Backend, write: Any, inference: boo
 
 
 def test_a_custom_op_writes_and_does_not_declare_it(backend: Backend) -> None:
-    """No schema tells, so it is padded, compared, and written to more often than eager would."""
+    """Padding and comparison write more often than eager: no schema declares the write."""
     model, twin = steps(backend, undeclared)
     for batch in (4, 4, 3, 3, 2, 4, 3, 3):
         in_step(model, twin, backend.randn(batch, 8))
 
 
 def test_custom_op_writes_to_an_argument_undeclared(backend: Backend) -> None:
-    """It writes to the graph's own copy of the argument; the caller's stays as it was."""
+    """The op writes to the graph's own copy of the argument; the caller's stays as it was."""
 
     def forward(x: Tensor, state: Tensor) -> Tensor:
         return undeclared(state, x) + state
@@ -118,7 +118,7 @@ class WritesByTriton(nn.Module):
 def test_a_triton_kernel_writes_to_a_buffer_and_to_an_argument(
     backend: Backend, x: Tensor, kernels: ModuleType, failing: int
 ) -> None:
-    """What it wrote to a staged copy never reaches the caller; and no operator tells that it writes.
+    """The kernel writes to a copy of the argument, and no operator declares the write.
 
     Nor to a warm-up, which follows a capture that fails, and has to undo it.
     """
@@ -134,7 +134,7 @@ def test_a_triton_kernel_writes_to_a_buffer_and_to_an_argument(
 
 @ON_A_GPU
 def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kernels: ModuleType) -> None:
-    """No operator sees that it is read, and it is replaced later."""
+    """The graph reads the old tensor; no operator declares the read."""
     scratch = [torch.zeros(16, device=backend.device)]
 
     def forward(x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_a_triton_kernel_reads_a_global_tensor(backend: Backend, x: Tensor, kern
 def test_kernel_is_unloaded_by_what_loaded_it(
     backend: Backend, x: Tensor, monkeypatch: pytest.MonkeyPatch, file: str, name: str, derived: bool
 ) -> None:
-    """What loaded it unloads it, and the graph launched what was no longer on the device."""
+    """The graph launches a kernel that is no longer on the device."""
     base = type(name, (), {})
     kind = type("ForOneDevice", (base,), {}) if derived else base
     monkeypatch.setitem(sys.modules, file, SimpleNamespace(**{name: base}))  # type: ignore[misc]
@@ -184,7 +184,7 @@ def test_kernel_is_unloaded_by_what_loaded_it(
 
 @ON_A_GPU
 def test_a_triton_kernel_tunes_itself(backend: Backend, kernels: ModuleType) -> None:
-    """It launches, waits and measures at each size that it has not seen, which ends a capture."""
+    """The kernel waits for measurements at each new size, which ends a capture."""
 
     def forward(x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -203,7 +203,7 @@ def test_a_triton_kernel_tunes_itself(backend: Backend, kernels: ModuleType) -> 
 @EMULATED
 @pytest.mark.parametrize("write", [bump_by_address, bump_by_numpy])
 def test_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:
-    """What passes torch's operators is in no record: it happens once, at capture."""
+    """The host writes once, at capture; no operator records the write."""
     pytest.importorskip("numpy")
     model, twin = steps(backend, write)
     for batch in (4, 4, 3, 3, 2, 4, 3):
@@ -212,7 +212,7 @@ def test_host_writes_by_data_ptr(backend: Backend, write: Any) -> None:
 
 @EMULATED
 def test_host_writes_by_data_ptr_on_later_calls_only(backend: Backend) -> None:
-    """The first call, which is watched, had nothing to write."""
+    """The host never writes: at the first call there was nothing to write."""
     step = [0]
 
     def write(state: Tensor, x: Tensor) -> None:
@@ -263,7 +263,7 @@ def test_a_kv_cache_with_a_sentinel(backend: Backend) -> None:
 
 
 def test_a_sentinel_that_is_a_slot(backend: Backend) -> None:
-    """The user promised that padded rows do no harm, with a value for another argument than counts."""
+    """Padded rows write to a slot that the user promised to be spare, by another argument."""
     twin = Cached().to(backend.device)
     model = graphed_twin(twin, sizes=(2, 4), pad={"slots": -1, "x": 7.0})
     for batch in (3, 3, 2, 1, 4, 3):
@@ -290,7 +290,7 @@ def test_a_python_counter_advances(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_python_counter_advances_after_a_while(backend: Backend, x: Tensor) -> None:
-    """The first calls, which are watched, leave it alone."""
+    """The counter stops at the capture; the first calls, which are watched, leave it alone."""
 
     class Counts(nn.Module):
         step = 0
@@ -309,7 +309,7 @@ def test_a_python_counter_advances_after_a_while(backend: Backend, x: Tensor) ->
 
 
 def test_a_python_counter_of_an_object_advances(backend: Backend, x: Tensor) -> None:
-    """As `past_key_values.seen_tokens += 1`."""
+    """`past_key_values.seen_tokens += 1` runs at capture only."""
 
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -348,7 +348,7 @@ def test_a_global_counter_advances(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_counter_in_a_closure_advances(backend: Backend, x: Tensor) -> None:
-    """`nonlocal` likewise."""
+    """`nonlocal count; count += 1` runs at capture only."""
     count = 0
 
     def forward(x: Tensor) -> Tensor:
@@ -363,7 +363,7 @@ def test_a_counter_in_a_closure_advances(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_counter_in_an_argument_advances(backend: Backend, x: Tensor) -> None:
-    """A dict that is handed in and written to, as a `state` that users pass along."""
+    """The caller's dict is written to at capture only."""
 
     def forward(x: Tensor, state: dict[str, int]) -> Tensor:
         state["step"] += 1
@@ -376,7 +376,7 @@ def test_a_counter_in_an_argument_advances(backend: Backend, x: Tensor) -> None:
 
 
 def test_an_argument_dict_is_given_new_tensors(backend: Backend, x: Tensor) -> None:
-    """`cache["k"] = torch.cat(...)` inside the forward: the caller's dict is rebuilt by no replay."""
+    """`cache["k"] = torch.cat(...)` runs at capture only: no replay rebuilds the caller's dict."""
 
     def forward(x: Tensor, cache: dict[str, Tensor]) -> Tensor:
         cache["k"] = cache["k"] + x.sum(0)
@@ -390,7 +390,7 @@ def test_an_argument_dict_is_given_new_tensors(backend: Backend, x: Tensor) -> N
 
 
 def test_a_list_is_appended_to(backend: Backend, x: Tensor) -> None:
-    """Only at capture, and what is appended then is a tensor of the graph."""
+    """The list grows at capture only, by a tensor of the graph."""
 
     class Collects(nn.Module):
         def __init__(self) -> None:
@@ -408,7 +408,7 @@ def test_a_list_is_appended_to(backend: Backend, x: Tensor) -> None:
 
 
 def test_a_global_list_is_appended_to(backend: Backend) -> None:
-    """Likewise, out of sight of the module."""
+    """A global list grows at capture only, by a tensor of the graph."""
     SEEN.clear()
 
     def forward(x: Tensor) -> Tensor:
@@ -424,7 +424,7 @@ def test_a_global_list_is_appended_to(backend: Backend) -> None:
 
 @pytest.mark.parametrize("where", ["module", "object", "dict", "list", "global"])
 def test_an_intermediate_is_stored(backend: Backend, where: str) -> None:
-    """It lies in memory that later graphs use, and is that of the last capture at all times."""
+    """The stored tensor is that of the last capture, in memory that later graphs overwrite."""
     SEEN[:] = [None]
     keep = SimpleNamespace(hidden=None)
 
@@ -465,7 +465,7 @@ def test_an_intermediate_is_stored(backend: Backend, where: str) -> None:
 
 
 def test_an_intermediate_is_stored_where_nothing_looks(backend: Backend) -> None:
-    """In a default argument's list, found by no search of attributes and globals."""
+    """The stored tensor is that of the capture; it is in a default argument's list."""
 
     def forward(x: Tensor, *, kept: Any = SimpleNamespace(hidden=[])) -> Tensor:  # noqa: B008
         kept.hidden.append(x.tanh())
@@ -480,7 +480,7 @@ def test_an_intermediate_is_stored_where_nothing_looks(backend: Backend) -> None
 
 
 def test_activations_are_captured_by_a_closure_list(backend: Backend) -> None:
-    """The interpretability idiom, without hooks."""
+    """The list holds the activations of the capture. Interpretability code does this without hooks."""
     seen: list[Tensor] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -512,7 +512,7 @@ DRAWS: dict[str, tuple[Callable[[int], Any], Callable[[], float]]] = {
 
 @pytest.mark.parametrize("which", DRAWS)
 def test_host_draws_a_number(backend: Backend, which: str) -> None:
-    """Layer drop and the like: the draw of the capture is made for good."""
+    """The draw of the capture is made for good; layer drop is an example."""
     seed, draw = DRAWS[which]
 
     def forward(x: Tensor) -> Tensor:
@@ -532,7 +532,7 @@ RANDOM = random.Random(1)
 
 
 def test_a_generator_on_the_host_decides(backend: Backend) -> None:
-    """A `torch.Generator` for the CPU, and a `random.Random`, of the user's own."""
+    """The decision of the capture is made for good: a CPU `torch.Generator`, or a `random.Random`."""
 
     def forward(x: Tensor) -> Tensor:
         drawn = torch.randint(0, 1000, (), generator=GENERATOR, device="cpu")
@@ -547,7 +547,7 @@ def test_a_generator_on_the_host_decides(backend: Backend) -> None:
 
 
 def test_a_random_random_decides(backend: Backend) -> None:
-    """Its state is no global one."""
+    """The decision of the capture is made for good; the generator's state is not a global one."""
     model = cuda_graphed(lambda x: x * RANDOM.random(), sizes=(2,))
     x = backend.randn(2, 8)
     RANDOM.seed(3)
@@ -558,7 +558,7 @@ def test_a_random_random_decides(backend: Backend) -> None:
 
 
 def test_a_numpy_generator_decides(backend: Backend, x: Tensor) -> None:
-    """`numpy.random.default_rng()` in an attribute."""
+    """The decision of the capture is made for good: `numpy.random.default_rng()` in an attribute."""
     numpy = pytest.importorskip("numpy")
 
     class Draws(nn.Module):

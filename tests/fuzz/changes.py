@@ -1,4 +1,4 @@
-"""What happens to a module between two calls: each change is made to the graphed one and to its twin.
+"""Changes between two calls, each made to a graphed module and to its twin.
 
 A change is given the module and a number, by which it chooses among the places that it could change.
 One that finds no place does nothing.

@@ -1,4 +1,4 @@
-"""What happens in a sequence, step by step, and what must be true after each: a state machine."""
+"""The state machine of a sequence: its steps, and the invariants after each."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Mismatch(AssertionError):
 
 @dataclass
 class Stats:
-    """What was done in this process, to be added up."""
+    """Counts of one process, to be added up."""
 
     sequences: int = 0
     steps: int = 0
@@ -122,7 +122,7 @@ class Fuzz(RuleBasedStateMachine):
         if self.trace is not None:
             print(*what, file=self.trace, flush=True)
 
-    # What is done
+    # Steps
 
     @initialize(
         setups=st.lists(fp.SETUPS, min_size=1, max_size=2),
@@ -220,7 +220,7 @@ class Fuzz(RuleBasedStateMachine):
         plan=fp.PLANS,
     )
     def care(self, which: int, what: str, plan: Plan) -> None:
-        """What a user may do about graphs and memory, none of which may change a result."""
+        """Clears, trims, collects or warms up, none of which may change a result."""
         self.step(what, which, plan if what == "warm up" else "")
         pair = self._pair(which)
         if what == "clear":
@@ -394,7 +394,7 @@ class Fuzz(RuleBasedStateMachine):
             raise Mismatch(f"{pair.setup.kind}: warmup {_told(actual)}, and eager {_told(expected)}")
 
     def _judge(self, pair: Pair, expected: Attempt, actual: Attempt, where: str) -> bool:
-        """Tells whether both sides returned something; raises if one did that should not have."""
+        """Return True if both sides returned something; raise if one did that should not have."""
         if is_ours(actual.error):
             self.stats.our_errors[_short(actual.error)] += 1
             return False

@@ -205,7 +205,7 @@ class Pair:
 
 @dataclass
 class Attempt:
-    """What came of calling one side."""
+    """The result, or the exception, of calling one side."""
 
     result: Any = None
     error: Exception | None = None
@@ -235,7 +235,7 @@ def is_ours(error: BaseException | None) -> bool:
 
 
 def difference(expected: Any, actual: Any, tolerance: float, where: str = "") -> str | None:
-    """Says what is different in two results, or returns None."""
+    """Returns the difference between two results, or None."""
     if isinstance(expected, Tensor) and isinstance(actual, Tensor):
         wrong = _of_tensors(expected, actual, tolerance)
         return f"{where}: {wrong}" if wrong else None
@@ -284,7 +284,7 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Tells whether the elements fill their memory, each in a place of its own."""
+    """Return True if the elements fill their memory, each at an address of its own."""
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride != extent:

@@ -84,7 +84,7 @@ def test_self_attention_of_torch(backend: Backend) -> None:
     assert info(attention).hits >= 3
 
 
-# What a padded row holds has to be valid
+# Padded rows have to hold valid values
 
 
 def test_words_of_several_vocabularies(backend: Backend) -> None:
@@ -137,7 +137,7 @@ def test_rows_of_an_earlier_call_fit_what_was_beside_them(backend: Backend) -> N
     assert info(model).padded_rows > 0
 
 
-# What is no value of a tensor
+# Properties of a tensor other than its values
 
 
 @pytest.mark.parametrize("bind", [(), ("z",)], ids=str)
@@ -149,7 +149,7 @@ def test_rows_of_an_earlier_call_fit_what_was_beside_them(backend: Backend) -> N
 def test_a_conjugate_view_of_a_bound_argument(
     backend: Backend, bind: tuple[str, ...], views: tuple[Callable[[Tensor], Tensor], ...]
 ) -> None:
-    """It lies at the same address, with the same strides: only a bit of the tensor differs."""
+    """The view has the same address and strides: only a bit of the tensor differs."""
     z = backend.randn(2**20, dtype=torch.complex64)  # large enough to be bound anyway
     x = backend.randn(2, 4)
     model = cuda_graphed(lambda x, z: x * z[:4], sizes=(2,), bind=bind)
@@ -159,7 +159,7 @@ def test_a_conjugate_view_of_a_bound_argument(
     assert info(model).captures
 
 
-# What watches Python already
+# Profilers and tracers that are on already
 
 
 @pytest.mark.parametrize("profiler", ["cProfile", "torch"])
@@ -208,11 +208,11 @@ def test_advice_is_an_error(backend: Backend) -> None:
     assert info(model).hits == 3
 
 
-# What happens where nobody looks
+# Work that the trace does not see
 
 
 def test_threads_inside_the_forward(backend: Backend) -> None:
-    """What another thread makes is no part of the watched call, and would be frozen."""
+    """A tensor of another thread is no part of the trace, and would be frozen."""
     with ThreadPoolExecutor(2) as workers:
 
         def double(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_stale_copy_moves_what_is_held_with_its_views(backend: Backend, mlp: MLP
 
 
 def test_a_view_of_an_argument_survives_the_staging_of_the_next(backend: Backend) -> None:
-    """It would lie in the static input, which is filled before anything is moved away."""
+    """The view would lie in the static input, which is filled before anything is moved away."""
     model = cuda_graphed(lambda x: x.t(), sizes=(2,), stale="copy")
     kept = []
     for _ in range(5):

@@ -129,7 +129,7 @@ def test_batch_dim_differs_for_each_argument(backend: Backend) -> None:
 
 
 def test_an_argument_has_no_batch(backend: Backend) -> None:
-    """It is as long as the batch by chance."""
+    """The argument is as long as the batch by chance."""
     table = backend.randn(4, 8)
     model = cuda_graphed(lambda x, table: x @ table, sizes=(2, 4), batch_dim={"table": None})
     for batch in (4, 4, 3, 2, 4):

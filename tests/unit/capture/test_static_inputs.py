@@ -39,7 +39,7 @@ def static(graphed: Any, size: int) -> list[Tensor]:
 
 
 def padded(x: Tensor, dim: int, size: int, fill: Any) -> Tensor:
-    """What the static buffer has to hold."""
+    """Returns the expected contents of the static input."""
     missing = size - x.shape[dim]
     last = x.narrow(dim, x.shape[dim] - 1, 1)
     tail = last.expand([missing if d == dim else n for d, n in enumerate(x.shape)])
@@ -235,7 +235,7 @@ def test_a_stage_refuses_what_it_could_not_fill() -> None:
 
 
 def test_a_call_that_raised_leaves_nothing_of_its_inputs(backend: Backend) -> None:
-    """What it read before it raised is read again: the next call is not taken for the same."""
+    """Inputs of a call that raised are read again: the next call is not taken for the same."""
     graphed = cuda_graphed(lambda x, y: x - y, sizes=(2,))
     x, other, y = (values(backend, (2, 3), torch.int32) for _ in range(3))
     other += 1000

@@ -84,7 +84,7 @@ def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_part_is_scripted(backend: Backend) -> None:
-    """What it reads can't be watched; the reason says what to use instead."""
+    """Reads of a scripted part can't be guarded; the reason names the alternative."""
     x = backend.randn(2, 8)
     part = torch.jit.script(nn.Linear(8, 8).to(backend.device))
     model = cuda_graphed(nn.Sequential(part), sizes=(2,))
@@ -314,7 +314,7 @@ def test_a_copy_to_another_device_of_the_same_kind() -> None:
 
 
 def test_a_sparse_tensor_is_asked_for_its_address(backend: Backend) -> None:
-    """It has none, which torch says as it does in eager."""
+    """A sparse tensor has no address; torch raises the same as in eager."""
 
     def forward(x: Tensor) -> Tensor:
         try:

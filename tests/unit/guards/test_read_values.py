@@ -783,7 +783,7 @@ def test_class_attributes_of_an_argument_are_guarded(
     ids=["set", "deque", "function", "dict", "wrapper", "proxy", "class", "gone"],
 )
 def test_objects_that_are_hard_to_search_do_no_harm(backend: Backend, held: object) -> None:
-    """It does no harm, and no other guard breaks by it: a profile function may not raise."""
+    """No guard breaks by such an object: a profile function may not raise."""
     model = cuda_graphed(model_of(lambda m, x: x * (2 if m.held is not None else 3), held), sizes=(2,))
     x = backend.randn(2, 3)
     for _ in range(3):
@@ -818,7 +818,7 @@ def test_owner_of_a_dict_is_compared_before_the_dict() -> None:
 
 
 def test_a_getter_is_no_state(backend: Backend) -> None:
-    """What its class keeps in C (an offset) is another int object each time that it is asked for."""
+    """A getter's offset, kept in C, is another int object each time that it is asked for."""
     model = cuda_graphed(lambda x: FIRST((x * 2,)), sizes=(2,))
     x = backend.randn(2, 3)
     for _ in range(3):

@@ -445,7 +445,7 @@ def with_a_lock(x: Tensor) -> Cache:
 def test_an_object_that_can_not_be_compared(
     backend: Backend, make: Callable[[Tensor], Any], reason: str
 ) -> None:
-    """It runs eagerly, and says what it is about."""
+    """Such an object runs eagerly, with a reason."""
     model = cuda_graphed(lambda x, cache: x + 1)
     x = backend.randn(2, 8)
     for _ in range(3):
@@ -455,7 +455,7 @@ def test_an_object_that_can_not_be_compared(
 
 
 def test_a_dictionary_of_a_class_in_python(backend: Backend) -> None:
-    """What it holds lies in an attribute; as its tensors are others at each call, that ends eagerly."""
+    """The items lie in an attribute, and its tensors are others at each call, which ends eagerly."""
     model = cuda_graphed(lambda x, more: x + more["a"])
     x = backend.randn(2, 8)
     for number in range(14):

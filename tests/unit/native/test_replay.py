@@ -147,7 +147,7 @@ def test_one_launch_for_each_call(backend: Backend, replayed: Callable[[], Any])
 
 
 def launches_of(call: Callable[[], Any]) -> Counter[str]:
-    """What ten calls ask of the driver."""
+    """Returns the driver calls of ten calls."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Profiler clears events")
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

@@ -144,7 +144,7 @@ def test_a_list_that_is_made_a_tensor_changes(backend: Backend) -> None:
 
 
 def test_a_list_that_is_made_a_tensor_is_another_at_each_call(backend: Backend) -> None:
-    """Where nothing is watched; the capture meets other values than the first call did."""
+    """The list is out of sight of all guards; the capture meets other values than the first call."""
     numbers = hidden()
 
     def forward(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from graphcache.runtime.loaded_kernels import loaded
 from tests.helpers import ON_A_GPU, Backend, triton_knows
 
-# Whether we tell of a trap is asked only by tests that say so.
+# Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 

@@ -125,7 +125,7 @@ def test_an_argument_that_carries_the_batch_and_is_written(backend: Backend) -> 
 
 
 def test_writing_to_an_output_of_a_graph(backend: Backend) -> None:
-    """It lies in memory that the graph itself overwrites, so that call runs eagerly."""
+    """The output lies in memory that the graph itself overwrites, so that call runs eagerly."""
     model = cuda_graphed(lambda x, h: h.add_(x), sizes=(2,))
     make = cuda_graphed(lambda x: x * 2, sizes=(2,))
     x = torch.ones(2, 2, device=backend.device)

@@ -116,7 +116,7 @@ class Batch(Generic[Kind]):
 
 
 def test_a_dataclass_caches_a_property(backend: Backend) -> None:
-    """What is computed from the fields is no part of the argument."""
+    """A property that is computed from the fields is no part of the argument."""
     model = cuda_graphed(lambda batch: batch.x * batch.width, sizes=(2,))
     x = backend.randn(2, 4)
     for batch in (Batch(x), Batch[int](x), Batch(x)):

@@ -1,4 +1,4 @@
-"""What branches are captured on in tests: a GPU, or a model of one where torch knows no CUDA."""
+"""The device that branches are captured on: a GPU, or a model of one where torch has no CUDA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Program = Callable[[Tensor, list[Tensor]], list[Tensor]]
 
 
 class Device(Protocol):
-    """Where a test captures.
+    """The device of a test.
 
     Attributes:
         programs: how many random ones are worth their time.

@@ -1,4 +1,4 @@
-"""What the model of a device tells and no GPU does; `test_branches_model.py` runs this as well."""
+"""Facts that only the model of a device knows; `test_branches_model.py` runs this file, too."""
 
 from __future__ import annotations
 
