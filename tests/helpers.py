@@ -135,7 +135,7 @@ def replays(model: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def survives(model: Any, change: Callable[[], Any], *args: Any) -> None:
-    """Asserts that graphs serve before a change, and that each call equals the changed eager after it."""
+    """Asserts that graphs serve before a change, and that each call equals eager after it."""
     replays(model, *args)
     before = eagerly(model, *args)
     change()

@@ -26,8 +26,8 @@ from graphcache import cuda_graphed, default_pool
 WAYS = ("clear", "delete", "delete, then trim", "clear, held", "delete, held", "recapture")
 WARM_UP = 4 * len(WAYS)  # cycles, in which caches of torch, of Python and of the device fill
 
-# Bytes and objects that may be left for each cycle, and for the whole run: the allocators of Python, of libc and of torch
-# return memory in pages and keep arenas; what is lost in every cycle shows as a multiple of this.
+# Bytes and objects that may be left for each cycle, and for the whole run: the allocators of Python, of
+# libc and of torch return memory in pages and keep arenas. A leak in each cycle is a multiple of this.
 HOST_BYTES_A_CYCLE, HOST_BYTES = 200, 8 * 2**20
 OBJECTS_A_CYCLE = 0.02
 TRIMMING = sum("clear" in way or "trim" in way for way in WAYS) / len(WAYS)  # these open a pool anew
