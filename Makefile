@@ -5,9 +5,9 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h graphcache/_C/*.h)
-# numpy: torch warns without it, and warnings are errors in tests. hypothesis: the fuzzer. mypy and ruff: what
-# `test` checks, each at one version, as new ones bring new rules.
-TOOLS := setuptools ninja numpy wrapt tqdm pytest hypothesis ruff==0.17.6 mypy==2.4.1 types-tqdm
+# numpy: torch warns without it, and warnings are errors in tests. pytest-xdist: tests on all cores.
+# hypothesis: the fuzzer. mypy and ruff: what `test` checks, each at one version, as new ones bring new rules.
+TOOLS := setuptools ninja numpy wrapt tqdm pytest pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1 types-tqdm
 
 .PHONY: demo test fuzz lint format clean
 .DELETE_ON_ERROR:
@@ -18,7 +18,7 @@ demo: $(VENV)/.built
 	$(BIN)/python examples/char_decode.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 fuzz: $(VENV)/.built
 	$(BIN)/python -m tests.fuzz --sequences 10000 --jobs 2 --out fuzz-emulated.json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -13,6 +14,20 @@ import graphcache
 from graphcache import config
 from tests.helpers import BACKENDS, Backend
 from tests.models import MLP
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns the cores; at most eight where there is a GPU, whose memory all workers share."""
+    return min(CORES, 8) if torch.cuda.is_available() else CORES
+
+
+def pytest_configure() -> None:
+    """Shares the cores out among the workers: threads of torch would wait for each other."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        torch.set_num_threads(max(1, CORES // workers))
 
 
 @pytest.fixture(params=BACKENDS)
