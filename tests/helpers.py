@@ -155,7 +155,7 @@ def graphed_twin(twin: Any, **options: Any) -> Any:
     return cuda_graphed(copy.deepcopy(twin), **options)
 
 
-def check(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+def assert_close_to_eager(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     assert close(module(*args, **kwargs), eager(module, *args, **kwargs))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import cuda_graphed
-from tests.helpers import Backend, check, eager, info
+from tests.helpers import Backend, assert_close_to_eager, eager, info
 from tests.models import MLP
 
 
@@ -26,12 +26,12 @@ def test_kwargs_defaults_and_constants(backend: Backend) -> None:
     model = cuda_graphed(Pair(), sizes=(4,))
     x, mask = backend.randn(3, 2), backend.randn(3, 2)
     for _ in range(3):
-        check(model, x)
-        check(model, x=x)
-        check(model, x, scale=1.0)
-        check(model, x, scale=2.0)
-        check(model, mask=mask, x=x)
-        check(model, x, mask=mask, scale=1.0)
+        assert_close_to_eager(model, x)
+        assert_close_to_eager(model, x=x)
+        assert_close_to_eager(model, x, scale=1.0)
+        assert_close_to_eager(model, x, scale=2.0)
+        assert_close_to_eager(model, mask=mask, x=x)
+        assert_close_to_eager(model, x, mask=mask, scale=1.0)
     assert info(model).signatures == 3  # scale 1, scale 2, with a mask
     assert info(model).misses == 2 * 3 + 2  # the first calls of the second and the third kind
 
@@ -106,7 +106,7 @@ def test_wrong_arguments_raise_what_eager_raises(backend: Backend, mlp: MLP) -> 
     for args, kwargs in [((), {}), ((1, 2), {}), ((backend.randn(2, 8),), {"y": 1})]:
         with pytest.raises(TypeError):
             mlp(*args, **kwargs)
-    check(mlp, backend.randn(2, 8))
+    assert_close_to_eager(mlp, backend.randn(2, 8))
 
 
 NamesInCode = namedtuple("NamesInCode", "first second")

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import GraphCacheWarning, cuda_graphed
-from tests.helpers import Backend, check, close, eager, info
+from tests.helpers import Backend, assert_close_to_eager, close, eager, info
 from tests.models import MLP
 
 
 def settle(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Makes the calls that run eagerly: the first, and the one that is compared."""
     for _ in range(2):
-        check(module, *args, **kwargs)
+        assert_close_to_eager(module, *args, **kwargs)
 
 
 def test_every_batch_equals_eager(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(1, 2, 4, 8))
     for _ in range(3):
         for batch in (*range(11), *reversed(range(11))):
-            check(mlp, backend.randn(batch, 8))
+            assert_close_to_eager(mlp, backend.randn(batch, 8))
     told = info(mlp)
     assert told.sizes == (1, 2, 4, 8)
     assert told.captures == 4
@@ -156,10 +156,10 @@ def test_inputs_that_are_not_contiguous(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2, 4, 8))
     base = backend.randn(8, 32)
     for _ in range(3):
-        check(mlp, base[:5, ::4])
-        check(mlp, base[:, :5].t()[:, :8])
-        check(mlp, base[:1, :8].expand(3, 8))
-        check(mlp, base[::2, 3:11])
+        assert_close_to_eager(mlp, base[:5, ::4])
+        assert_close_to_eager(mlp, base[:, :5].t()[:, :8])
+        assert_close_to_eager(mlp, base[:1, :8].expand(3, 8))
+        assert_close_to_eager(mlp, base[::2, 3:11])
     assert info(mlp).hits > 0
 
 
@@ -190,7 +190,7 @@ def test_batch_dimensions_are_learned(backend: Backend) -> None:
 def test_one_size_learns_from_the_first_padded_call(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(4,))
     for batch in (4, 4, 3, 3, 2):
-        check(mlp, backend.randn(batch, 8))
+        assert_close_to_eager(mlp, backend.randn(batch, 8))
     assert info(mlp).replays == {4: 3}
 
 
@@ -201,7 +201,7 @@ def test_rows_flattened_into_another_dimension_are_not_cut(backend: Backend) -> 
 
     model = cuda_graphed(Heads(), sizes=(2, 4))
     for batch in (3, 3, 2, 4, 3):
-        check(model, backend.randn(batch, 6))
+        assert_close_to_eager(model, backend.randn(batch, 6))
     assert info(model).padded_rows == 0
     assert "dimension 0 of an output goes from 6 to 8" in info(model).notes[0]
 
@@ -224,11 +224,11 @@ def test_rows_that_depend_on_each_other_are_found_out(backend: Backend) -> None:
 
     model = cuda_graphed(Centred(), sizes=(4,))
     x = backend.randn(3, 2)
-    check(model, x)
+    assert_close_to_eager(model, x)
     with pytest.warns(GraphCacheWarning, match="its rows depend on each other"):
-        check(model, x)
+        assert_close_to_eager(model, x)
     for batch in (3, 2, 2, 3, 2):
-        check(model, backend.randn(batch, 2))
+        assert_close_to_eager(model, backend.randn(batch, 2))
     assert info(model).padded_rows == 0
     assert info(model).hits == 3
 
@@ -236,7 +236,7 @@ def test_rows_that_depend_on_each_other_are_found_out(backend: Backend) -> None:
 def test_sizes_none_grows_with_the_batches(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp)
     for batch in (5, 5, 5, 3, 3, 12, 12, 9, 9, 11, 4):
-        check(mlp, backend.randn(batch, 8))
+        assert_close_to_eager(mlp, backend.randn(batch, 8))
     assert info(mlp).sizes == (1, 2, 4, 5, 8, 12)
     assert info(mlp).captures == 6
     assert info(mlp).misses == 2 + 2  # first calls, and the first padded ones of 4 and 12
@@ -251,15 +251,15 @@ def test_unbatched_arguments_are_staged_or_bound(backend: Backend) -> None:
     small, large = backend.randn(8, 8), backend.randn(8, 2**18)
     offset = torch.tensor(1.0, device=backend.device)
     for table in (small, small, small, backend.randn(8, 8), large, large, large):
-        check(model, backend.randn(3, 8), table, offset)
+        assert_close_to_eager(model, backend.randn(3, 8), table, offset)
         offset += 1
     assert info(model).signatures == 2
     large.fill_(1)  # by address: a change in place is seen
-    check(model, backend.randn(3, 8), large, offset)
+    assert_close_to_eager(model, backend.randn(3, 8), large, offset)
     before = info(model).signatures
     elsewhere = large.clone()  # another signature
     for _ in range(2):
-        check(model, backend.randn(3, 8), elsewhere, offset)
+        assert_close_to_eager(model, backend.randn(3, 8), elsewhere, offset)
     assert info(model).signatures == before + 1
 
 
@@ -271,7 +271,7 @@ def test_bind_binds_by_name(backend: Backend) -> None:
     model = cuda_graphed(Uses(), sizes=(4,), bind="table")
     table = backend.randn(8, 8)
     for batch in (3, 3, 3, 2):
-        check(model, table, backend.randn(batch, 8))
+        assert_close_to_eager(model, table, backend.randn(batch, 8))
     assert info(model).replays == {4: 2}
 
 
