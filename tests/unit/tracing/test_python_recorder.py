@@ -118,7 +118,7 @@ class Measures(Collects):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Collects, "changes attributes"), (Measures, "hands a value to the host")]
+    ("kind", "why"), [(Collects, "changes attributes"), (Measures, "reads a value on the host")]
 )
 def test_lists_that_the_forward_appends_to_are_noticed(
     backend: Backend, kind: type[Collects], why: str
