@@ -55,9 +55,9 @@ def switched(variable: ContextVar[bool], value: bool = True) -> Iterator[None]:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Runs every graphed forward eagerly inside the block (this thread or task only).
+    """Runs every graphed forward eagerly inside the block, in this thread or task only.
 
-    `GRAPHCACHE_DISABLE=1` does the same for the whole process.
+    The environment variable `GRAPHCACHE_DISABLE=1` does the same for the whole process.
     """
     with switched(disabled_var):
         yield
@@ -65,11 +65,11 @@ def disabled() -> Iterator[None]:
 
 @contextmanager
 def emulate() -> Iterator[None]:
-    """Serves CPU tensors by emulated graphs inside the block (this thread or task only).
+    """Serves CPU tensors by emulated graphs inside the block, in this thread or task only.
 
-    The emulation has the rules and the hazards of CUDA graphs, and none of their speed: it is there
-    to test on any machine that a model is fit for graphs. `GRAPHCACHE_EMULATE=1` does the same for
-    the whole process.
+    Emulated graphs have the rules and the hazards of CUDA graphs, and none of their speed. So a test
+    on any machine can check that a model is fit for graphs. The environment variable
+    `GRAPHCACHE_EMULATE=1` does the same for the whole process.
     """
     with switched(emulated_var):
         yield

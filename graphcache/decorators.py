@@ -1,4 +1,4 @@
-"""`cuda_graphed`: puts a graph cache in front of a forward, and leaves everything else as it was."""
+"""`cuda_graphed`: puts a graph cache in front of a forward and leaves everything else unchanged."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -77,43 +77,46 @@ def cuda_graphed(
 ) -> Any:
     """Makes a forward replay CUDA graphs, one for each batch size in `sizes`.
 
-    The first call runs eagerly, once, and is followed by the capture of all sizes, largest first, into
-    one memory pool. Later calls are padded to the least size that holds them, replayed, and cut back.
+    The first call runs eagerly, once. After it, all sizes are captured into one memory pool, largest
+    first. A later call is padded to the smallest size that holds its batch, replayed, and cut back.
     An output is valid until the next graph of its pool runs; see `stale`.
 
     Args:
-        target: a forward in the body of a class, a `Module` class (its forward is replaced), a
-            `Module` (likewise), or a function. Without it, a decorator is returned.
-        batch_dim: the dimension of the arguments that carries the batch, or a dictionary of such by
-            argument name: None for an argument without a batch, 0 for one that is not named. The first
-            tensor argument that has it, and is not bound, tells the batch; tensors of another length
-            there are taken to carry none. Which dimensions of the outputs carry it is learned.
-        sizes: the batch sizes to capture. Without them: 1, 2, 4, then multiples of 8, as far as the
-            batches that come. Larger batches run eagerly where sizes are given.
-        pad: what padded rows hold: a number, "edge" (the last row again), or either by argument name;
-            an argument that is not named is zero then. Without it, the last row again.
-            A forward that writes to outside state (a KV cache) is padded only where this is given.
-        bind: names of arguments that are read at their address instead of copied at each call.
-            Arguments that the forward writes to are bound by themselves, and so are large ones (4 MiB)
-            without a batch dimension. Another address is another signature.
-        stale: what becomes of an output that is still held when its memory is overwritten: with
-            "error" any later use of it raises, with "copy" it is moved to memory of its own before. What
-            the forward that made it was given counts, whichever overwrites it.
-        pool: the memory to use; the global one of the device by default.
-        fallback: run a forward that can't be captured eagerly, with one warning; or raise.
-        progress: show a progress bar while capturing; None: on a terminal, if it takes over a second.
-        min_gain: drop the graph of a size, and run it eagerly, where a replay saves less than this share
-            of eager's time (0.05: 5 %). Both are timed once, on the device, after 512 replays of the
-            size; only forwards that write to nothing outside are. None keeps all graphs.
+        target: a forward in the body of a class, a `Module` class, a `Module`, or a function. Of a
+            class or a module, the forward is replaced. Without a target, a decorator is returned.
+        batch_dim: the dimension of the arguments that carries the batch, or a dictionary from
+            argument name to dimension. In a dictionary, None marks an argument without a batch, and
+            an argument that is not named has 0. The first tensor argument that has the dimension and
+            is not bound gives the batch size. A tensor of another length there carries no batch.
+            The batch dimensions of the outputs are found by comparing sizes.
+        sizes: the batch sizes to capture; larger batches then run eagerly. Without them: 1, 2, 4,
+            then multiples of 8, up to the largest batch so far.
+        pad: the content of padded rows: a number, "edge" (the last row again), or a dictionary from
+            argument name to either. An argument that the dictionary does not name gets 0. By default
+            the last row is repeated. A forward that writes to state outside itself, such as a KV
+            cache, is padded only if `pad` is given.
+        bind: names of arguments that graphs read at the caller's address, without a copy. Arguments
+            that the forward writes to are always bound. So are arguments above 4 MiB without a batch
+            dimension. Another address is another signature.
+        stale: the fate of an output that is still held when its memory is overwritten. With "error"
+            any later use of the output raises. With "copy" the output is first moved to memory of
+            its own. The option of the forward that made the output decides.
+        pool: the memory to use. By default all forwards of a device share one pool.
+        fallback: if True, a forward that can't be captured runs eagerly, with one warning. If False,
+            its calls raise `CaptureError`.
+        progress: show a progress bar while capturing. None shows it on a terminal, after a second.
+        min_gain: drop the graph of a size if a replay saves less than this share of eager's time
+            (0.05: 5 %); such calls run eagerly. Both are timed once, on the device, after 512
+            replays of the size. A forward that writes to state outside itself is not timed. None
+            keeps all graphs.
 
     Returns:
-        What was given: the class, the same module, or the function wrapped. The forward has
-        `cache_info()`, `cache_clear()`, `warmup(*example_args)`, `suggest_sizes(count)` and
-        `__wrapped__`.
+        The class, the same module, or the wrapped function. Its forward has the methods
+        `cache_info()`, `cache_clear()`, `warmup(*example_args)` and `suggest_sizes(count)`.
 
     Raises:
-        OptionError: for an argument that makes no sense.
-        CaptureError: at a call, with `fallback=False`, where the forward can't be captured.
+        OptionError: if an option has a value that makes no sense.
+        CaptureError: at a call, with `fallback=False`, if the forward can't be captured.
 
     Example:
         >>> model = cuda_graphed(model, sizes=(1, 2, 4, 8))

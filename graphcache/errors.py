@@ -8,17 +8,17 @@ from graphcache.report.reasons import Reason
 class GraphCacheError(RuntimeError):
     """The root of every exception that graphcache raises.
 
-    A stale output is the exception to the rule: touching it raises torch's own `RuntimeError`, from
-    deep inside the operation, with a text of ours.
+    One error has another type: touching a stale output raises torch's own `RuntimeError`, from inside
+    the operation that touches it. Its text is graphcache's.
     """
 
 
 class CaptureError(GraphCacheError):
-    """A forward could not be captured into a graph.
+    """A forward can't be captured into a graph.
 
     Args:
-        message: what the forward does that no graph can hold, and where.
-        reason: the kind of that; see docs/troubleshooting.md.
+        message: the text, which names the line that no graph can hold.
+        reason: the kind of the reason; docs/troubleshooting.md explains each kind.
     """
 
     def __init__(self, message: str, *, reason: Reason = Reason.CAPTURE_FAILED) -> None:
@@ -27,15 +27,15 @@ class CaptureError(GraphCacheError):
 
 
 class OptionError(GraphCacheError, ValueError):
-    """An option of `cuda_graphed` or of a pool has a value that makes no sense."""
+    """An option of `cuda_graphed`, of a pool or of the environment has a value that makes no sense."""
 
 
 class NativeModuleError(GraphCacheError, ImportError):
-    """`graphcache._C` is not built, or was built for another torch."""
+    """The native library of graphcache is not built, or was built for another version of torch."""
 
 
 class GraphCacheWarning(UserWarning):
-    """A forward is served more slowly than it could be; the text says why and what to do."""
+    """A forward runs more slowly than it could; the text gives the reason and the next step."""
 
 
 def describe(tensor: Tensor) -> str:

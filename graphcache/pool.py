@@ -123,15 +123,16 @@ if hasattr(os, "register_at_fork"):
 class GraphPool:
     """The memory that captured graphs share.
 
-    Modules use the pool of their device, `default_pool(device)`, unless they are given another one.
+    A forward uses the pool of its device, `default_pool(device)`, unless it is given another pool.
 
     Args:
-        device: where the memory lies; the current CUDA device, or the CPU (emulation) without one.
-        weak: keep outputs as weak references. With False every output pins its memory, as in plain
-            use of CUDA graphs: more memory, and nothing gained; it is there to compare.
+        device: the device of the memory. By default the current CUDA device; without a GPU the CPU,
+            for emulated graphs.
+        weak: hold outputs as weak references. With False every captured output pins its memory, as in
+            plain use of CUDA graphs. That takes more memory and gains nothing; use it to compare.
 
     Raises:
-        OptionError: for a device that has no graphs.
+        OptionError: if the device has no graphs.
     """
 
     def __init__(self, device: torch.device | str | None = None, *, weak: bool = True) -> None:
@@ -159,15 +160,15 @@ class GraphPool:
         return self.lane()
 
     def trim(self) -> None:
-        """Gives the memory of lanes that no graph and no output uses back to the allocator.
+        """Returns the memory that no graph and no output uses to torch's allocator.
 
-        On CUDA, `torch.cuda.empty_cache()` then returns it to the device.
+        On CUDA, `torch.cuda.empty_cache()` then returns that memory to the device.
         """
         with self.lock:
             self.lanes = [lane for lane in self.lanes if not lane.is_done()]
 
     def memory(self) -> PoolMemory:
-        """Returns the bytes of all lanes: taken from the device, and of that owned by somebody."""
+        """Returns the bytes that the pool has reserved, and the bytes of them in use."""
         return reduce(add, (lane.arena.memory() for lane in self.lanes), PoolMemory(0, 0))
 
     def use_here(self, tensors: list[Tensor]) -> None:
@@ -189,7 +190,7 @@ class GraphPool:
 
 
 def default_pool(device: torch.device | str | None = None) -> GraphPool:
-    """Returns the global pool of `device` (default: the current CUDA device, or the CPU)."""
+    """Returns the shared pool of `device`, by default of the current CUDA device, or else the CPU."""
     return _default_pool(_indexed(device))
 
 

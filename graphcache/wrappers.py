@@ -85,29 +85,30 @@ class _Inspectable:
         self._cache().clear()
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
-        """Captures for calls like this one, without the effects of a call.
+        """Captures graphs for calls like this one, without the effects of a call.
 
-        The forward runs once. Tensors that it writes to, and the random generator, are put back.
+        The forward runs once. Afterwards the tensors that it writes to and the random generator get
+        their old values back.
 
         Args:
-            *args: example arguments; tensors need the shapes and dtypes of later calls, and valid values.
-            **kwargs: likewise.
+            *args: example arguments. Shapes and dtypes of tensors count, and values must be valid.
+            **kwargs: example arguments by name.
         """
         function, instance = self._wrapped_call()
         self._cache().warm_up(function, instance, args, kwargs)
 
     def suggest_sizes(self, count: int) -> Suggestion:
-        """Returns the sizes that would have served the calls so far at the least cost; see `Suggestion`.
+        """Returns the sizes that would have served the calls so far at least cost; see `Suggestion`.
 
-        The cost of a replay is its time on the device, once two sizes were timed; linear in between. A
-        size is timed after 512 replays. Until then, and in emulation, the cost is the number of rows.
+        Each size is timed after 512 replays. From two timed sizes on, the cost of a replay is its time
+        on the device, interpolated linearly. Until then, and in emulation, it is the number of rows.
 
         Args:
-            count: number of sizes; fewer where fewer different batches came.
+            count: the number of sizes; fewer are returned if fewer different batches came.
 
         Raises:
-            GraphCacheError: without calls to count, or where the forward can't be padded.
-            OptionError: unless `count` is a positive integer.
+            GraphCacheError: if there were no calls, or if only exact sizes are captured.
+            OptionError: if `count` is not a positive integer.
         """
         return self._cache().suggest_sizes(count)
 

@@ -46,14 +46,14 @@ MAX_DIMS: int
 def weak_ref(tensor: Tensor) -> Tensor: ...
 @overload
 def weak_ref(tensor: Sequence[Tensor]) -> list[Tensor]:
-    """Aliases the memory of a tensor without owning it.
+    """Returns an alias of a tensor that does not own its memory, or a list of such aliases.
 
-    Keeps dtype, device, sizes, strides, offset, and the conjugate and negative bits. Of a list, the
-    tensors that share a storage share one afterwards too. After vLLM pull request 9724.
+    The alias keeps dtype, device, sizes, strides, offset, and the conjugate and negative bits. Tensors
+    of a list that share a storage still share one afterwards. The idea is vLLM's (pull request 9724).
 
     Raises:
-        TypeError: for tensor subclasses and for tensors that are not dense memory.
-        RuntimeError: the stored text, if the tensor has expired.
+        TypeError: if a tensor is of a subclass, or does not lie in dense memory.
+        RuntimeError: if the tensor has expired; the text is that of `expire`.
     """
 
 def alias(
@@ -87,15 +87,15 @@ def is_weak(tensor: Tensor) -> bool:
     """Tells whether `weak_ref` made the storage of `tensor` and it owns no memory."""
 
 def expire(tensor: Tensor, message: str = ...) -> None:
-    """Makes every later data access through the storage of `tensor`, views included, raise.
+    """Makes every later access to the data of `tensor`, also through its views, raise.
 
     Args:
-        tensor: any tensor with a storage; its metadata stays readable.
+        tensor: any tensor with a storage. Shape, dtype and device stay readable.
         message: the text of the `RuntimeError`.
     """
 
 def is_expired(tensor: Tensor) -> bool:
-    """Tells whether the data of `tensor` may no longer be touched."""
+    """Returns True if the data of `tensor` has expired: accessing it raises."""
 
 def storage_key(tensor: Tensor) -> int:
     """Identifies the storage of `tensor` for as long as somebody holds it."""

@@ -12,12 +12,12 @@ NO_GAIN = 0.02  # of eager's time; below it, a graph is not worth its memory
 
 
 class Times(NamedTuple):
-    """What one call of a size takes on the device.
+    """The time of one call of a size on the device, in seconds.
 
     Attributes:
-        eager: seconds from its first kernel to its last, as fast as Python launches them; None where
-            that was not measured (yet), as it is not for forwards that write to state outside.
-        replay: seconds of a replay.
+        eager: time from the first kernel of an eager call to its last, as fast as Python launches
+            them. None before it is measured, and for a forward that writes to state outside itself.
+        replay: time of a replay.
     """
 
     eager: float | None
@@ -43,28 +43,30 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """Counts of one graphed forward since it was made, or since `cache_clear()`.
+    """The counts of one graphed forward since it was made, or since `cache_clear()`.
+
+    `print(info)` shows the counts as a table.
 
     Attributes:
         backend: "cuda" or "emulated"; "none" before the first capture.
-        launch: how a replay gets its inputs: "node" is one launch of a graph whose first node copies
-            them, "copies" is emulation's, "torch" is by torch calls where neither is to be had.
-        calls: all calls; each is either a replay or eager.
-        replays: calls served by each size.
-        padded: rows of each size that were replayed and cut away again; `padded_rows` in all.
-        eager: calls that ran eagerly, by reason.
-        batches: how many calls had so many rows, eager ones included.
-        times: what a call of each size takes, once 512 replays of it have shown that it matters.
-        sizes: captured sizes, ascending, of all signatures.
-        signatures: how many kinds of call have graphs.
-        dropped: kinds of call whose graphs went for others, as they were not called for longest.
-        captures: graphs captured, those dropped since included.
-        capture_seconds: time that took.
-        expired: held outputs that calls of this made unreadable (of forwards with stale="error").
-        copied: held outputs that calls of this moved away (of forwards with stale="copy").
-        pool_bytes: memory reserved by the pool, which other modules may share.
-        saved_bytes: outputs of other sizes than the largest, which strong references would pin as well.
-        notes: what keeps this forward from being padded or captured, if anything.
+        launch: the way inputs reach a graph. "node": the first node of the graph copies them, in the
+            same launch. "copies": emulation copies them. "torch": torch calls copy them.
+        calls: all calls; each is either replayed or eager.
+        replays: replayed calls by size.
+        padded: padded rows by size; `padded_rows` is their sum.
+        eager: eager calls by reason; docs/troubleshooting.md explains each reason.
+        batches: calls by number of rows, eager calls included.
+        times: the times of a call by size, measured once after 512 replays of that size.
+        sizes: captured sizes of all signatures, ascending.
+        signatures: number of signatures (shapes, dtypes, constants, modes) that have graphs.
+        dropped: number of least recently used signatures whose graphs were dropped for new ones.
+        captures: number of captured graphs, including those dropped since.
+        capture_seconds: time spent on captures.
+        expired: number of held outputs that calls of this forward made unreadable (`stale="error"`).
+        copied: number of held outputs that calls of this forward moved away (`stale="copy"`).
+        pool_bytes: memory reserved by the pool, which other forwards may share.
+        saved_bytes: bytes of outputs that only strong references would keep in memory.
+        notes: reasons why the forward is not padded, and sizes that gain little.
     """
 
     backend: str
@@ -88,17 +90,17 @@ class CacheInfo:
 
     @property
     def padded_rows(self) -> int:
-        """Rows that were replayed and cut away again."""
+        """Number of padded rows of all sizes."""
         return sum(self.padded.values())
 
     @property
     def hits(self) -> int:
-        """Calls served by a graph, as `functools.lru_cache` names them."""
+        """Number of replayed calls; the name is that of `functools.lru_cache`."""
         return sum(self.replays.values())
 
     @property
     def misses(self) -> int:
-        """Calls that ran eagerly."""
+        """Number of eager calls."""
         return sum(self.eager.values())
 
     def __str__(self) -> str:

@@ -13,14 +13,15 @@ from graphcache.report.cache_info import CacheInfo
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Sizes for the calls that came; what `suggest_sizes` returns.
+    """The result of `suggest_sizes`: the sizes that would have served the calls so far at least cost.
 
     Attributes:
-        sizes: to be given as `cuda_graphed(..., sizes=...)`.
-        unit: of the costs below: "us", where replays were timed, else "rows" that are computed.
-        expected: mean cost of a call with these sizes.
-        now: the same with the sizes that there are.
-        uncovered: calls above the largest of those; both means take them for replayed at their own size.
+        sizes: the suggestion, for `cuda_graphed(..., sizes=...)`.
+        unit: unit of the costs: "us" if replays were timed, else "rows" that are computed.
+        expected: mean cost of a call with the suggested sizes.
+        now: mean cost of a call with the current sizes.
+        uncovered: number of calls above the largest current size. Both means count such a call as a
+            replay at its own size.
     """
 
     sizes: tuple[int, ...]
@@ -31,7 +32,7 @@ class Suggestion:
 
     @property
     def saved(self) -> float:
-        """The share of today's cost that these sizes save; below 0 where they cost more."""
+        """Share of the current cost that the suggested sizes save; negative if they cost more."""
         return 1 - self.expected / self.now if self.now else 0.0
 
     def __str__(self) -> str:

@@ -19,8 +19,8 @@ class PoolMemory(NamedTuple):
     """Memory of one allocator pool, in bytes.
 
     Attributes:
-        reserved: taken from the device.
-        allocated: of that, blocks that somebody owns now.
+        reserved: bytes taken from the device.
+        allocated: bytes of these in blocks that are in use.
     """
 
     reserved: int
