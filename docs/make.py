@@ -222,6 +222,14 @@ API = """# API
 
 Made by `python docs/make.py` from the docstrings; do not edit. The [guide](guide.md) explains how to use
 these names. [semantics.md](semantics.md) holds what a call promises.
+
+<!-- python
+import torch
+
+from graphcache import cuda_graphed
+
+model, tokens = torch.nn.Linear(4, 4), torch.randn(2, 4)
+-->
 """
 
 

@@ -1,0 +1,67 @@
+"""Reasons for eager calls that no other test meets: each row of docs/troubleshooting.md links to a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcache import GraphCacheError, GraphCacheWarning, cuda_graphed
+from tests.conftest import Backend, Counter
+
+
+def eager_reasons(forward: Any) -> str:
+    return ", ".join(map(str, forward.cache_info().eager))
+
+
+def test_bound_argument_that_is_an_output_runs_eagerly(backend: Backend) -> None:
+    make = cuda_graphed(lambda x: x * 2)
+    add = cuda_graphed(lambda x, table: x + table, bind=("table",))
+    x = backend.randn(2, 8)
+    make(x)
+    table = make(x)
+    assert torch.equal(add(x, table), x + table)
+    assert "output of a graph" in eager_reasons(add)
+
+
+def test_device_without_graphs_runs_eagerly() -> None:
+    forward = cuda_graphed(lambda x: x * 2)
+    assert forward(torch.empty(2, device="meta")).device.type == "meta"
+    assert "meta" in eager_reasons(forward)
+
+
+class Store:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.nowhere = torch.empty(2, device="meta")
+
+
+def test_object_with_a_tensor_without_address_runs_eagerly(backend: Backend) -> None:
+    forward = cuda_graphed(lambda x, store: x + store.tensor)
+    x = backend.randn(2, 8)
+    store = Store(backend.randn(8))
+    for _ in range(3):
+        assert torch.equal(forward(x, store), x + store.tensor)
+    assert forward.cache_info().hits == 0
+    assert "store holds tensors" in eager_reasons(forward)
+
+
+def test_result_with_a_number_of_each_call_runs_eagerly(backend: Backend) -> None:
+    calls = Counter()
+    forward = cuda_graphed(lambda x: (x * 2, calls.add()), sizes=(2,))
+    x = backend.randn(2, 8)
+    with pytest.warns(GraphCacheWarning, match="holds a Python value that changes from call to call"):
+        _, first = forward(x)
+    _, second = forward(x)
+    assert second > first
+    assert forward.cache_info().hits == 0
+
+
+def test_forward_of_a_deleted_module_raises() -> None:
+    module = cuda_graphed(nn.Linear(2, 2))
+    forward = module.forward
+    del module
+    with pytest.raises(GraphCacheError, match="module of this forward is gone"):
+        forward.cache_info()
