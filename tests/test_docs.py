@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -26,6 +27,7 @@ LONGEST_SENTENCE = 25  # words
 # A block that readers see, or one hidden in a comment that prepares or checks it.
 PYTHON = re.compile(r"^```python\n(.*?)^```|^<!-- python\n(.*?)^-->", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+QUOTED = re.compile(r'"([^"]+)"')
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -143,6 +145,33 @@ def test_performance_gives_no_figure_outside_the_tables() -> None:
     text = (ROOT / "docs" / "performance.md").read_text()
     prose = re.sub(r"<!-- made by.*?<!-- end -->", "", text, flags=re.DOTALL)
     assert re.findall(r"\d[\d.,]* ?(?:us|ns|ms|s|%|[KMG]iB|times)\b", prose) == []
+
+
+def test_quoted_messages_are_messages_of_the_library() -> None:
+    """Quotes in the first cells of docs/troubleshooting.md are warnings, notes and errors."""
+    texts = "\n".join(messages())
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [
+        text
+        for cell in re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)
+        for text in QUOTED.findall(cell)
+    ]
+    assert len(quoted) > 30
+    for text in quoted:
+        assert all(part.strip() in texts for part in text.split("…")), text
+
+
+def messages() -> Iterator[str]:
+    """Yields every string of the library, with … for what is filled in."""
+    for path in (ROOT / "graphcache").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            yield "".join(
+                p.value if isinstance(p, ast.Constant) and isinstance(p.value, str) else "…"
+                for p in parts
+            )
+    for path in (*(ROOT / "graphcache").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cpp")):
+        yield re.sub(r'"\s*\n\s*"', "", path.read_text())
 
 
 def test_each_reason_for_an_eager_call_is_explained() -> None:

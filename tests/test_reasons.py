@@ -1,4 +1,4 @@
-"""Reasons for eager calls that no other test meets: each row of docs/troubleshooting.md links to a test."""
+"""Reasons for eager calls that no other test meets; docs/troubleshooting.md links to them."""
 
 from __future__ import annotations
 
