@@ -259,7 +259,9 @@ class Stub:
     def described(self, name: str) -> Iterator[str]:
         """Yields the lines about one function."""
         node = self.found[name]
-        yield from code(f"{name}({', '.join(argument.arg for argument in node.args.args)})")
+        for argument in node.args.args:
+            argument.annotation = None
+        yield from code(f"{name}({ast.unparse(node.args)})")
         yield from rendered(ast.get_docstring(node) or "")
 
 
