@@ -148,8 +148,10 @@ class GraphCache:
         if why is not None and why is not ROWS_ALIKE:
             self.store.warn(
                 "rows",
-                f"padding batch {call.batch} to {bucket.size} changes its result ({why}), so it is "
-                "captured at exactly the batch sizes that it is called with",
+                "is captured at exactly the batch sizes that it is called with: padding batch "
+                f"{call.batch} to {bucket.size} changes its result ({why})",
+                "Nothing, if each batch comes often.",
+                "Or keep rows independent of each other, such as by a norm over features.",
             )
         return eager
 
@@ -202,7 +204,9 @@ class GraphCache:
                     first_call(self.store, forward, call, exactly=False, restore=True)
         except Bypass as reason:
             if not config.is_disabled():
-                self.store.warn(f"warmup {reason}", f"warmup() captured nothing: {reason}")
+                self.store.warn(
+                    f"warmup {reason}", f"has no graphs yet, as warmup() captured nothing: {reason}"
+                )
 
     # Reports
 

@@ -28,24 +28,16 @@ from graphcache.runtime.source_lines import warn
 
 logger = logging.getLogger(__name__)
 
-MAX_SIGNATURES = (
-    32  # a forward that needs more is not one that graphs can speed up: each costs a capture
-)
+# A forward that needs more is not one that graphs can speed up: each costs a capture.
+MAX_SIGNATURES = 32
 MAX_RECAPTURES = 8
 MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
 MAX_EMPTY_SLOTS = 4
-GIVE_PAD = (
-    "its forward writes to state outside itself (a cache, a buffer), so it is captured at exactly the "
-    "batch sizes that it is called with. To have it padded, say what a padded row must hold so that it "
-    "writes nowhere that counts: pad={'argument': value}"
-)
-CHANGE_IN_PLACE = (
-    "it runs eagerly now. Pass what changes as an argument, and change tensors in place (copy_)"
-)
 MANY_WAYS = (
-    f"it is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such "
-    "calls run eagerly. Pad the other dimensions, pass numbers as tensors, and keep large arguments "
-    "and those that are written to at one address"
+    f"is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such calls "
+    "run eagerly",
+    "Pad the other dimensions, and pass numbers as tensors.",
+    "Keep large arguments, and those that are written to, at one address.",
 )
 
 
@@ -148,20 +140,23 @@ class Store:
         if hooked is not None:
             raise Bypass(Reason.HOOKS, text=f"hooks inside the forward, on {hooked}")
         if self._recaptures > MAX_RECAPTURES:
-            many = f"after {self._recaptures} captures in a row"
             self.warn(
-                "recaptures", f"{self._replaced} was replaced or changed {many}; {CHANGE_IN_PLACE}"
+                "recaptures",
+                f"runs eagerly now: {self._replaced} was replaced or changed after {self._recaptures} "
+                "captures in a row",
+                "Pass what changes as an argument.",
+                "Change tensors in place (copy_).",
             )
             raise Bypass(Reason.RECAPTURED_TOO_OFTEN)
         # An object that a call changes is another kind of call each time.
         if not self.entries.is_due(call.bare_key) and not call.objects:
             if self.entries.once > MAX_SIGNATURES:
-                self.warn("signatures", MANY_WAYS)
+                self.warn("signatures", *MANY_WAYS)
             raise Bypass(Reason.SEEN_ONCE)
         if len(self.entries) >= MAX_SIGNATURES:
             victim = self.entries.lru_victim()
             if victim is None:
-                self.warn("signatures", MANY_WAYS)
+                self.warn("signatures", *MANY_WAYS)
                 raise Bypass(Reason.TOO_MANY_SIGNATURES, text=f"more than {MAX_SIGNATURES} signatures")
             self.drop(self.entries.pop(victim))
             self.counts.dropped += 1
@@ -251,7 +246,13 @@ class Store:
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(held)
         if entry.no_padding_reason is PAD_IS_MISSING:  # at last, since warnings may be errors
-            self.warn("pad", GIVE_PAD)
+            self.warn(
+                "pad",
+                "writes to state outside itself (a cache, a buffer), so it is captured at exactly the "
+                "batch sizes that it is called with",
+                "To have it padded, say what a padded row must hold to write nowhere that counts: "
+                "pad={'argument': value}.",
+            )
 
     def bypass_for_good(self, call: BoundCall, instance: Any, error: Exception) -> None:
         """Runs a signature eagerly from here on, with one warning.
@@ -273,8 +274,10 @@ class Store:
             self.hand_over(call, instance, entry)
         self.warn(
             why,
-            f"it can't be captured, so it runs eagerly: {why}. Move that out of the forward, decorate "
-            "a smaller part, or silence this with graphcache.disabled()",
+            f"can't be captured, so it runs eagerly: {why}",
+            reason.advice,
+            "Or decorate a smaller part, without that.",
+            "Or silence this warning with graphcache.disabled().",
         )
 
     def hand_over(self, call: BoundCall, instance: Any, entry: Entry) -> None:
@@ -313,8 +316,9 @@ class Store:
         self.entries = Entries()
         self._forget()
 
-    def warn(self, about: str, text: str) -> None:
-        """Warns, once about each thing."""
+    def warn(self, about: str, text: str, *steps: str) -> None:
+        """Warns, once about each thing, and numbers the next steps."""
         if about not in self._warned:
             self._warned.add(about)
-            warn(f"{self.name}: {text}")
+            numbered = (f"\n  {number}. {step}" for number, step in enumerate(steps, 1))
+            warn(f"{self.name} {text}{''.join(numbered)}")

@@ -2,7 +2,9 @@
 
 import gc
 import logging
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import _C, GraphCacheWarning, cuda_graphed
+from graphcache.report.reasons import Reason
 from tests.helpers import Backend, Capturing, Counter, close, eager, hidden, state_of
 from tests.models import MLP, Cached
 
@@ -219,3 +222,15 @@ def test_warm_up_leaves_no_effects(backend: Backend) -> None:
     assert model.cache[:4, 0].tolist() == [4, 4, 3, 1]
     assert set(tuned) == {2, 3, 4}
     assert model.forward.cache_info().hits == 3
+
+
+def test_warning_of_an_uncapturable_forward_numbers_its_steps(backend: Backend) -> None:
+    graphed = cuda_graphed(lambda x: x * x.sum().item())
+    with pytest.warns(GraphCacheWarning) as caught:
+        graphed(backend.randn(2, 2))
+    (warning,) = caught
+    first, *steps = str(warning.message).splitlines()
+    assert re.search(r"can't be captured, so it runs eagerly: .*`\.item\(\)` at .*\.py:\d+", first)
+    assert [step.split(".")[0].strip() for step in steps] == ["1", "2", "3"]
+    assert Reason.READS_VALUE.advice in steps[0]
+    assert Path(warning.filename) == Path(__file__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import GraphCacheError, GraphCacheWarning, cuda_graphed
-from tests.conftest import Backend, Counter
+from tests.helpers import Backend, Counter
 
 
 def eager_reasons(forward: Any) -> str:
