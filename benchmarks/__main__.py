@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.goals import described
-from benchmarks.worker import NAMES
-
-ROOT = Path(__file__).parent.parent
+from benchmarks.harness.goals import described
+from benchmarks.harness.record import ROOT
+from benchmarks.programs.worker import NAMES
 
 
 def file_name(workload: str, device: str) -> str:
@@ -37,7 +36,7 @@ def run(workload: str, args: argparse.Namespace) -> int:
     """Runs one workload in a fresh process; returns its status."""
     path: Path = args.out / file_name(workload, args.device)
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.worker", workload, str(path.resolve())]
+    command = [sys.executable, "-m", "benchmarks.programs.worker", workload, str(path.resolve())]
     command += ["--device", args.device, *(["--quick"] if args.quick else [])]
     begin = time.perf_counter()
     try:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memcheck, tables
+from benchmarks.programs import memcheck
+from benchmarks.report import tables
 
 
 @pytest.mark.parametrize("part", memcheck.PARTS)
@@ -39,7 +40,7 @@ def test_memcheck_runs_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(memcheck, "SANITIZER", ("sh", "-c", says, "sh"))
     monkeypatch.setattr(memcheck, "TESTS", ("-k", "does_not_own"))
     monkeypatch.setattr(memcheck, "GROUP", 1)
-    monkeypatch.setattr(memcheck.record, "SUITE", ("tests/unit/native/test_tensors.py",))
+    monkeypatch.setattr(memcheck.record_all, "SUITE", ("tests/unit/native/test_tensors.py",))
     found = memcheck.run("tests", tmp_path, ["-p", "no:cacheprovider"], jobs=2)
     assert found["counts"]["cuda"]["passed"] == len([*tmp_path.iterdir()]) >= 2
     assert found["failed"] == []

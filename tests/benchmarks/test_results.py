@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import tables
+from benchmarks.report import tables
 
 
 def test_results_page_is_made_from_the_records() -> None:

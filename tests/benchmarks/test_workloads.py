@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import comparison, memory, tables, worker
-from benchmarks.arms import ARMS, Graphcache
-from benchmarks.goals import goals_of
-from benchmarks.workloads import WORKLOADS
+from benchmarks.harness.arms import ARMS, Graphcache
+from benchmarks.harness.goals import goals_of
+from benchmarks.programs import worker
+from benchmarks.report import comparison, tables
+from benchmarks.workloads import memory
+from benchmarks.workloads.catalog import WORKLOADS
 
 
 def record_tiny(folder: Path) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def test_tables_refuse_what_is_emulated(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_results_page_shows_plots_that_exist() -> None:
     for plot in re.findall(r"\]\((plots/[^)]*)\)", tables.PAGE.read_text()):
-        assert (tables.PAGE.parent / plot).exists(), f"{plot}: run python -m benchmarks.plots"
+        assert (tables.PAGE.parent / plot).exists(), f"{plot}: run python -m benchmarks.report.plots"
 
 
 def test_sizes_are_spread_over_the_ladder() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import families, tables, zoo
-from benchmarks.cases import GROUPS, Case
+from benchmarks.report import tables
+from benchmarks.workloads import families, zoo
+from benchmarks.workloads.cases import GROUPS, Case
 from graphcache import cuda_graphed
 
 Run = Callable[..., tuple[int, dict[str, Any]]]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from benchmarks import record
+from benchmarks.harness import record
 from graphcache import cuda_graphed, default_pool
 
 WAYS = ("clear", "delete", "delete, then trim", "clear, held", "delete, held", "recapture")

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.stateful import run_state_machine_as_test
 
-from benchmarks import record
+from benchmarks.harness import record
 from tests.fuzz.machine import Fuzz, Stats
 from tests.fuzz.modules import KINDS
 

@@ -2,89 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import GptStep, LlamaStep, ManyParameters, TinyMlp
-
-Inputs = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """How a module is called.
-
-    Attributes:
-        name: "exact", "padded" or "changing".
-        batches: the batch of each call, in turn.
-        size: the size that all of them are padded to; None: each is a size itself.
-    """
-
-    name: str
-    batches: tuple[int, ...]
-    size: int | None = None
-
-    def size_of(self, batch: int) -> int:
-        """Returns the rows of the graph that serves `batch`."""
-        return batch if self.size is None else self.size
-
-
-def three(exact: int, padded: int, changing: tuple[int, ...]) -> tuple[Scenario, ...]:
-    """Returns the usual scenarios; padded rows go to the size `exact`."""
-    return (
-        Scenario("exact", (exact,)),
-        Scenario("padded", (padded,), exact),
-        Scenario("changing", changing),
-    )
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One module and how it is used.
-
-    Attributes:
-        name: of its record.
-        about: one line for the docs.
-        build: makes the module on a device; True: a small one, to try the harness.
-        inputs: makes random inputs of a batch.
-        sizes: what `graphcache` captures.
-        scenarios: see there.
-        tolerance: largest difference from eager, relative to the largest value of the result.
-        pad: `graphcache`'s option of that name.
-        fills: what the hand-written arms put into padded rows, by index of the argument; 0 otherwise.
-        state: the tensors that a call writes to, or depends on besides its arguments.
-        duplicate: makes another module with the same weights and state of its own.
-        compiled_in: scenarios of `graphcache` over a compiled forward (each size costs a compilation).
-        branches: its graphs have some: products that run side by side.
-        recompiled: `torch.compile` takes part in the other scenarios too, and compiles anew for them.
-        rounds: blocks of timed calls for each arm.
-        pipelined: blocks of unsynchronised calls, and calls in each.
-    """
-
-    name: str
-    about: str
-    build: Callable[[torch.device, bool], nn.Module]
-    inputs: Callable[[nn.Module, int, torch.device], Inputs]
-    sizes: tuple[int, ...]
-    scenarios: tuple[Scenario, ...]
-    tolerance: float = 1e-4
-    pad: Any = None
-    fills: dict[int, int] = field(default_factory=dict)
-    state: Callable[[nn.Module], list[Tensor]] = lambda module: list(module.buffers())
-    duplicate: Callable[[nn.Module], nn.Module] = copy.deepcopy
-    compiled_in: tuple[str, ...] = ("exact",)
-    branches: bool = False
-    recompiled: bool = True
-    rounds: int = 40
-    pipelined: tuple[int, int] = (10, 256)
+from benchmarks.harness.workload import Inputs, Scenario, Workload, three
+from benchmarks.workloads.models import GptStep, LlamaStep, ManyParameters, TinyMlp
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -190,7 +117,7 @@ CHAR_SLOTS, CHAR_VOCAB = 32, 96
 
 
 def _char(device: torch.device, small: bool) -> nn.Module:
-    folder = str(Path(__file__).parent.parent / "examples")
+    folder = str(Path(__file__).parents[2] / "examples")
     if folder not in sys.path:
         sys.path.append(folder)
     import char_decode

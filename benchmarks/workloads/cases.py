@@ -1,4 +1,4 @@
-"""The modules of `python -m benchmarks.zoo`, by the library that they come from."""
+"""The modules of `python -m benchmarks.workloads.zoo`, by the library that they come from."""
 
 from __future__ import annotations
 

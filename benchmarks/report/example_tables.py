@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.comparison import mib, table
+from benchmarks.report.comparison import mib, table
 
 Rows = list[tuple[str, ...]]
 

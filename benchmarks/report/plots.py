@@ -1,19 +1,17 @@
 """Draw the plots of docs/results.md from the records in benchmarks/results; needs matplotlib.
 
-python -m benchmarks.plots
+python -m benchmarks.report.plots
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks import comparison
+from benchmarks.harness.record import RESULTS, ROOT
+from benchmarks.report import comparison
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE_FOLDER = ROOT / "docs"
 OURS, OTHERS = "#c0392b", "#7f8c8d"
 

@@ -1,6 +1,6 @@
 """Time `generate` of transformers at batch 1, as it is and with one line added; record what came out.
 
-    python -m benchmarks.generate --out benchmarks/results/generate-h100.json
+    python -m benchmarks.workloads.generate --out benchmarks/results/generate-h100.json
 
 A decoder in the shape of Llama-3.2-1B with random weights writes 256 tokens after 64, with a static
 cache, in five ways: eagerly, with graphs, as transformers compiles it, and as that with graphs in place
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import graphcache
-from benchmarks import record
-from benchmarks.workloads import LLAMA
+from benchmarks.harness import record
+from benchmarks.workloads.catalog import LLAMA
 from graphcache import cuda_graphed
 from graphcache.config import linear_var, switched
 
@@ -147,7 +147,7 @@ def measure(models: dict[str, Any], tokens: int, rounds: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all arms; 1 if one is wrong or replays nothing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workloads.generate", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for what came out")
     asked = parser.parse_args(argv)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.timing import Timed
+from benchmarks.harness.timing import Timed
 
 MARK = "graphcache benchmark"
 CALLS = 10

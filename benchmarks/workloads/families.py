@@ -1,6 +1,6 @@
 """Run transformers' decoder families under `generate`, as they are and graphed; record what came out.
 
-    python -m benchmarks.families --out benchmarks/results/families-h100.json
+    python -m benchmarks.workloads.families --out benchmarks/results/families-h100.json
 
 Each is built from a small configuration with random weights, so nothing is downloaded. Tokens have to be
 identical to eager: greedily, after a prompt of another length, by sampling with a seed, and with padding
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import graphcache
-from benchmarks import record
+from benchmarks.harness import record
 from graphcache import cuda_graphed
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
@@ -165,7 +165,7 @@ def speedup(plain: Callable[[], Any], graphed: Callable[[], Any], rounds: int) -
 
 def parser(prog: str, about: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
     """Returns the options: where to run, which of `names`, and where to write what came out."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{prog}", description=about)
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.workloads.{prog}", description=about)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--only", nargs="*", default=list(names), choices=names, metavar="NAME")
     made.add_argument("--out", type=Path, help="a JSON file for what came out")

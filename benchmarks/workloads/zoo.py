@@ -1,6 +1,6 @@
 """Run modules that people have, as they are and graphed by one line; record what came of it.
 
-    python -m benchmarks.zoo --out benchmarks/results/zoo-h100.json
+    python -m benchmarks.workloads.zoo --out benchmarks/results/zoo-h100.json
 
 All have random weights, so nothing is downloaded; a group whose library is missing is left out. Each is
 called with batches of 1 to 8 in mixed order and fresh inputs, in float32 under inference mode, and every
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from benchmarks import record
-from benchmarks.cases import GROUPS, Case
-from benchmarks.families import attempt, counts, parser, speedup, without_folders
+from benchmarks.harness import record
+from benchmarks.workloads.cases import GROUPS, Case
+from benchmarks.workloads.families import attempt, counts, parser, speedup, without_folders
 from graphcache import cuda_graphed
 from graphcache.call.pytree import flatten
 

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, profiling
-from benchmarks.arms import ARMS, Arm, Setup
-from benchmarks.goals import OURS, goals_of
-from benchmarks.record import environment
-from benchmarks.timing import BLOCK, Timed, figures_of, host_and_latency, take_turns, throughput
-from benchmarks.workloads import WORKLOADS, Inputs, Scenario, Workload
+from benchmarks.harness import profiling
+from benchmarks.harness.arms import ARMS, Arm, Setup
+from benchmarks.harness.goals import OURS, goals_of
+from benchmarks.harness.record import environment
+from benchmarks.harness.timing import BLOCK, Timed, figures_of, host_and_latency, take_turns, throughput
+from benchmarks.harness.workload import Inputs, Scenario, Workload
+from benchmarks.workloads import memory
+from benchmarks.workloads.catalog import WORKLOADS
 from graphcache import emulate
 
 NAMES = (*WORKLOADS, "memory")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import quiet_collector
-from benchmarks.workloads import gpt, gpt_inputs
+from benchmarks.harness.timing import quiet_collector
+from benchmarks.workloads.catalog import gpt, gpt_inputs
 from graphcache import GraphPool, cuda_graphed
 
 # 35 sizes, as engines use them; the cache is short, since 256 rows of a long one say nothing more.

@@ -1,7 +1,7 @@
 """Write the tables of docs/results.md from the records in benchmarks/results.
 
-python -m benchmarks.tables            # writes
-python -m benchmarks.tables --check    # 1 if the page is not what the records say
+python -m benchmarks.report.tables            # writes
+python -m benchmarks.report.tables --check    # 1 if the page is not what the records say
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks import comparison, example_tables
-from benchmarks.comparison import table
+from benchmarks.harness.record import RESULTS, ROOT
+from benchmarks.report import comparison, example_tables
+from benchmarks.report.comparison import table
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 
 HEADER = """# Results
 
-Made by `python -m benchmarks.tables` from the records in `benchmarks/results`; do not edit. Made anew on
-a GPU by `python -m benchmarks.record --out benchmarks/results`.
+Made by `python -m benchmarks.report.tables` from the records in `benchmarks/results`; do not edit.
 """
 
 COMPARISONS = """What follows is made by `python -m benchmarks --out benchmarks/results`, and its plots
-by `python -m benchmarks.plots`. All arms of a table are timed in one process on one card. They take
-turns of 32 calls, and turns at going first. The GPU is synchronised before each timed call: *host* is
+by `python -m benchmarks.report.plots`. All arms of a table are timed in one process on one card. They
+take turns of 32 calls, and turns at going first. The GPU is synchronised before each timed call:
+*host* is
 the time until the call returns, *latency* the time until a synchronise after it returns; both are
 medians. *Calls per second* are of calls that nothing waits for. Every arm is compared with eager on
 fresh inputs in the same run, and runs under `torch.inference_mode()` unless its row says otherwise.
@@ -54,7 +52,7 @@ def memcheck(figures: dict[str, Any]) -> str:
     counts = figures["counts"].values()
     passed, failed = (sum(count.get(key, 0) for count in counts) for key in ("passed", "failed"))
     rows = [
-        (f"`python -m benchmarks.memcheck {figures['part']}`", ""),
+        (f"`python -m benchmarks.programs.memcheck {figures['part']}`", ""),
         ("passed, failed", f"{passed:,}, {failed:,}"),
         *(("", f"failed: `{name}`") for name in figures.get("failed", ())),
         ("errors of memory", f"{figures['errors']:,}"),

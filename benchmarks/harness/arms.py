@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import BoundCall
-from benchmarks.workloads import Inputs, Scenario, Workload
+from benchmarks.harness.timing import BoundCall
+from benchmarks.harness.workload import Inputs, Scenario, Workload
 from graphcache import GraphPool, config, cuda_graphed
 
 WARM_UPS = 4  # calls of each batch before anything counts: peers capture at the second or third

@@ -1,7 +1,7 @@
 """Run the CUDA tests, or the examples, under compute-sanitizer's memcheck, and record what it found.
 
-    python -m benchmarks.memcheck tests --out benchmarks/results --jobs 24
-    python -m benchmarks.memcheck examples --out benchmarks/results
+    python -m benchmarks.programs.memcheck tests --out benchmarks/results --jobs 24
+    python -m benchmarks.programs.memcheck examples --out benchmarks/results
 
 Each process has a sanitizer of its own: one for all of them serves one after another.
 """
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks.harness import record
+from benchmarks.programs import record_all
 
 # Captures fail on purpose in many tests, and errors of the API are no errors of memory. Its walk through
 # Python's stack leaks what the frames hold (fixed in release 2025.4.1), so no backtraces.
@@ -70,7 +71,7 @@ def errors(text: str) -> int:
 
 def run_tests(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, dict[str, Any]]:
     """Runs the tests, `jobs` groups at a time; returns the logs, and how many passed."""
-    names = record.collect([*TESTS, *options])
+    names = record_all.collect([*TESTS, *options])
     counts: Counter[str] = Counter()
     failed: list[str] = []
     devices = deque(range(torch.cuda.device_count()))
@@ -84,7 +85,7 @@ def run_tests(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, dic
         devices.rotate()
         order = ",".join(map(str, devices))  # which of them is the current one
         with (part / "log").open("w") as stdout:
-            found = record.run_tests(
+            found = record_all.run_tests(
                 part,
                 [f"@{part / 'names'}", *options],
                 prefix=("env", f"CUDA_VISIBLE_DEVICES={order}", *SANITIZER),
@@ -114,7 +115,7 @@ def run_examples(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, 
         start = perf_counter()
         more = (*EXAMPLES[name], *options, "--device", "cuda")
         with (folder / f"{name}.log").open("w") as stdout:
-            done = record.run_example(name, folder, more, prefix=SANITIZER, stdout=stdout)
+            done = record_all.run_example(name, folder, more, prefix=SANITIZER, stdout=stdout)
         print(f"{name}: {perf_counter() - start:.0f} s, status {done['status']}", flush=True)
         return int(done["status"])
 

@@ -1,6 +1,6 @@
-"""Run the tests and the examples on this machine's GPU and record what came out.
+"""Run the tests and the workloads made from the examples on this machine's GPU, and record each.
 
-    python -m benchmarks.record --out benchmarks/results
+    python -m benchmarks.programs.record_all --out benchmarks/results
 
 Writes one JSON file for each, with device, driver, versions, date and commit.
 """
@@ -8,10 +8,7 @@ Writes one JSON file for each, with device, driver, versions, date and commit.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,54 +20,12 @@ from xml.etree import ElementTree
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = (
+from benchmarks.harness import record
+from benchmarks.harness.record import ROOT
+
+WORKLOADS = (
     *("weak_refs", "char_decode", "plain_module", "continuous_batching", "embeddings", "two_models"),
 )
-
-
-def environment(*, emulated: bool = False) -> dict[str, str]:
-    """Returns what a figure is worth nothing without."""
-    where = {
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "commit": os.environ.get("GRAPHCACHE_COMMIT") or _commit(),
-    }
-    if emulated:
-        return {"device": "emulated on a CPU", "driver": "none", **where}
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()[0]
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": driver.strip(),
-        **where,
-    }
-
-
-def short_name(where: dict[str, str]) -> str:
-    """Returns what the device of an environment is called in names of files, such as "h100"."""
-    return where["device"].replace("NVIDIA ", "").split()[0].lower()
-
-
-def write(path: Path, name: str, figures: dict[str, Any], *, emulated: bool) -> None:
-    """Writes one record of what ran on this machine."""
-    record = {"name": name, "environment": environment(emulated=emulated), "figures": figures}
-    path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _commit() -> str:
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or "unknown"
-
-
 # Without the tests of the records themselves: those hold once the records are in the repository.
 SUITE = ("tests", "--ignore=tests/benchmarks/test_results.py")
 
@@ -139,23 +94,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--pytest", default="", help="more options for pytest, such as '-n 8'")
-    parser.add_argument("--only", choices=("tests", *EXAMPLES), help="record this one")
+    parser.add_argument("--only", choices=("tests", *WORKLOADS), help="record this one")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("records are of runs on a GPU, and torch finds none here")
-    where = environment()
-    short = short_name(where)
+    where = record.environment()
+    short = record.short_name(where)
     worst = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in (*EXAMPLES, "tests"):
+        for name in (*WORKLOADS, "tests"):
             if args.only in (None, name):
                 figures = (
                     run_tests(folder, [*SUITE, *args.pytest.split()])
                     if name == "tests"
                     else run_example(name, folder)
                 )
-                write(args.out / f"{name}-{short}.json", name, figures, emulated=False)
+                record.write(args.out / f"{name}-{short}.json", name, figures, emulated=False)
                 worst = max(worst, figures["status"])
     return int(worst != 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.goals import described
+from benchmarks.harness.goals import described
 
 TITLES = {
     "exact": "batch {batches}, its own size",
