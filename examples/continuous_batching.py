@@ -1,29 +1,13 @@
-"""Decode requests that come and go, in a batch that changes at every step, with CUDA graphs.
+"""Decode requests that come and go, in a batch that changes at every step.
 
     python examples/continuous_batching.py
 
-Requests arrive in bursts, with prompts and answers of different length. The KV cache has room for a few
-of them at a time; each step decodes one token of every request that has a slot, and a request that ends
-leaves its slot to one that waits. The step is padded to the next of four sizes: padded rows write to a
-spare slot. All requests are decoded twice by the same code, eagerly and graphed, and the tokens must be
-identical. The weights are random, so the text means nothing. Without a GPU the graphs are emulated.
+Each step decodes one token of every request that has a slot of the KV cache. The batch is padded to the
+next of four sizes, and padded rows write to a spare slot. Without a GPU the graphs are emulated.
 """
 
-from __future__ import annotations
-
-import argparse
-import copy
-import json
 import random
-import statistics
 import sys
-from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,167 +15,55 @@ from torch import Tensor, nn
 
 from graphcache import cuda_graphed, disabled, emulate
 
-SLOTS, LONGEST = 8, 64  # requests that the cache holds at a time, and tokens of each
-SPARE = SLOTS  # one slot more: padded rows write there, and nobody reads it
-SIZES = (1, 2, 4, 8)
-VOCAB, DIM, HEADS, LAYERS = 256, 64, 4, 2
-REPEATS = 5  # timed runs of each arm, on a GPU
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOTS, SPARE, LONGEST, VOCAB, DIM = 8, 8, 48, 256, 64
 
 
-class Layer(nn.Module):
-    """Attention over what the cache holds of each request, and a small MLP."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 3 * DIM))
-        self.out = nn.Linear(DIM, DIM)
-        self.mlp = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, DIM))
-        shape = (SLOTS + 1, LONGEST, HEADS, DIM // HEADS)
-        self.register_buffer("keys", torch.zeros(shape))
-        self.register_buffer("values", torch.zeros(shape))
-
-    def forward(self, x: Tensor, positions: Tensor, slots: Tensor, known: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(-1, 3, HEADS, DIM // HEADS).unbind(1)
-        self.keys[slots, positions] = k
-        self.values[slots, positions] = v
-        keys, values = self.keys[slots].transpose(1, 2), self.values[slots].transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=known)
-        x = x + self.out(mixed.flatten(1))
-        return torch.add(x, self.mlp(x))
-
-
+@cuda_graphed(sizes=(1, 2, 4, 8), pad={"slots": SPARE})  # the one line
 class Decoder(nn.Module):
-    """A small transformer, whose forward feeds one token of each of n requests."""
-
-    span: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(VOCAB, DIM), nn.Embedding(LONGEST, DIM)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, VOCAB))
-        self.register_buffer("span", torch.arange(LONGEST))
-        for weights in self.layers.parameters():
-            weights.data.mul_(4)  # so large that a single wrong row of the cache changes the text
+        self.qkv, self.head = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, VOCAB)
+        self.keys, self.values = (nn.Buffer(torch.zeros(SLOTS + 1, LONGEST, DIM)) for _ in "kv")
 
-    # It writes to the cache, so what padded rows hold must be said: `tokens` and `positions` zeros.
-    @cuda_graphed(sizes=SIZES, pad={"slots": SPARE})
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """Returns the token that follows each, int64 (n,) as all arguments are."""
-        known = (self.span <= positions[:, None])[:, None, None]
-        x = self.token(tokens) + self.position(positions)
-        for layer in self.layers:
-            x = layer(x, positions, slots, known)
-        return torch.argmax(self.head(x), -1)
+        """Returns the token that follows each of n tokens; all arguments are (n,)."""
+        q, k, v = self.qkv(self.token(tokens) + self.position(positions)).chunk(3, -1)
+        self.keys[slots, positions], self.values[slots, positions] = k, v
+        mask = torch.arange(LONGEST, device=q.device) <= positions[:, None, None]
+        keys, values = self.keys[slots], self.values[slots]
+        mixed = F.scaled_dot_product_attention(q[:, None], keys, values, attn_mask=mask)
+        return torch.argmax(self.head(mixed[:, 0]), -1)
 
 
-@dataclass
-class Request:
-    """What somebody wants, and how far it is."""
-
-    arrives: int  # at this step
-    tokens: list[int]  # the prompt, then what was written
-    length: int  # at which it ends
-    slot: int = SPARE
-    fed: int = 0  # tokens that the cache holds
-
-
-@torch.inference_mode()
-def serve(model: Decoder, requests: list[Request]) -> list[list[int]]:
-    """Returns the tokens of each request; at each step those that have a slot get one further."""
-    requests = copy.deepcopy(requests)
-    waiting, active, free = deque(requests), list[Request](), list(range(SLOTS))[::-1]
-    step = 0
+def serve(model: Decoder, prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the continued prompts; a new request takes a free slot at each step."""
+    texts = [[*prompt] for prompt in prompts]
+    waiting, active, step = [*texts], dict[int, tuple[int, list[int]]](), 0
     while waiting or active:
-        while free and waiting and waiting[0].arrives <= step:
-            active.append(waiting.popleft())
-            active[-1].slot = free.pop()
+        if waiting and (free := {*range(SLOTS)} - active.keys()):
+            active[min(free)] = step, waiting.pop(0)  # by slot: the first step of a request, its text
+        rows = [(text[step - start], step - start, slot) for slot, (start, text) in active.items()]
+        picks = model(*torch.tensor(rows).T.contiguous().to(device)).tolist()
         step += 1
-        if not active:
-            continue
-        rows = [(request.tokens[request.fed], request.fed, request.slot) for request in active]
-        inputs = torch.tensor([*zip(*rows, strict=True)], device=model.span.device)
-        picks = model(*inputs.unbind()).tolist()  # tokens, positions, slots; it waits for the device
-        for request, pick in zip(active, picks, strict=True):
-            request.fed += 1
-            if request.fed == len(request.tokens):  # else the prompt goes on
-                request.tokens.append(pick)
-        free += [request.slot for request in active if len(request.tokens) == request.length]
-        active = [request for request in active if len(request.tokens) < request.length]
-    return [request.tokens for request in requests]
+        for (slot, (start, text)), pick in zip([*active.items()], picks, strict=True):
+            if step - start == len(text):  # else the prompt goes on
+                text.append(pick)
+                if pick < 16 or len(text) == LONGEST:  # tokens below 16 end a text
+                    del active[slot]
+    return texts
 
 
-def make_requests(count: int) -> list[Request]:
-    """Returns requests in the order of their arrival: some come together, some after a while."""
-    rng = random.Random(0)
-    requests, step = [], 0
-    for _ in range(count):
-        step += rng.choice((0, 0, 0, 2, 9, 30))
-        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(2, LONGEST // 4))]
-        requests.append(Request(step, prompt, len(prompt) + rng.randint(4, LONGEST * 3 // 4)))
-    return requests
-
-
-def time_arms(model: Decoder, requests: list[Request], written: int) -> dict[str, float]:
-    """Median tokens per second of each arm; the arms take turns, and turns at going first."""
-    rates: dict[str, list[float]] = {"eager": [], "graphed": []}
-    for repeat in range(REPEATS):
-        for name in list(rates)[:: 1 if repeat % 2 == 0 else -1]:
-            start = perf_counter()
-            with disabled() if name == "eager" else nullcontext():
-                serve(model, requests)
-            rates[name].append(written / (perf_counter() - start))
-    return {name: statistics.median(each) for name, each in rates.items()}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Decodes all requests twice; 1 if a token differs from eager or nothing was replayed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--requests", type=int, default=64, help="to decode (%(default)s)")
-    parser.add_argument("--device", help="cuda or cpu; without it, cuda where there is one")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(0)
-    # In float64: other batches are rounded otherwise, and in float32 there are near-ties now and then.
-    model = Decoder().to(device, torch.float64).eval()
-    requests = make_requests(args.requests)
-
-    forward: Any = model.forward
-    with nullcontext() if on_gpu else emulate():
-        got, info = serve(model, requests), forward.cache_info()
+rng = random.Random(0)
+prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(2, 9))] for _ in range(24)]
+torch.manual_seed(0)
+model = Decoder().to(device, torch.float64).eval()  # float64: no near-ties between tokens
+with torch.inference_mode(), emulate():  # emulate() concerns CPU tensors only
+    got, info = serve(model, prompts), model.forward.cache_info()
     with disabled():
-        want = serve(model, requests)
-    identical = sum(a == b for a, b in zip(got, want, strict=True))
-    written = sum(request.length - len(request.tokens) for request in requests)
-    figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "requests": len(requests),
-        "identical": identical,
-        "tokens": written,
-        "batches": info.batches,
-        "replays": info.replays,
-        "padded_rows": info.padded_rows,
-        "eager": info.eager,
-    }
-    print(info)
-    print(f"\nbatches, and how often each came: {info.batches}")
-    print(f"requests with tokens identical to eager: {identical} of {len(requests)}, {written} tokens")
-    if on_gpu:
-        figures["tokens_per_second"] = rates = time_arms(model, requests, written)
-        print(f"tokens per second: {rates['eager']:,.0f} eager, {rates['graphed']:,.0f} graphed")
-        print(f"speed against eager: {rates['graphed'] / rates['eager']:.2f}x")
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    if got != want or not info.hits:
-        print("FAILED: tokens differ from eager, or nothing was replayed", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        want = serve(model, prompts)
+print(info)
+print(f"\n{sum(map(len, got))} tokens of {len(got)} requests, identical to eager: {got == want}")
+if got != want or not info.hits:
+    sys.exit("FAILED: tokens differ from eager, or nothing was replayed")

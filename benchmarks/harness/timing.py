@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter_ns
@@ -131,3 +131,18 @@ def figures_of(arm: Timed) -> dict[str, Any]:
         "latency_us": summary(arm.latency),
         "calls_per_second": statistics.median(arm.rates),
     }
+
+
+def median_seconds(
+    arms: Mapping[str, Callable[[], Any]], repeats: int, synchronize: Callable[[], Any]
+) -> dict[str, float]:
+    """Returns the median seconds of one run of each arm; the arms take turns, also at going first."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for name in list(arms)[:: 1 if repeat % 2 == 0 else -1]:
+            synchronize()
+            begin = perf_counter_ns()
+            arms[name]()
+            synchronize()
+            seconds[name].append((perf_counter_ns() - begin) / 1e9)
+    return {name: statistics.median(each) for name, each in seconds.items()}

@@ -66,26 +66,11 @@ def run_tests(
     return {"status": status, "counts": tallies, "failed": wrong}
 
 
-def run_example(
-    name: str,
-    folder: Path,
-    options: Sequence[str] = (),
-    *,
-    prefix: Sequence[str] = (),
-    stdout: Any = None,
-) -> dict[str, Any]:
-    """Runs one example and returns its figures; its exit status tells whether they are right.
-
-    Args:
-        name: of the example.
-        folder: for its figures.
-        options: of the example.
-        prefix: a command to run it under.
-        stdout: where to write; see `subprocess.run`.
-    """
+def run_workload(name: str, folder: Path) -> dict[str, Any]:
+    """Runs one workload; returns its figures, and its exit status: 0 if they are right."""
     path = folder / f"{name}.json"
-    program = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--json", str(path), *options]
-    status = subprocess.run([*prefix, *program], cwd=folder, check=False, stdout=stdout).returncode
+    program = [sys.executable, "-m", f"benchmarks.workloads.{name}", "--json", str(path)]
+    status = subprocess.run(program, cwd=ROOT, check=False).returncode
     return {"status": status, **(json.loads(path.read_text()) if path.exists() else {})}
 
 
@@ -108,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 figures = (
                     run_tests(folder, [*SUITE, *args.pytest.split()])
                     if name == "tests"
-                    else run_example(name, folder)
+                    else run_workload(name, folder)
                 )
                 record.write(args.out / f"{name}-{short}.json", name, figures, emulated=False)
                 worst = max(worst, figures["status"])

@@ -1,4 +1,4 @@
-"""Tables of what the examples printed; used by `benchmarks.tables`."""
+"""Tables of the workloads that were made from the examples."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ Rows = list[tuple[str, ...]]
 
 def weak_refs(figures: dict[str, Any]) -> str:
     """Strong against weak references."""
-    unit = 2**30 if figures["unit"] == "GiB" else 2**20
     rows: Rows = [("references", "pool", "unit 0 of the outputs of 4, 3, 2, 1 after the smallest ran")]
     for kind in ("strong", "weak"):
         after = figures[f"{kind}_values_after"]
         rows.append(
             (
                 kind,
-                f"{figures[f'{kind}_reserved_bytes'] / unit:.2f} {figures['unit']}",
+                mib(figures[f"{kind}_reserved_bytes"]),
                 ", ".join(f"{after[size][0]:g}" for size in ("4", "3", "2", "1")),
             )
         )
-    text = "`examples/weak_refs.py`: 2 is what all graphs wrote, 6 what the smallest wrote then.\n\n"
+    text = (
+        "`benchmarks/workloads/weak_refs.py`: all graphs wrote 2, and the smallest one wrote 6 "
+        "afterwards.\n\n"
+    )
     return text + table(rows)
 
 
 def char_decode(figures: dict[str, Any]) -> str:
-    """The main example."""
+    """Decoding with a KV cache and a shrinking batch."""
     rows: Rows = [
-        ("`examples/char_decode.py`", ""),
+        ("`benchmarks/workloads/char_decode.py`", ""),
         ("tokens identical to eager", f"{figures['identical']} of {figures['tokens']}"),
         ("sizes captured", ", ".join(map(str, figures["sizes"]))),
         ("capture time", f"{figures['capture_seconds']:.2f} s"),
@@ -48,7 +50,7 @@ def char_decode(figures: dict[str, Any]) -> str:
 def plain_module(figures: dict[str, Any]) -> str:
     """One line before a module of torch.nn."""
     rows: Rows = [
-        ("`examples/plain_module.py`", ""),
+        ("`benchmarks/workloads/plain_module.py`", ""),
         ("largest difference from eager", f"{figures['largest_difference']:.1e} of the largest value"),
         ("replayed", f"{figures['replays']} of {figures['calls']} calls"),
         ("sizes captured", ", ".join(map(str, figures["sizes"]))),
@@ -61,7 +63,7 @@ def plain_module(figures: dict[str, Any]) -> str:
 def continuous_batching(figures: dict[str, Any]) -> str:
     """Requests that come and go."""
     rows: Rows = [
-        ("`examples/continuous_batching.py`", ""),
+        ("`benchmarks/workloads/continuous_batching.py`", ""),
         ("requests identical to eager", f"{figures['identical']} of {figures['requests']}"),
         ("batches, and how many came", ", ".join(f"{k}: {v}" for k, v in figures["batches"].items())),
         ("replays by size", ", ".join(f"{k}: {v}" for k, v in figures["replays"].items())),
@@ -73,7 +75,7 @@ def continuous_batching(figures: dict[str, Any]) -> str:
 def embeddings(figures: dict[str, Any]) -> str:
     """An embedding service."""
     rows: Rows = [
-        ("`examples/embeddings.py`", ""),
+        ("`benchmarks/workloads/embeddings.py`", ""),
         (
             "largest difference from eager",
             f"{figures['largest_difference']:.1e}, in vectors of length 1",
@@ -92,7 +94,7 @@ def two_models(figures: dict[str, Any]) -> str:
     """Speculative decoding in one pool."""
     replays = ", ".join(f"{name}: {count}" for name, count in figures["replays"].items())
     rows: Rows = [
-        ("`examples/two_models.py`", ""),
+        ("`benchmarks/workloads/two_models.py`", ""),
         ("tokens identical to eager", f"{figures['identical']} of {figures['tokens']}"),
         ("replays", replays),
         ("one pool for both", mib(figures["pool_bytes_shared"])),

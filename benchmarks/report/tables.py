@@ -61,7 +61,7 @@ def memcheck(figures: dict[str, Any]) -> str:
     which = {
         "tests": "The CUDA tests, but for those that count launches by torch's profiler, whose place it "
         "takes, and those that start programs of their own,",
-        "examples": "The examples, on CUDA, with few steps each,",
+        "examples": "The examples, on CUDA,",
     }
     return f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`.\n\n" + table(rows)
 

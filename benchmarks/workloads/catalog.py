@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.workload import Inputs, Scenario, Workload, three
+from benchmarks.workloads.char_decode import CharModel
 from benchmarks.workloads.models import GptStep, LlamaStep, ManyParameters, TinyMlp
 
 
@@ -111,19 +110,14 @@ def _llama_again(module: nn.Module) -> nn.Module:
     return LlamaStep(step.model, step.positions).eval()
 
 
-# The example of the project
+# The character model
 
 CHAR_SLOTS, CHAR_VOCAB = 32, 96
 
 
 def _char(device: torch.device, small: bool) -> nn.Module:
-    folder = str(Path(__file__).parents[2] / "examples")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    import char_decode
-
     with device:
-        model = char_decode.CharModel(CHAR_VOCAB, CHAR_SLOTS)
+        model = CharModel(CHAR_VOCAB, CHAR_SLOTS)
     for parameter in model.parameters():  # training starts its blocks at zero, where nothing is to see
         if parameter.detach().eq(0).all():
             nn.init.normal_(parameter, std=0.05)
@@ -201,8 +195,8 @@ WORKLOADS = {
         ),
         Workload(
             "char",
-            "The decode step of `examples/char_decode.py`: 2 layers of 128, KV cache in buffers, 3 "
-            "inputs, float32.",
+            "The decode step of `benchmarks/workloads/char_decode.py`: 2 layers of 128, KV cache in "
+            "buffers, 3 inputs, float32.",
             _char,
             _char_inputs,
             sizes=(1, 2, 4, 8, 16, 32),

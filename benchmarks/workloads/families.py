@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-import statistics
 import sys
 import warnings
 from collections import Counter
@@ -20,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor
 
 import graphcache
 from benchmarks.harness import record
+from benchmarks.harness.timing import median_seconds
 from graphcache import cuda_graphed
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
@@ -152,15 +151,8 @@ def without_folders(text: str) -> str:
 
 def speedup(plain: Callable[[], Any], graphed: Callable[[], Any], rounds: int) -> float:
     """Returns how many times faster `graphed` is; the two take turns."""
-    times: dict[str, list[float]] = {"plain": [], "graphed": []}
-    for _ in range(rounds):
-        for arm, run in (("plain", plain), ("graphed", graphed)):
-            torch.cuda.synchronize()
-            start = perf_counter()
-            run()
-            torch.cuda.synchronize()
-            times[arm].append(perf_counter() - start)
-    return statistics.median(times["plain"]) / statistics.median(times["graphed"])
+    seconds = median_seconds({"plain": plain, "graphed": graphed}, rounds, torch.cuda.synchronize)
+    return seconds["plain"] / seconds["graphed"]
 
 
 def parser(prog: str, about: str | None, names: Sequence[str]) -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Benchmarks on the CPU: arms, goals and tables."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import graphcache
+from benchmarks.harness import program
 from benchmarks.harness.arms import ARMS, Graphcache
 from benchmarks.harness.goals import goals_of
 from benchmarks.programs import worker
 from benchmarks.report import comparison, tables
-from benchmarks.workloads import memory
+from benchmarks.workloads import memory, weak_refs
 from benchmarks.workloads.catalog import WORKLOADS
 
 
@@ -140,3 +143,71 @@ def test_each_workload_has_a_section_and_goals() -> None:
     for name in worker.NAMES:
         assert goals_of(name, {})
     assert set(WORKLOADS) < set(worker.NAMES)
+
+
+def run_workload(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    main = importlib.import_module(f"benchmarks.workloads.{name}").main
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more gain nothing on tensors this small
+    try:
+        status = main(["--device", "cpu", "--json", str(path), *options])
+    finally:
+        torch.set_num_threads(threads)
+    return {**json.loads(path.read_text()), "status": status}
+
+
+def test_weak_refs_share_memory(tmp_path: Path) -> None:
+    figures = run_workload("weak_refs", tmp_path)
+    assert figures["status"] == 0
+    assert figures["strong_reserved_bytes"] == 10 * figures["unit_bytes"]
+    assert figures["weak_reserved_bytes"] == 4 * figures["unit_bytes"]
+    assert figures["weak_values_after"]["4"] == [6, 2, 2, 2]
+    assert figures["strong_values_after"]["4"] == [2, 2, 2, 2]
+    assert "4.00 MiB" in tables.SECTIONS["weak_refs"](figures)
+
+
+@pytest.mark.parametrize("free", [2 * 2**30, 7 * 2**30, 79 * 2**30])
+def test_weak_refs_unit_fits_any_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    unit = weak_refs.unit_bytes(torch.device("cuda"))
+    assert unit % 2**21 == 0
+    assert 14 * unit < free
+    assert unit == 2**30 or 16 * (unit + 2**21) > free
+
+
+def test_char_decode_workload_is_identical_to_eager(tmp_path: Path) -> None:
+    figures = run_workload("char_decode", tmp_path, "--steps", "2", "--prompts", "4")
+    assert figures["status"] == 0
+    assert figures["identical"] == figures["tokens"] > 200
+    assert figures["sizes"] == [1, 2, 4]
+    assert figures["padded_rows"] > 0
+    assert figures["at_rest_bytes_weak"] < figures["at_rest_bytes_strong"]
+
+
+def test_two_models_workload_shares_one_pool(tmp_path: Path) -> None:
+    figures = run_workload("two_models", tmp_path, "--tokens", "8")
+    assert figures["status"] == 0
+    assert figures["identical"] == figures["tokens"] == 8 * 8
+    assert 0 < figures["pool_bytes_shared"] < figures["pool_bytes_apart"]
+    assert [figures[name] for name in ("expired", "cloned", "moved")] == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("plain_module", "--calls"), ("continuous_batching", "--requests"), ("embeddings", "--requests")],
+)
+def test_workload_matches_eager_or_fails(tmp_path: Path, name: str, option: str) -> None:
+    figures = run_workload(name, tmp_path, option, "12")
+    assert figures["status"] == 0
+    assert figures["replays"]
+    with graphcache.disabled():
+        assert run_workload(name, tmp_path, option, "4")["status"] == 1
+
+
+def test_workload_rates_are_of_arms_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    rates = program.rates(lambda: order.append("e"), lambda: order.append("g"), 100, 2)
+    assert order == ["e", "g", "g", "e"]
+    assert set(rates) == {"eager", "graphed"}
