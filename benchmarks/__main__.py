@@ -51,7 +51,7 @@ def run(workload: str, args: argparse.Namespace) -> int:
 
 
 def show(path: Path) -> None:
-    """Prints the goals of a record beside what was measured."""
+    """Prints the goals of a record beside the measured values."""
     rows = [described(goal) for goal in json.loads(path.read_text())["figures"]["goals"]]
     rows = [("goal", "wanted", "measured", "met"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

@@ -19,7 +19,7 @@ WARM_UPS = 4  # calls of each batch before anything counts: peers capture at the
 
 @dataclass(frozen=True)
 class Setup:
-    """What an arm is made from.
+    """The parts that an arm is made from.
 
     Attributes:
         workload: see there.
@@ -71,7 +71,7 @@ class Arm:
                 call(*self.setup.example(batch))
 
     def call(self, scenario: Scenario) -> Callable[..., Any]:
-        """Returns what is called with the inputs."""
+        """Returns the function that is called with the inputs."""
         return self.model
 
     def calls(self, scenario: Scenario, inputs: Sequence[Inputs]) -> list[BoundCall]:
@@ -87,7 +87,7 @@ class Arm:
         return out.clone()
 
     def facts(self) -> dict[str, Any]:
-        """Returns what else its record says."""
+        """Returns further values for the record."""
         return {}
 
 
@@ -156,7 +156,7 @@ class _ByHand(Arm):
 
 
 class ReplayAlone(_ByHand):
-    """What no dispatcher over torch's graphs can be faster than."""
+    """A bare replay, which no dispatcher over torch's graphs can beat."""
 
     name = "replay"
     about = "`CUDAGraph.replay()` alone, no inputs copied"
@@ -166,7 +166,7 @@ class ReplayAlone(_ByHand):
         return [(self._graphs[scenario.size_of(len(args[0]))].graph.replay, ()) for args in inputs]
 
     def result(self, scenario: Scenario, args: Inputs) -> Tensor:
-        """Returns what a replay makes of inputs that were copied in before."""
+        """Returns the output of a replay, for inputs that were copied in before."""
         hand = self._graphs[scenario.size_of(len(args[0]))]
         hand.fill(args, self.setup.workload.fills)
         hand.graph.replay()
@@ -303,7 +303,7 @@ class Compile(Arm):
         self._compiled = torch.compile(self.model, **self.options)
 
     def served(self, scenario: Scenario) -> str | None:
-        """Leaves out what would cost more compilations than it tells."""
+        """Leaves out scenarios that cost many compilations and show little."""
         if scenario.name == "exact" or self.setup.workload.recompiled:
             return None
         return "left out: compile time"
@@ -350,7 +350,7 @@ class Graphcache(Arm):
         )
 
     def facts(self) -> dict[str, Any]:
-        """Returns what `cache_info()` says."""
+        """Returns the counts of `cache_info()`."""
         forward: Any = self.model.forward
         info = forward.cache_info()
         return {
@@ -371,7 +371,7 @@ class GraphcacheCompiled(Graphcache):
     on_cpu = True
 
     def served(self, scenario: Scenario) -> str | None:
-        """Leaves out what would cost more compilations than it tells."""
+        """Leaves out scenarios that cost many compilations and show little."""
         return None if scenario.name in self.setup.workload.compiled_in else "left out: compile time"
 
     def graph(self, model: nn.Module) -> None:
@@ -401,7 +401,7 @@ class _InALine(Graphcache):
     """Captures without branches."""
 
     def served(self, scenario: Scenario) -> str | None:
-        """Leaves out what has no branches anyway."""
+        """Leaves out workloads without branches."""
         return super().served(scenario) if self.setup.workload.branches else "left out: no branches"
 
     def prepare(self, scenario: Scenario) -> None:

@@ -36,7 +36,7 @@ def added(figures: Figures, scenario: str, arm: str) -> float | None:
 
 
 def worst_added(figures: Figures) -> float | None:
-    """Returns what `graphcache` adds to the host time, at exact or padded size, whichever is more."""
+    """Returns the host time that `graphcache` adds, at exact or padded size, whichever is more."""
     values = [added(figures, scenario, "graphcache") for scenario in ("exact", "padded")]
     known = [value for value in values if value is not None]
     return max(known) if len(known) == len(values) else None

@@ -1,4 +1,4 @@
-"""What a call does outside its graph: launches, copies, synchronisations, allocations."""
+"""Counts the launches, copies, synchronisations and allocations of a call outside its graph."""
 
 from __future__ import annotations
 

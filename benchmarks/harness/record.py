@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment(*, emulated: bool = False) -> dict[str, str]:
-    """Returns what a figure is worth nothing without."""
+    """Returns the device, driver, versions, date and commit of this run."""
     where = {
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
@@ -41,7 +41,7 @@ def environment(*, emulated: bool = False) -> dict[str, str]:
 
 
 def short_name(where: dict[str, str]) -> str:
-    """Returns what the device of an environment is called in names of files, such as "h100"."""
+    """Returns the name of a device in file names, such as "h100"."""
     return where["device"].replace("NVIDIA ", "").split()[0].lower()
 
 

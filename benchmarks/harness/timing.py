@@ -18,7 +18,7 @@ WARM = 2  # untimed calls that begin each block: the arm before has left its own
 
 @dataclass
 class Timed:
-    """What is timed of one arm.
+    """The calls of one arm, and their times.
 
     Attributes:
         name: of the arm.
@@ -123,7 +123,7 @@ def summary(nanoseconds: Sequence[int]) -> dict[str, float]:
 
 
 def figures_of(arm: Timed) -> dict[str, Any]:
-    """Returns what was measured of an arm, or its error."""
+    """Returns the figures of an arm, or its error."""
     if arm.error is not None:
         return {"error": arm.error}
     return {

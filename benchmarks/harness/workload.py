@@ -15,7 +15,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Scenario:
-    """How a module is called.
+    """The batches that a module is called with.
 
     Attributes:
         name: "exact", "padded" or "changing".
@@ -43,7 +43,7 @@ def three(exact: int, padded: int, changing: tuple[int, ...]) -> tuple[Scenario,
 
 @dataclass(frozen=True)
 class Workload:
-    """One module and how it is used.
+    """One module under measurement, and its use.
 
     Attributes:
         name: of its record.

@@ -49,7 +49,7 @@ METHOD = {
 
 
 class _Run:
-    """One workload: its arms, and what is found."""
+    """One workload: its arms and figures."""
 
     def __init__(self, workload: Workload, device: torch.device, quick: bool) -> None:
         self.workload = workload
@@ -124,7 +124,7 @@ class _Run:
         }
 
     def expected(self, tests: list[Inputs]) -> list[Tensor]:
-        """Returns what the untouched module gives."""
+        """Returns the outputs of the untouched module."""
         with torch.inference_mode():
             self.reset(self.base)
             return [self.base(*args).clone() for args in tests]
@@ -169,7 +169,7 @@ class _Run:
         return {"batches": list(scenario.batches), "size": scenario.size, "arms": found}
 
     def time(self, timed: dict[str, Timed], found: dict[str, dict[str, Any]]) -> None:
-        """Times the arms and adds what was measured to `found`."""
+        """Times the arms and adds their figures to `found`."""
         before = {name: self.arms[name][0].facts() for name in timed}
         rounds = 2 if self.quick else self.workload.rounds
         blocks, calls = (2, 8) if self.quick else self.workload.pipelined
@@ -194,7 +194,7 @@ class _Run:
             self.to_profile += [(timed[name], found[name]) for name in graphed]
 
     def profile(self, arm: Timed) -> dict[str, Any]:
-        """Counts what an arm does outside its graph."""
+        """Counts the CUDA calls of an arm outside its graph."""
         try:
             return {"allocations": profiling.allocations(arm), **profiling.outside(arm)}
         except Exception as error:
@@ -246,7 +246,7 @@ def status_of(figures: dict[str, Any]) -> int:
 
 
 def where(device: torch.device) -> dict[str, str]:
-    """Returns what a figure is worth nothing without; a run on the CPU says that it is emulated."""
+    """Returns the environment of a record; that of a CPU is marked as emulated."""
     if device.type == "cuda":
         found = environment()
     else:

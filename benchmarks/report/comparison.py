@@ -26,7 +26,7 @@ def mib(nbytes: int) -> str:
 
 
 def legend(figures: dict[str, Any]) -> str:
-    """Says what the arms are."""
+    """Returns a table of the arms."""
     return table([("arm", "what it is"), *figures.get("arms", {}).items()])
 
 
@@ -63,13 +63,13 @@ def _scenario(name: str, scenario: dict[str, Any]) -> str:
 
 
 def goals(figures: dict[str, Any]) -> str:
-    """Returns the goals beside what was measured."""
+    """Returns the goals beside the measured values."""
     rows = [("goal", "wanted", "measured", "met"), *map(described, figures["goals"])]
     return table(rows)
 
 
 def check(figures: dict[str, Any]) -> None:
-    """Refuses records that say nothing about speed.
+    """Raises for records that prove nothing about speed.
 
     Raises:
         ValueError: for emulated graphs, and for runs that only try the harness.
@@ -120,7 +120,7 @@ def memory(figures: dict[str, Any]) -> str:
 
 
 def plot_of(figures: dict[str, Any]) -> str:
-    """Returns where the plot of a record lies, seen from the page; it has the name of its record."""
+    """Returns the path of a plot, relative to the page; the plot is named like its record."""
     return f"plots/{figures.get('plot', 'bench-' + figures['workload'])}.svg"
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness.record import RESULTS, ROOT
-from benchmarks.report import comparison, example_tables
+from benchmarks.report import comparison, example_tables, index
 from benchmarks.report.comparison import table
 
 PAGE = ROOT / "docs" / "results.md"
@@ -23,6 +23,8 @@ PAGE = ROOT / "docs" / "results.md"
 HEADER = """# Results
 
 Made by `python -m benchmarks.report.tables` from the records in `benchmarks/results`; do not edit.
+`python -m benchmarks.programs.record_all --out benchmarks/results` records tests and examples anew on a
+GPU. Ratios are of arms that took turns in one run.
 """
 
 COMPARISONS = """What follows is made by `python -m benchmarks --out benchmarks/results`, and its plots
@@ -48,7 +50,7 @@ def tests(figures: dict[str, Any]) -> str:
 
 
 def memcheck(figures: dict[str, Any]) -> str:
-    """What compute-sanitizer found."""
+    """Counts of compute-sanitizer, for tests or examples."""
     counts = figures["counts"].values()
     passed, failed = (sum(count.get(key, 0) for count in counts) for key in ("passed", "failed"))
     rows = [
@@ -61,13 +63,13 @@ def memcheck(figures: dict[str, Any]) -> str:
     which = {
         "tests": "The CUDA tests, but for those that count launches by torch's profiler, whose place it "
         "takes, and those that start programs of their own,",
-        "examples": "The examples, on CUDA,",
+        "examples": "The examples of that commit, on CUDA,",
     }
     return f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`.\n\n" + table(rows)
 
 
 def fuzz(figures: dict[str, Any]) -> str:
-    """What the differential fuzzer ran and found."""
+    """Counts of the differential fuzzer."""
     kinds: Counter[str] = Counter()
     for text, count in figures["our_errors"].items():
         kinds[text.split(":")[0]] += count
@@ -91,7 +93,7 @@ def fuzz(figures: dict[str, Any]) -> str:
 
 
 def cycles(figures: dict[str, Any]) -> str:
-    """What captures and drops leave behind."""
+    """Memory and objects that captures and drops leave behind."""
     rows = [("`python -m tests.fuzz.cycles`", "grown by", "allowed")]
     for name, grown in figures["grown"].items():
         rows.append((name.replace("_", " "), f"{grown:,}", f"{figures['allowed'][name]:,.0f}"))
@@ -103,7 +105,7 @@ def cycles(figures: dict[str, Any]) -> str:
 
 
 def families(figures: dict[str, Any]) -> str:
-    """How transformers' decoders fare under `generate`."""
+    """One row for each decoder family of transformers under `generate`."""
     rows = [("family", "tokens identical", "replayed", "captures", "faster", "or why not")]
     for name, found in figures["families"].items():
         identical = found["identical"].values()
@@ -127,7 +129,7 @@ def families(figures: dict[str, Any]) -> str:
 
 
 def why_not(found: dict[str, Any]) -> str:
-    """Returns what kept a model from running, or from being replayed; nothing if it was."""
+    """Returns the reason why a model did not run or was not replayed; an empty text if it was."""
     reasons = {} if found.get("replayed") else found.get("eager", {})
     # First calls say nothing of the model, unless there were no others.
     told = {why: count for why, count in reasons.items() if not why.startswith("the first call of")}
@@ -136,7 +138,7 @@ def why_not(found: dict[str, Any]) -> str:
 
 
 def zoo(figures: dict[str, Any]) -> str:
-    """How modules of several libraries fare, a table for each."""
+    """One table for each library, with a row for each model."""
     parts = [
         "Modules with random weights, graphed by `cuda_graphed(module)` and nothing more, called with "
         "batches of 1 to 8 in mixed order, in float32 without TF32. Outputs are compared with those of "
@@ -166,7 +168,7 @@ def _notes(found: dict[str, Any]) -> str:
 
 
 def generate(figures: dict[str, Any]) -> str:
-    """What `generate` takes in each of several ways."""
+    """Times of `generate` for each arm, and the goals."""
     arms = figures["arms"]
     rows = [
         (
@@ -241,20 +243,21 @@ def page() -> str:
     Raises:
         ValueError: where a record is of emulated graphs.
     """
-    parts = [HEADER]
+    rows: list[tuple[str, ...]] = [("measured", "headline", "device", "record")]
+    parts: list[str] = []
     for name, section in SECTIONS.items():
         for path in sorted(RESULTS.glob(f"{name}-*.json")):
             record = json.loads(path.read_text())
             where = record["environment"]
             if name.startswith("bench-") and COMPARISONS not in parts:
                 parts += [COMPARISONS, comparison.legend(record["figures"]) + "\n"]
-            parts.append(f"## {name}, {where['device']}\n")
+            rows.append(index.row(name, path.stem, where["device"], record["figures"]))
+            parts.append(f"## {path.stem}\n")
             parts.append(section({**record["figures"], "plot": path.stem}) + "\n")
-            parts.append(
-                f"{where['date']}, commit {where['commit'][:12]}, driver {where['driver']}, torch "
-                f"{where['torch']}, Python {where['python']}.{where.get('note', '')}\n"
-            )
-    return "\n".join(parts)
+            run = f"{where['device']}, {where['date']}, commit {where['commit'][:12]}"
+            versions = f"driver {where['driver']}, torch {where['torch']}, Python {where['python']}"
+            parts.append(f"{run}, {versions}.{where.get('note', '')}\n")
+    return "\n".join([HEADER, table(rows) + "\n", *parts])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

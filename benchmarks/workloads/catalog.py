@@ -1,4 +1,4 @@
-"""What is measured: modules, their inputs, and the batches that they are called with."""
+"""The modules that arms are compared on, with their inputs and batches."""
 
 from __future__ import annotations
 

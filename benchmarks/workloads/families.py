@@ -73,7 +73,7 @@ ROUNDS = 5
 
 
 def decodes(model: Any, device: torch.device) -> dict[str, Tensor]:
-    """Returns what the model writes in each way."""
+    """Returns the tokens that the model writes in each way."""
     torch.manual_seed(1)
     short, long = (torch.randint(1, 97, (2, length)).to(device) for length in (7, 11))
     padded = torch.ones_like(short)
@@ -105,7 +105,7 @@ def generate(model: Any, inputs: Tensor, **options: Any) -> Tensor:
 
 
 def family(name: str, device: torch.device) -> dict[str, Any]:
-    """Returns what one family did."""
+    """Returns the figures of one family."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**FAMILIES[name])
@@ -132,7 +132,7 @@ def family(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def counts(info: graphcache.CacheInfo) -> dict[str, Any]:
-    """Returns what a record keeps of `cache_info()`."""
+    """Returns the counts of `cache_info()` for a record."""
     eager: Counter[str] = Counter()
     for why, count in info.eager.items():
         eager[without_folders(why)] += count
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def attempt(run: Callable[[], dict[str, Any]], **otherwise: Any) -> dict[str, Any]:
-    """Returns what came of a run; a model that does not run at all is a row of the table too."""
+    """Returns the figures of a run, or its error: such a model is a row of the table too."""
     try:
         return run()
     except Exception as error:

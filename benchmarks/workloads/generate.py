@@ -44,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Clock:
-    """Called for each token: notes the time at which the first SETTLED were written."""
+    """A logits processor that takes the time at which the first SETTLED tokens were written."""
 
     def __init__(self) -> None:
         self.start, self.settled, self.tokens = 0.0, 0.0, 0
@@ -120,7 +120,7 @@ def arms(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any
 
 
 def measure(models: dict[str, Any], tokens: int, rounds: int) -> dict[str, Any]:
-    """Returns what each arm took, and how it compares with eager."""
+    """Returns the times of each arm, and its differences from eager."""
     found: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         start = perf_counter()
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_right(arm: dict[str, Any]) -> bool:
-    """Tells whether logits agree, and tokens until a near tie; and graphs serve where they should."""
+    """Return True if logits agree, tokens part at a near tie only, and graphs served the calls."""
     close = arm["worst"] <= TOLERANCE and arm["gap"] <= 2 * TOLERANCE
     return bool(close and arm.get("replayed", 1))
 

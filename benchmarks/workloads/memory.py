@@ -34,7 +34,7 @@ def spread(ladder: Sequence[int], count: int) -> tuple[int, ...]:
 
 @dataclass
 class _Used:
-    """What the device and the allocator have given out."""
+    """Bytes that the device and the allocator have given out."""
 
     device_bytes: int
     allocator_bytes: int
@@ -46,7 +46,7 @@ class _Used:
 
 
 def settle(device: torch.device) -> None:
-    """Frees what nothing refers to, so that the next reading is not of the last pool."""
+    """Frees unreferenced memory, so that the next reading is not of the last pool."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -40,7 +40,7 @@ TOLERANCE = 2e-3  # of the largest value of an output
 
 
 def enliven(case: Case, device: torch.device) -> None:
-    """Has the output of a module depend on its input, so that comparing it proves something.
+    """Changes weights until the output depends on the input, so that a comparison proves something.
 
     As they are initialised, many return the same for anything: scales of branches, or whole heads, are
     zero or next to it, and norms that normalise nothing yet let the signal fade under the biases.
@@ -82,8 +82,8 @@ def difference(want: Any, got: Any) -> float:
     return worst
 
 
-def fare(make: Callable[[], Case], device: torch.device) -> dict[str, Any]:
-    """Returns what one module did."""
+def measure(make: Callable[[], Case], device: torch.device) -> dict[str, Any]:
+    """Returns the figures of one module."""
     torch.manual_seed(0)
     case = make()
     case.module.to(device).eval()
@@ -97,7 +97,7 @@ def fare(make: Callable[[], Case], device: torch.device) -> dict[str, Any]:
 
 
 def compared(case: Case, graphed: Any, device: torch.device) -> dict[str, Any]:
-    """Returns how a graphed copy of a module fares beside it."""
+    """Returns the figures of a graphed copy beside its module."""
     worst = 0.0
     emulated = nullcontext() if device.type == "cuda" else graphcache.emulate()
     with emulated, warnings.catch_warnings(record=True) as caught, torch.inference_mode():
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         versions[library], results[library] = module.__version__, {}
         for name in chosen:
             start = perf_counter()
-            found = attempt(partial(fare, partial(make, module, name), device), outcome="error")
+            found = attempt(partial(measure, partial(make, module, name), device), outcome="error")
             results[library][name] = {**found, "seconds": round(perf_counter() - start, 1)}
             print(name, results[library][name], flush=True)
             gc.collect()

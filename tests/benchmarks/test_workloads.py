@@ -14,7 +14,7 @@ from benchmarks.harness import program
 from benchmarks.harness.arms import ARMS, Graphcache
 from benchmarks.harness.goals import goals_of
 from benchmarks.programs import worker
-from benchmarks.report import comparison, tables
+from benchmarks.report import comparison, index, tables
 from benchmarks.workloads import memory, weak_refs
 from benchmarks.workloads.catalog import WORKLOADS
 
@@ -139,6 +139,7 @@ def test_sizes_are_spread_over_the_ladder() -> None:
 
 
 def test_each_workload_has_a_section_and_goals() -> None:
+    assert set(tables.SECTIONS) == set(index.HEADLINES)
     assert set(comparison.SECTIONS) == {f"bench-{name}" for name in worker.NAMES}
     for name in worker.NAMES:
         assert goals_of(name, {})

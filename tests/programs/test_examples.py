@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import ROOT
+
 pytestmark = pytest.mark.programs
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROGRAMS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 # Lines of the output that show that the example worked.
