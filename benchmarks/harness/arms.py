@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.timing import BoundCall
+from benchmarks.harness.timing import TimedCall
 from benchmarks.harness.workload import Inputs, Scenario, Workload
 from graphcache import GraphPool, config, cuda_graphed
 
@@ -74,7 +74,7 @@ class Arm:
         """Returns the function that is called with the inputs."""
         return self.model
 
-    def calls(self, scenario: Scenario, inputs: Sequence[Inputs]) -> list[BoundCall]:
+    def calls(self, scenario: Scenario, inputs: Sequence[Inputs]) -> list[TimedCall]:
         """Returns the timed calls, one for each of `inputs`."""
         call = self.call(scenario)
         return [(call, args) for args in inputs]
@@ -161,7 +161,7 @@ class ReplayAlone(_ByHand):
     name = "replay"
     about = "`CUDAGraph.replay()` alone, no inputs copied"
 
-    def calls(self, scenario: Scenario, inputs: Sequence[Inputs]) -> list[BoundCall]:
+    def calls(self, scenario: Scenario, inputs: Sequence[Inputs]) -> list[TimedCall]:
         """Returns bare replays, of the sizes that the inputs would need."""
         return [(self._graphs[scenario.size_of(len(args[0]))].graph.replay, ()) for args in inputs]
 

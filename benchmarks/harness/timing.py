@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import Any
 
-BoundCall = tuple[Callable[..., Any], tuple[Any, ...]]
+TimedCall = tuple[Callable[..., Any], tuple[Any, ...]]
 
 BLOCK = 32  # timed calls of an arm before the next arm takes its turn
 WARM = 2  # untimed calls that begin each block: the arm before has left its own code in the caches
@@ -30,7 +30,7 @@ class Timed:
     """
 
     name: str
-    calls: Sequence[BoundCall]
+    calls: Sequence[TimedCall]
     mode: Callable[[], AbstractContextManager[Any]]
     reset: Callable[[], None]
     before: Callable[[], None] | None = None

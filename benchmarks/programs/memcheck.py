@@ -106,7 +106,7 @@ def run_examples(folder: Path, options: Sequence[str], jobs: int) -> tuple[str, 
     def run(path: Path) -> int:
         start = perf_counter()
         with (folder / f"{path.stem}.log").open("w") as stdout:
-            command = [*SANITIZER, sys.executable, str(path), *options]
+            command = [*SANITIZER, sys.executable, str(path)]
             status = subprocess.run(command, cwd=folder, check=False, stdout=stdout).returncode
         print(f"{path.stem}: {perf_counter() - start:.0f} s, status {status}", flush=True)
         return status
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", choices=PARTS, help="what to run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
-    parser.add_argument("--options", default="", help="more for pytest, or for each example")
+    parser.add_argument("--options", default="", help="more options for pytest")
     parser.add_argument("--jobs", type=int, default=8, help="how many processes at a time")
     parser.add_argument("--logs", type=Path, help="a new folder for the output, which is kept then")
     args = parser.parse_args(argv)

@@ -114,11 +114,11 @@ def test_outputs_that_differ_are_told(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_graphed_module_that_raises_is_not_equal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def explain(module: Any) -> nn.Module:
+    def without_body(module: Any) -> nn.Module:
         del module.body
         return cuda_graphed(module)
 
-    monkeypatch.setattr(zoo, "cuda_graphed", explain)
+    monkeypatch.setattr(zoo, "cuda_graphed", without_body)
     status, figures = run("Tame")
     assert status == 1
     assert figures["groups"]["torch"]["Tame"].keys() == {"error", "outcome", "equal", "seconds"}
