@@ -13,7 +13,7 @@ except ImportError:
     sys.exit(
         "\ngraphcache is built against the torch that it will run with, and this build can't import "
         "one.\nIf torch is installed, pip hid it from the build (build isolation). Run:\n\n"
-        "    pip install setuptools torch              # unless they are there already\n"
+        "    pip install 'setuptools>=77' torch        # unless they are there already\n"
         "    pip install --no-build-isolation .\n"
     )
 

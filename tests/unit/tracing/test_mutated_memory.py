@@ -66,9 +66,7 @@ def test_without_pad_state_is_captured_at_exact_sizes(backend: Backend) -> None:
     model = cuda_graphed(Cached().to(backend.device), sizes=(4, 8))
     plain = Cached().to(backend.device)
     slots = torch.arange(8, device=backend.device)
-    with pytest.warns(
-        GraphCacheWarning, match=r"(?s)exactly the batch sizes.*pad=\{"
-    ):
+    with pytest.warns(GraphCacheWarning, match=r"(?s)exactly the batch sizes.*pad=\{"):
         model(backend.randn(3, 2).zero_(), slots[:3])
     plain(backend.randn(3, 2).zero_(), slots[:3])
     for batch in (3, 5, 3, 5, 4):  # without a second warning
