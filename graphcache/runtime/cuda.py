@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache import _C, config
+from graphcache import _C
 from graphcache.runtime.base import PoolMemory, Result
+from graphcache.runtime.branches import Branching, Streams
 from graphcache.runtime.nvrtc import copy_in_kernel
 from graphcache.runtime.torch_state import uncollected
 
 RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, if that is more
-SIDES = 3  # streams for branches: attention has three products of its input
-_IDLE_STREAMS: dict[torch.device, "list[_Streams]"] = {}
+_IDLE_STREAMS: dict[torch.device, list[Streams]] = {}
 
 
 class _Turn:
-    """Whose turn it is to use the numbers that a generator hands to graphs.
+    """Orders the graphs of a device that draw random numbers, on whatever stream each of them runs.
 
-    torch keeps them in one place for all graphs of a device. It writes them at the start of a capture,
-    on the stream of that, and before each replay, on the current one; kernels read them as they run.
+    torch has one place for the generator's numbers, for all graphs of a device. It writes there at the
+    start of a capture and before each replay, on the current stream. Kernels read there as they run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,21 +47,6 @@ class _Turn:
 _TURNS: dict[torch.device, _Turn] = {}
 
 
-class _Streams:
-    """The stream of an arena, and those of the branches of its graphs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.main = torch.cuda.Stream(device)
-        self.sides: list[torch.cuda.Stream] = []
-
-    def branches(self) -> _C.Branches:
-        """Returns what captures products beside one another."""
-        if not self.sides:
-            device = self.main.device
-            self.sides = [torch.cuda.ExternalStream(_C.new_stream(), device) for _ in range(SIDES)]
-        return _C.Branches(self.main.cuda_stream, self.main, self.sides)
-
-
 def _handle(pool: torch.cuda.MemPool) -> Any:
     return pool.id  # torch types what it gives and what it takes here differently
 
@@ -69,9 +54,8 @@ def _handle(pool: torch.cuda.MemPool) -> Any:
 class CudaArena:
     """A private pool of torch's caching allocator, and the streams whose captures allocate from it.
 
-    A stream belongs to the arena because the allocator reuses blocks per stream, and because the
-    cuBLAS workspace of a stream is allocated during its first capture, here, where no other arena's
-    replay can disturb it.
+    Each arena has a stream, because the allocator reuses blocks per stream. Also, the cuBLAS workspace
+    of a stream is allocated during its first capture: here, where no replay of another arena writes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,10 +63,10 @@ class CudaArena:
         self.turn = _TURNS.setdefault(device, _Turn(device))
         with torch.cuda.device(device):
             self.pool = torch.cuda.MemPool()
-            # cuBLAS keeps a workspace for each stream, for ever. Used again, a stream costs one, and
-            # with those of before cleared, the next capture allocates it here.
+            # cuBLAS never frees the workspace of a stream, so streams are used again. Once all
+            # workspaces are cleared, the next capture allocates one in this pool.
             idle = _IDLE_STREAMS.setdefault(device, [])
-            self.streams = idle.pop() if idle else _Streams(device)
+            self.streams = idle.pop() if idle else Streams(device)
             self.stream = self.streams.main
             weakref.finalize(self, idle.append, self.streams).atexit = False
             torch._C._cuda_clearCublasWorkspaces()
@@ -90,10 +74,10 @@ class CudaArena:
             self._anchor = self._capture_nothing()
 
     def _capture_nothing(self) -> torch.cuda.CUDAGraph:
-        """Captures a graph that is held for the life of the arena.
+        """Captures an empty graph, which the arena holds for life.
 
-        A pool whose last graph died can't be captured into again. A held `MemPool` keeps the device's
-        half alive; only a graph keeps that of pinned host memory.
+        A pool whose last graph died can't be captured into again. A held `MemPool` preserves the half
+        of the pool on the device; only a graph preserves the half in pinned host memory.
         """
         graph = torch.cuda.CUDAGraph()
         scratch = torch.zeros(1, device=self.device)
@@ -106,7 +90,7 @@ class CudaArena:
 
     def memory(self) -> PoolMemory:
         """Returns the bytes of the segments of this pool."""
-        # Of all pools: asked for one, torch 2.11 releases the numbers of its id once too often.
+        # Of all pools: asked for one pool, torch 2.11 releases the numbers of its id once too often.
         segments = [
             segment
             for segment in torch.cuda.memory_snapshot()
@@ -118,7 +102,7 @@ class CudaArena:
         )
 
     def follow_stream(self) -> int:
-        """Orders this call after the last one where the caller has changed streams."""
+        """Makes the current stream wait for the last replay if that ran on another one."""
         current = torch.cuda.current_stream(self.device)
         if current != self._last:
             current.wait_stream(self._last)
@@ -140,7 +124,7 @@ class CudaStopwatch:
         self._events[1].record(torch.cuda.current_stream(self._device))
 
     def is_done(self) -> bool:
-        """Tells whether the device has come to the second event."""
+        """Return True if the device has come to the second event."""
         return bool(self._events[1].query())
 
     def seconds(self) -> float:
@@ -148,9 +132,9 @@ class CudaStopwatch:
         return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
-@dataclass(eq=False)  # known by identity
+@dataclass(eq=False)  # compared by identity
 class CudaGraph:
-    """A graph of torch, its staging node, and how many products run beside others."""
+    """A graph of torch, its copy-in node, and the number of products that run beside others."""
 
     graph: torch.cuda.CUDAGraph
     node: _C.CopyInNode | None
@@ -158,7 +142,7 @@ class CudaGraph:
     branches: int
 
     def replay(self) -> None:
-        """Launches the graph the way of torch, which advances the random generators."""
+        """Launches the graph by torch, which advances the random generators."""
         with self.turn:
             self.graph.replay()
 
@@ -167,17 +151,16 @@ class _Ladder(threading.local):
     """The captures of a ladder, in this thread.
 
     Attributes:
-        free_before: bytes of the device, as they began.
-        has_branches: whether the next graph may have any: smaller sizes have none where the largest
-            had none, and to look for them makes a capture a quarter longer.
+        free_before: free bytes of the device at the start.
+        branching: chooses the captures that get branches.
     """
 
     free_before = 0
-    has_branches = True
+    branching = Branching()
 
 
 class CudaRuntime:
-    """See `graphcache.runtime.Runtime`."""
+    """Captures and replays on CUDA; see `graphcache.runtime.base.Runtime`."""
 
     name = "cuda"
 
@@ -189,7 +172,7 @@ class CudaRuntime:
         return CudaStopwatch(device)
 
     def use_here(self, tensors: list[Tensor]) -> None:
-        """Keeps their memory from being used again before the current stream is done with it."""
+        """Delays the reuse of the tensors' memory until the current stream is done with it."""
         for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
@@ -209,23 +192,24 @@ class CudaRuntime:
         with uncollected():
             torch.cuda.empty_cache()
             self._ladder.free_before = torch.cuda.mem_get_info(device)[0]
-            self._ladder.has_branches = True
+            self._ladder.branching.pays = True
             yield
 
-    def prepare(self, stage: _C.InputCopier, device: torch.device) -> _C.CopyInKernel:
-        """Compiles the staging kernel for `device`, once."""
+    def prepare(self, copier: _C.InputCopier, device: torch.device) -> _C.CopyInKernel:
+        """Compiles the copy-in kernel for `device`, once."""
         with torch.cuda.device(device):
-            return copy_in_kernel(device, stage.count)
+            return copy_in_kernel(device, copier.count)
 
     def capture(
         self,
         arena: CudaArena,
         body: Callable[[], Result],
-        stage: _C.InputCopier | None,
+        copier: _C.InputCopier | None,
         kernel: _C.CopyInKernel | None,
     ) -> tuple[CudaGraph, Result]:
         """Captures `body` on the stream of the arena; see `Runtime.capture`."""
-        node = None if stage is None or kernel is None else _C.CopyInNode(kernel, stage)
+        node = None if copier is None or kernel is None else _C.CopyInNode(kernel, copier)
+        branching = self._ladder.branching
         # The handle of a node lives as long as the graph that it was captured into.
         graph = torch.cuda.CUDAGraph(keep_graph=node is not None)
         arena.stream.wait_stream(torch.cuda.current_stream(arena.device))
@@ -235,9 +219,8 @@ class CudaRuntime:
             torch.cuda.stream(arena.stream),
             arena.turn,
         ):
-            # Where the driver offers no node for staging, it is not asked for anything else.
-            linear = node is None or config.is_linear() or not self._ladder.has_branches
-            branches = None if linear else arena.streams.branches()
+            # A driver that offers no copy-in node is not asked for branches either.
+            branches = None if node is None else branching.open(arena.streams)
             # thread_local: other threads may go on calling CUDA (data loaders, NCCL's watchdog)
             graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
             try:
@@ -256,16 +239,18 @@ class CudaRuntime:
             if node is not None:
                 graph.instantiate()
                 node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
-        if branches is not None:
-            self._ladder.has_branches = branches.count + branches.large > 0
+        count = branching.close(branches)
         self._check_reserve(arena.device)
-        return CudaGraph(graph, node, arena.turn, branches.count if branches else 0), result
+        return CudaGraph(graph, node, arena.turn, count), result
 
     def _check_reserve(self, device: torch.device) -> None:
-        """Leaves memory for what runs eagerly, unless there was little before and little was taken."""
+        """Raises `OutOfMemoryError` where a graph leaves too little memory for eager calls.
+
+        A graph that found little memory, and took little of it, passes.
+        """
         free, total = torch.cuda.mem_get_info(device)
         if free < max(total // 100, RESERVE):
-            torch.cuda.empty_cache()  # a size that did not fit before this one may have left some
+            torch.cuda.empty_cache()  # an earlier size that did not fit may have left some
             free, _ = torch.cuda.mem_get_info(device)
             if free < max(total // 100, RESERVE) and free < self._ladder.free_before - free:
                 raise torch.OutOfMemoryError(f"the graph would leave {free >> 20} MiB of the device")
@@ -287,13 +272,13 @@ def _abandon(graph: torch.cuda.CUDAGraph, arena: CudaArena) -> None:
 
 
 def _clean_up(arena: CudaArena) -> None:
-    """Undoes what a capture that could not be ended leaves behind on torch 2.11 (docs/design.md)."""
+    """Undoes the leftovers of a capture that could not be ended on torch 2.11 (docs/design.md)."""
     index = torch.cuda.current_device()
-    # Each of these raises where a later torch has done it already; then nothing is released twice.
+    # Each of these raises where a later torch has done so already; then nothing is released twice.
     with suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(index, arena.pool.id)
         torch._C._cuda_releasePool(index, arena.pool.id)
     with suppress(RuntimeError):
         _C.end_host_capture(*arena.pool.id)
-    # The state of the generator believes that it is inside a capture, until one ends well.
+    # Until a capture ends well, the state of the generator believes to be inside one.
     CudaArena(arena.device)

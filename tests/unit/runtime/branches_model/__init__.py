@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from graphcache import _C
-from graphcache.runtime.cuda import _Streams
+from graphcache.runtime.branches import Streams
 from tests.helpers import ROOT
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ class Cuda:
     _width = 512
 
     def __init__(self) -> None:
-        self._streams = _Streams(torch.device("cuda", torch.cuda.current_device()))
+        self._streams = Streams(torch.device("cuda", torch.cuda.current_device()))
         torch.manual_seed(0)
         self.tensor() @ self.weights(1)[0]  # makes the handle of cuBLAS, which no capture may
 
