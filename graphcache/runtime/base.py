@@ -1,7 +1,4 @@
-"""Where graphs are captured and replayed: on CUDA, or emulated on the CPU.
-
-Everything above this package is the same for both; nothing above it names a device.
-"""
+"""The protocols of a runtime: what a device must offer for graphs to be captured and replayed there."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -36,20 +33,20 @@ class Graph(Protocol):
     """A captured graph.
 
     Attributes:
-        node: its staging node, where it has one.
+        node: the copy-in node of the graph; None where the graph has none.
     """
 
     node: _C.CopyInNode | None
 
     def replay(self) -> None:
-        """Runs everything that was captured, on the current stream, over the captured addresses."""
+        """Runs the captured operations on the current stream, over the captured addresses."""
 
 
 class Arena(Protocol):
-    """One allocator pool: what is freed during a capture is used again by the next capture."""
+    """One allocator pool: memory that a capture frees is used again by the next capture."""
 
     def memory(self) -> PoolMemory:
-        """Returns what the pool holds now."""
+        """Returns the bytes that the pool holds now."""
 
     def follow_stream(self) -> int:
         """Makes the current stream wait for the last replay if that ran on another one.
@@ -60,19 +57,19 @@ class Arena(Protocol):
 
 
 class Stopwatch(Protocol):
-    """Times what the device does inside its block, without waiting for it."""
+    """Times the work of the device inside a block, without waiting for that work."""
 
     def __enter__(self) -> object: ...
     def __exit__(self, *_: object) -> None: ...
     def is_done(self) -> bool:
-        """Tells whether the device has come to the end of the block."""
+        """Return True if the device has come to the end of the block."""
 
     def seconds(self) -> float | None:
-        """Returns the time, once it is done; None where times mean nothing."""
+        """Returns the time of a block that is done; None where times mean nothing."""
 
 
 class Runtime(Protocol):
-    """What a device must offer."""
+    """The operations that a device must offer."""
 
     name: str
 
@@ -83,35 +80,35 @@ class Runtime(Protocol):
         """Opens an allocator pool on `device`."""
 
     def use_here(self, tensors: list[Tensor]) -> None:
-        """Notes a use of tensors on the current stream: their memory is free again only after it."""
+        """Delays the reuse of the tensors' memory until the current stream is done with it."""
 
     def ladder(self, device: torch.device) -> AbstractContextManager[None]:
-        """Surrounds the captures of all sizes: does once what need not be done for each."""
+        """Surrounds the captures of all sizes with the preparations that they share."""
 
-    def prepare(self, stage: _C.InputCopier, device: torch.device) -> _C.CopyInKernel | None:
-        """Returns the kernel of a staging node; None where this device needs none.
+    def prepare(self, copier: _C.InputCopier, device: torch.device) -> _C.CopyInKernel | None:
+        """Returns the kernel of a copy-in node; None where this device needs none.
 
         Raises:
-            RuntimeError: where this device needs one and does not offer it.
+            RuntimeError: where this device needs such a kernel and does not offer one.
         """
 
     def capture(
         self,
         arena: Any,
         body: Callable[[], Result],
-        stage: _C.InputCopier | None,
+        copier: _C.InputCopier | None,
         kernel: _C.CopyInKernel | None,
     ) -> tuple[Graph, Result]:
-        """Records what `body` does, without its effects, and returns what it returned.
+        """Captures the operations of `body` without their effects; returns the graph and the result.
 
         Args:
-            arena: where memory comes from.
-            body: what to record.
-            stage: what copies the inputs; None where torch calls do.
-            kernel: what the graph begins with, for that; see `prepare`.
+            arena: the source of memory.
+            body: the function to capture.
+            copier: copies the inputs; None where torch calls copy them.
+            kernel: the copy-in kernel, with which the graph begins; see `prepare`.
 
         Raises:
-            Exception: what `body` raised, or the driver; the process is in good order, but nothing
+            Exception: the error of `body`, or of the driver. The process is in good order, but nothing
                 more may be captured into `arena`.
         """
 

@@ -1,7 +1,7 @@
 """Graphs emulated on the CPU: operations are recorded and replayed into the same storages.
 
-The rules and the hazards are those of CUDA graphs: outputs live in memory that other graphs use again,
-addresses and Python values are frozen, and what needs a value on the host can't be captured.
+The rules and the hazards are those of CUDA graphs. Outputs live in memory that other graphs use again.
+Addresses and Python values are frozen. An operation that needs a value on the host can't be captured.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ class EmulatedGraph:
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
-        self.outside: dict[int, Tensor] = {}  # memory that the capture read but did not make
+        self.external: dict[int, Tensor] = {}  # memory that the capture read but did not make
 
     def replay(self) -> None:
         """Runs the operations over the recorded addresses."""
@@ -60,7 +60,7 @@ class EmulatedGraph:
 
 
 class EmulatedStopwatch:
-    """Times nothing: emulation says nothing about speed."""
+    """Times nothing, because the speed of an emulation means nothing."""
 
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
@@ -73,15 +73,15 @@ class EmulatedStopwatch:
 
 
 class EmulatedRuntime:
-    """See `graphcache.runtime.Runtime`."""
+    """Captures and replays on the CPU; see `graphcache.runtime.base.Runtime`."""
 
     name = "emulated"
 
     def use_here(self, tensors: list[Tensor]) -> None:
-        """See `CudaRuntime.use_here`; the CPU has no streams."""
+        """Does nothing: the CPU has no streams."""
 
-    def stopwatch(self, device: torch.device) -> "EmulatedStopwatch":
-        """Returns one that shows nothing."""
+    def stopwatch(self, device: torch.device) -> EmulatedStopwatch:
+        """Returns a stopwatch that shows nothing."""
         return EmulatedStopwatch()
 
     def new_arena(self, device: torch.device) -> EmulatedArena:
@@ -90,23 +90,23 @@ class EmulatedRuntime:
 
     @contextmanager
     def ladder(self, device: torch.device) -> Iterator[None]:
-        """Nothing has to be done once for all sizes."""
+        """Does nothing: emulated captures share no preparations."""
         yield
 
-    def prepare(self, stage: _C.InputCopier, device: torch.device) -> None:
-        """Nothing: the inputs are copied on the CPU."""
+    def prepare(self, copier: _C.InputCopier, device: torch.device) -> None:
+        """Returns None: the copier runs on the CPU, without a kernel."""
 
     def capture(
         self,
         arena: EmulatedArena,
         body: Callable[[], Result],
-        stage: _C.InputCopier | None,
+        copier: _C.InputCopier | None,
         kernel: _C.CopyInKernel | None,
     ) -> tuple[EmulatedGraph, Result]:
-        """Records `body`; see `Runtime.capture`.
+        """Runs `body`, records its operations and undoes its effects; see `Runtime.capture`.
 
-        A capture has no effects, but shapes and strides are only known from running: so it runs, and
-        what it wrote (state, live outputs in the arena, the random generator) is put back.
+        A capture has no effects, but only a run shows shapes and strides. So state, live outputs in the
+        arena and the random generator are put back afterwards.
         """
         recorder = _Recorder(arena)
         segments = [segment.clone() for segment in arena.segments]
@@ -127,7 +127,7 @@ class EmulatedRuntime:
 
 
 class _Recorder(DispatchMode):
-    """Runs each operation into memory of the arena and notes it for replay."""
+    """Runs each operation into memory of the arena and records it for replay."""
 
     def __init__(self, arena: EmulatedArena) -> None:
         super().__init__()
@@ -142,9 +142,8 @@ class _Recorder(DispatchMode):
         parts = take_apart(func, args, kwargs, self)
         if parts is not NotImplemented:
             return parts
-        why = obstacle(func, args, kwargs, _CPU)
-        if why is not None:
-            raise why.error()
+        if (found := obstacle(func, args, kwargs, _CPU)) is not None:
+            raise found.error()
         if func is _aten.lift_fresh.default:  # a constant written in the source
             # Each replay makes it anew: a caller may write to what it gets.
             return self.__torch_dispatch__(_aten.clone.default, types, (args[0],))
@@ -167,10 +166,10 @@ class _Recorder(DispatchMode):
         return _substitute(result, placed)
 
     def _weakly(self, tree: Any) -> Any:
-        """Returns `tree` with tensors that name its memory: they pin no block of the arena."""
+        """Returns `tree` with weak tensors, which pin no block of the arena."""
         if isinstance(tree, Tensor):
             if not self._arena.owns(tree):
-                self.graph.outside[_C.storage_key(tree)] = _C.owned(tree)
+                self.graph.external[_C.storage_key(tree)] = _C.owned(tree)
             with torch.inference_mode(False):
                 return _C.weak_ref(tree)
         if isinstance(tree, (list, tuple)):

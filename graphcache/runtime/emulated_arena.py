@@ -1,4 +1,4 @@
-"""The memory of emulated graphs: blocks carved out of segments, and used again once freed."""
+"""The memory of emulated graphs: blocks that are carved out of segments and used again once freed."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ _ALIGNMENT = 512  # bytes, as in torch's CUDA allocator
 
 
 class EmulatedArena:
-    """A best-fit allocator that knows a block to be free when nobody holds its storage any more.
+    """A best-fit allocator; a block is free once nobody holds its storage.
 
-    As in the private pools of torch's CUDA allocator, a block that is freed during one capture is
-    used again by the next, while graphs go on writing to its address.
+    As in the private pools of torch's CUDA allocator, a block that one capture frees is used again by
+    the next, while graphs go on writing to the block's address.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class EmulatedArena:
         return _C.alias(owner.view(like.dtype), like.size(), like.stride(), 0)
 
     def owns(self, tensor: Tensor) -> bool:
-        """Tells whether `tensor` lies in the memory of this arena."""
+        """Return True if `tensor` lies in the memory of this arena."""
         address = tensor.untyped_storage().data_ptr()
         return any(
             segment.data_ptr() <= address < segment.data_ptr() + segment.numel()
@@ -71,7 +71,7 @@ class EmulatedArena:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Returns how many elements of storage `tensor` spans."""
+    """Returns the number of storage elements that `tensor` spans."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum(

@@ -1,8 +1,8 @@
-"""What passes between the host and the device inside a forward, which no graph can hold.
+"""Handles transfers between the host and the device inside a forward, which no graph can hold.
 
-Values that the forward reads off the device stop a capture. What it copies there is made of Python
-values, which are baked in as all are (`guards.py`): a number fills a tensor, and anything else is copied
-from the host once, at the first call, and from there on the device.
+A value that the forward reads on the host stops the capture. A tensor that it makes of Python values is
+baked in, as all Python values are (`guards`). A number fills a tensor. A list is copied from the host
+once, at the first call, and later on the device.
 """
 
 import ctypes
@@ -45,28 +45,28 @@ _READS = {
 }
 
 
-class Unseen(TorchFunctionMode):
-    """A mode that no code is told of which asks whether there is one: a first call is what eager is."""
+class HiddenMode(TorchFunctionMode):
+    """A mode that torch does not find when it asks for active modes: a first call runs as eager does."""
 
     def __enter__(self) -> Any:
-        _unseen.__enter__()
+        _hiding.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        _unseen.__exit__(*error)
+        _hiding.__exit__(*error)
 
 
-_unseen = without_mode(Unseen)
+_hiding = without_mode(HiddenMode)
 
 
-class HostReads(Unseen):
-    """Sees the calls that exchange values with the host below, or without, an operation.
+class HostReads(HiddenMode):
+    """Finds the calls that exchange values with the host.
 
     Args:
-        device: tensors on it count. On the CPU, where emulation makes it the device, naming "cpu" is
-            taken for the host, and `x.to(y.device)` for what it is on a GPU: nothing.
+        device: the device whose tensors count. Under emulation that is the CPU; there, `"cpu"` by name
+            means the host, and `x.to(y.device)` does nothing, as on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,18 +101,18 @@ class HostReads(Unseen):
             self.found(Obstacle(Reason.NOT_EMULATED, "`.data_ptr()` leads past the operators"))
 
 
-class Constants(Unseen):
-    """Makes tensors on a device of what is on the host, without a copy from there where one is known.
+class Constants(HiddenMode):
+    """Replaces copies from the host by copies of tensors that lie on the device already.
 
     Args:
-        device: where they are to be.
-        made: those of the first call, for a capture; None at the first call.
-        read: told of each tensor on the host that is copied.
-        learned: told of each new tensor in `made`.
+        device: the device of the tensors.
+        made: the tensors of the first call, for a capture; None at the first call.
+        on_read: called with each tensor on the host that is copied.
+        on_made: called with each new tensor in `made`.
 
     Attributes:
         made: tensors on the device, by dtype, shape and bytes.
-        used: whether there was anything to do.
+        used: True once a copy was replaced.
     """
 
     def __init__(
@@ -120,16 +120,15 @@ class Constants(Unseen):
         device: torch.device,
         made: dict[Key, Tensor] | None = None,
         *,
-        read: Callable[[Tensor], None] = lambda tensor: None,
-        learned: Callable[[Tensor], None] = lambda tensor: None,
+        on_read: Callable[[Tensor], None] = lambda tensor: None,
+        on_made: Callable[[Tensor], None] = lambda tensor: None,
     ) -> None:
         super().__init__()
         self.made: dict[Key, Tensor] = {} if made is None else made
         self.used = False
-        self._learns = made is None
+        self._is_first_call = made is None
         self._device = device
-        self._read = read
-        self._learned = learned
+        self._on_read, self._on_made = on_read, on_made
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -146,7 +145,7 @@ class Constants(Unseen):
         if func in _MOVES and self._device.type != "cpu" and _is_dense_on_host(args[0]):
             there, dtype = _target(func, args, kwargs)
             if _is_on(there, self._device):
-                self._read(args[0])
+                self._on_read(args[0])
                 with torch._C._DisableTorchDispatch():
                     host = args[0].to(dtype or args[0].dtype)
                 return self._on_device(host)
@@ -161,7 +160,7 @@ class Constants(Unseen):
         return self._made_of(index, None)
 
     def _made_of(self, data: Any, dtype: torch.dtype | None) -> Tensor:
-        if type(data) in _NUMBERS:  # whichever it is at another size
+        if type(data) in _NUMBERS:  # perhaps another number at another size
             self.used = True
             return torch.full((), data, dtype=dtype, device=self._device)
         with torch._C._DisableTorchDispatch():
@@ -169,20 +168,20 @@ class Constants(Unseen):
         return self._on_device(host)
 
     def _on_device(self, host: Tensor) -> Tensor:
-        """Returns a new tensor of these values."""
+        """Returns a new tensor on the device with the values of `host`."""
         key = host.dtype, host.shape, ctypes.string_at(host.data_ptr(), host.nbytes)
         self.used = True
         if key not in self.made:
-            if not self._learns:
+            if not self._is_first_call:
                 raise Obstacle(Reason.HOST_COPY, "other values from the host than at first,").error()
             with torch._C._DisableTorchDispatch():
                 self.made[key] = host.to(self._device, copy=True)
-            self._learned(self.made[key])
+            self._on_made(self.made[key])
         return self.made[key].clone()
 
 
 def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
-    """Tells whether this call of `func` makes a tensor on `device` of numbers."""
+    """Return True if this call of `func` makes a tensor on `device` of numbers."""
     if func in _MAKES:
         there = kwargs.get("device")
         if there is None and device.type != "cpu":
@@ -214,7 +213,7 @@ def _is_on(there: Any, device: torch.device) -> bool:
 
 
 def _is_by_number(index: Any) -> bool:
-    """Tells whether there are tensors in it, and no masks: torch copies a value from the host then."""
+    """Return True if an index has tensors and no masks: then torch copies a value from the host."""
     tensors = [
         part for part in (index if type(index) is tuple else (index,)) if isinstance(part, Tensor)
     ]
@@ -227,7 +226,7 @@ def _is_numbers(data: Any) -> bool:
 
 
 def _is_dense_on_host(tensor: Tensor) -> bool:
-    """Tells whether its bytes, in order, are all that there is to it."""
+    """Return True if `tensor` is on the host and nothing more than its bytes in order."""
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
@@ -241,7 +240,7 @@ def _is_dense_on_host(tensor: Tensor) -> bool:
 
 
 def _target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
-    """Returns the device and the dtype that a tensor is moved to; None for what is not told of."""
+    """Returns the device and the dtype that a tensor is moved to; None for each that is not given."""
     if func is Tensor.type_as:
         return args[1].device, args[1].dtype
     if func is Tensor.cuda:

@@ -1,7 +1,7 @@
-"""Kernels that were compiled at run time, which are gone from the device once nobody holds them.
+"""Finds kernels that were compiled at run time, which are unloaded once nobody holds them.
 
 Triton since its pull request 9444, and Inductor since pytorch's 176988, unload a kernel with the last
-reference to the object that loaded it: `torch.compiler.reset()` is enough. A graph by itself holds none.
+reference to the object that loaded it: `torch.compiler.reset()` is enough. A graph holds no reference.
 """
 
 import gc
@@ -13,13 +13,13 @@ _INDUCTORS = ("torch._inductor.runtime.static_triton_launcher", "StaticallyLaunc
 
 
 def loaded() -> list[object]:
-    """Returns what has loaded kernels, to be held for as long as a graph that may launch them."""
+    """Returns the objects that have loaded kernels; a graph's owner holds them as long as the graph."""
     kinds = set(_kinds())
     return [value for value in gc.get_objects() if type(value) in kinds] if kinds else []
 
 
 def _kinds() -> Iterator[type]:
-    # To look at every object there is takes as long as to capture a small model ten times.
+    # A search through all objects takes as long as ten captures of a small model.
     for file, name in (_TRITONS, _INDUCTORS) if _has_triton_run() else (_INDUCTORS,):
         kind = getattr(sys.modules.get(file), name, None)
         if kind is not None:
@@ -28,6 +28,6 @@ def _kinds() -> Iterator[type]:
 
 
 def _has_triton_run() -> bool:
-    """Tells whether Triton has looked for the device, as it does before it loads its first kernel."""
+    """Return True if Triton has looked for the device, which precedes its first kernel."""
     driver = getattr(sys.modules.get("triton.runtime.driver"), "driver", None)
     return getattr(driver, "_active", driver) is not None

@@ -1,4 +1,4 @@
-"""Compiles the staging kernel for the GPU at hand, with the NVRTC that torch brings."""
+"""Compiles the copy-in kernel for the current GPU, with the NVRTC that torch brings."""
 
 import ctypes
 from functools import cache
@@ -9,8 +9,8 @@ import torch
 from graphcache import _C
 
 _SOURCE = Path(_C.__file__).parent / "copy_in_kernel.h"
-# Inputs that a kernel takes: patching its parameter costs a nanosecond for each byte of it, and each
-# capacity is compiled for itself. A parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
+# Inputs that a kernel takes. To patch the kernel's parameter costs a nanosecond a byte, so there are
+# several capacities. A parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
 _CAPACITIES = (2, 4, 8, 12, 16, 4096 // _C.INPUT_BYTES, 32764 // _C.INPUT_BYTES)
 
 
@@ -19,11 +19,11 @@ class CompileError(RuntimeError):
 
 
 def copy_in_kernel(device: torch.device, inputs: int) -> _C.CopyInKernel:
-    """Returns the kernel that stages up to `inputs` inputs, compiled when first needed.
+    """Returns the kernel that copies up to `inputs` inputs in, compiled when first needed.
 
     Args:
         device: a CUDA device, which is the current one.
-        inputs: how many static inputs a graph has.
+        inputs: the number of static inputs of a graph.
 
     Raises:
         CompileError: where there is no NVRTC, or more inputs than a kernel's parameter holds.
@@ -50,7 +50,7 @@ def _compile(source: bytes, options: tuple[str, ...]) -> bytes:
         raise CompileError(f"no NVRTC: {error}") from error
     program = ctypes.c_void_p()
     given = [option.encode() for option in options]
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"stage.cu", 0, None, None))
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"copy_in.cu", 0, None, None))
     try:
         arguments = (ctypes.c_char_p * len(given))(*given)
         if nvrtc.nvrtcCompileProgram(program, len(given), arguments) != 0:
@@ -60,11 +60,11 @@ def _compile(source: bytes, options: tuple[str, ...]) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, part: str) -> bytes:
     size = ctypes.c_size_t()
-    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{part}Size")(program, ctypes.byref(size)))
     text = ctypes.create_string_buffer(size.value)
-    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{part}")(program, text))
     return text.raw
 
 

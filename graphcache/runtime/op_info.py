@@ -1,6 +1,6 @@
-"""What one operation does, read off its schema: what it writes, and whether a graph can hold it.
+"""Reads the schema of an operation: the tensors it mutates, and whether a graph can hold it.
 
-Both runtimes ask here, so what stops a capture on CUDA stops it in emulation in the same way.
+Both runtimes ask here, so that an operation that stops a capture on CUDA stops an emulated one as well.
 """
 
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ _INDEX_PUTS = (_aten.index_put_.default, _aten.index_put.default)
 # Ranks that don't capture, compare and replay at the same calls would wait for each other forever.
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
 
-# torch may drop cuFFT's plan (`cufft_plan_cache`), and with it memory and kernels that a graph needs.
+# torch may drop cuFFT's plan (`cufft_plan_cache`), and with the plan memory that a graph needs.
 _FFTS = (_aten._fft_r2c, _aten._fft_c2c, _aten._fft_c2r)
 
-# These update their running statistics in training without saying so in their schemas.
+# Their schemas do not declare that they update running statistics in training.
 _BATCH_NORMS = (
     _aten.native_batch_norm.default,
     _aten.cudnn_batch_norm.default,
@@ -38,7 +38,7 @@ _BATCH_NORMS = (
 
 
 def tensors_in(*trees: Any) -> Iterator[Tensor]:
-    """Yields the tensors among the arguments or results of one operation, which nest only in lists."""
+    """Yields the tensors among the arguments or results of one operation."""
     for tree in trees:
         if isinstance(tree, Tensor):
             yield tree
@@ -49,7 +49,7 @@ def tensors_in(*trees: Any) -> Iterator[Tensor]:
 
 
 def overrides_dispatch(tensor: Tensor) -> bool:
-    """Tells whether `tensor` is of a subclass that carries out operations in a way of its own."""
+    """Return True if the type of `tensor` is a subclass with a `__torch_dispatch__` of its own."""
     dispatch = type(tensor).__torch_dispatch__
     return type(tensor) not in (Tensor, nn.Parameter) and dispatch != Tensor.__torch_dispatch__
 
@@ -66,7 +66,7 @@ def _mutated_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ..
 def mutated_by(
     func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
-    """Returns the tensors that this call of `func` writes into, as its schema declares."""
+    """Returns the tensors that this call of `func` mutates, as the schema declares."""
     if func in _BATCH_NORMS:  # (input, weight, bias, running mean, running variance, training, …)
         return [tensor for tensor in args[3:5] if tensor is not None] if args[5] else []
     return [
@@ -89,10 +89,10 @@ def take_apart(
     kwargs: dict[str, Any],
     mode: TorchDispatchMode,
 ) -> Any:
-    """Runs `func` under `mode` if it is made of other operations; else returns NotImplemented.
+    """Runs `func` under `mode` if `func` is made of other operations; else returns NotImplemented.
 
-    Autograd does that before a mode sees an operation, and is off under inference mode. The kernel is
-    the one that eager would run, not a decomposition written in Python.
+    Autograd decomposes operations before a mode gets them, but is off under inference mode. The kernel is
+    that of eager, not a decomposition written in Python.
     """
     if not torch.is_inference_mode_enabled():
         return NotImplemented

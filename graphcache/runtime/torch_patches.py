@@ -1,4 +1,4 @@
-"""Functions of torch that answer otherwise inside a block, in the threads that are in one."""
+"""Replaces functions of torch inside a block, for the threads that are in the block."""
 
 import sys
 import threading
@@ -37,10 +37,9 @@ class Patch:
     """Replaces a function of a module while any thread is in a `with` block of this.
 
     Args:
-        module: where the function is looked up.
-        name: its name there.
-        answer: given the arguments, what it answers in a thread inside a block. In others it does what
-            it always did.
+        module: the module that the function is looked up in.
+        name: the function's name there.
+        answer: the replacement, for threads inside a block. Other threads get the function itself.
 
     Attributes:
         before: the function itself.
@@ -74,9 +73,9 @@ as_in_a_capture = Patch(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
 def without_mode(kind: type[TorchFunctionMode]) -> Patch:
-    """Has torch answer whether functions are overridden as if no mode of `kind` were active.
+    """Returns a patch that hides modes of `kind` from code that asks whether a mode is active.
 
-    nn.MultiheadAttention and nn.Transformer leave their fast path where one is.
+    nn.MultiheadAttention and nn.Transformer leave their fast path under a mode.
     """
 
     def answer(args: Any) -> Any:

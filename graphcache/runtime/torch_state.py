@@ -1,4 +1,4 @@
-"""State around a forward: what was written is put back, what would outlive a capture is kept out."""
+"""Contexts around a forward that restore mutated memory and switch off caches and the collector."""
 
 import gc
 import sys
@@ -13,18 +13,18 @@ from graphcache import _C
 
 
 class SavedState:
-    """Bytes of storages as they were before something wrote to them, to be put back afterwards."""
+    """Copies of storages, made before a write and put back afterwards."""
 
     def __init__(self) -> None:
         self._saved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def save(self, tensor: Tensor) -> None:
-        """Keeps a copy of the whole storage, once."""
+        """Copies the whole storage of `tensor`, once."""
         key = _C.storage_key(tensor)
         if key not in self._saved:
             with torch.inference_mode(False):  # to be written to in any mode
                 everything = _C.carve(tensor, 0, tensor.untyped_storage().nbytes())
-                # holding `tensor` keeps the storage, and with it the key
+                # `tensor` is held, so that no other storage gets the key
                 self._saved[key] = (everything, everything.clone(), tensor)
 
     def restore(self) -> None:
@@ -36,7 +36,7 @@ class SavedState:
 
 @contextmanager
 def restored_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Puts the bytes of `tensors` back after the block, whatever happens in it."""
+    """Restores the bytes of `tensors` after the block, also after an exception."""
     saved = SavedState()
     for tensor in tensors:
         saved.save(tensor)
@@ -48,7 +48,7 @@ def restored_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def uncached_autocast() -> Iterator[None]:
-    """Switches off the cache of cast weights inside the block; autocast itself stays as it is."""
+    """Switches off autocast's cache of cast weights inside the block."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -60,10 +60,10 @@ def uncached_autocast() -> Iterator[None]:
 def uncompiled() -> AbstractContextManager[Any]:
     """Runs compiled forwards eagerly inside the block.
 
-    Dynamo gives up on code that it meets under a dispatch mode, for good and for all modules that share
-    it: their compiled forwards would run eagerly from then on, and so would a capture.
+    Dynamo never compiles code again that it met under a dispatch mode, for all modules that share the
+    code. Their compiled forwards, and their captures, would run eagerly from then on.
     """
-    # Nothing is compiled where Dynamo was never imported, and importing it takes a second.
+    # Without Dynamo in the process nothing is compiled, and its import takes a second.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     try:
@@ -75,7 +75,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Keeps the garbage collector off: a search makes many objects, and a run looks at all there are."""
+    """Keeps the garbage collector off inside the block; a search makes enough objects to start it."""
     collects = gc.isenabled()
     gc.disable()
     try:

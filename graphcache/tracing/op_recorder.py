@@ -108,7 +108,7 @@ class OpRecorder(DispatchMode):
         before, host_before = self._random_state(), torch.get_rng_state()
         self._bytes = Checksums(t for t in self._suspects if t.device == self.device)
         host = _HostReads(self)
-        constants = Constants(self.device, read=self.note_read, learned=self._note_constant)
+        constants = Constants(self.device, on_read=self.note_read, on_made=self._note_constant)
         try:
             # The autocast cache would hide which parameters are read, and outlive a capture.
             with uncached_autocast(), uncompiled(), constants, host, self:

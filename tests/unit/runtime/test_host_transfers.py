@@ -185,7 +185,7 @@ def test_a_tensor_on_the_host_is_copied(backend: Backend) -> None:
 def test_copies_from_the_host_are_told_apart_by_bytes() -> None:
     """On a device other than that of emulation, which holds no values here."""
     there, read = torch.device("meta"), []
-    first = Constants(there, read=read.append)
+    first = Constants(there, on_read=read.append)
 
     def made() -> list[Tensor]:
         numbers = torch.arange(3)
