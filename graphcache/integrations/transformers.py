@@ -1,8 +1,8 @@
 """Graphs over compiled code for transformers' `generate`, which asks a model for a compiled call.
 
-`generate` does so for its decode steps with a static cache. The model's own answer compiles the call in a
-mode in which Inductor makes CUDA graphs. Those need a copy of each input and a check of each tensor at
-every step; ours need one launch, and the kernels are the same.
+`generate` asks for its decode steps with a static cache. The model's own answer compiles the call in a
+mode in which Inductor makes CUDA graphs. Those copy each input and check each tensor at every step.
+The graphs of this library need one launch, and the kernels are the same.
 """
 
 import copy
