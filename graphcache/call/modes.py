@@ -9,27 +9,26 @@ from torch.utils._device import DeviceContext
 
 from graphcache import _C
 
-
-def modes_of(instance: Any) -> tuple[Any, ...]:
-    """Returns the modes that decide what a forward does; each combination has its own graphs."""
-    return (getattr(instance, "training", None), _C.modes(DeviceContext))
-
-
 _HAS_CUDA = torch.backends.cuda.is_built()
 
 
+def modes_of(instance: Any) -> tuple[Any, ...]:
+    """Returns the modes that the forward depends on; each combination has graphs of its own."""
+    return (getattr(instance, "training", None), _C.modes(DeviceContext))
+
+
+def is_stream_capturing() -> bool:
+    """Return True if any code captures the current CUDA stream."""
+    # Asked before CUDA is initialised, a torch with CUDA raises where there is no driver.
+    return _HAS_CUDA and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def is_capturing() -> bool:
-    """Tells whether this thread is inside the first call or the capture of a graphed forward.
+    """Return True if this thread is inside the first call or the capture of a graphed forward.
 
     A graphed forward that is called there is inlined: it runs as if it were not decorated.
     """
     return _C.is_inlining() or is_stream_capturing()
-
-
-def is_stream_capturing() -> bool:
-    """Tells whether somebody captures on the current CUDA stream."""
-    # Asked before CUDA is initialised, a torch with CUDA raises where there is no driver.
-    return _HAS_CUDA and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What a call looks like: its tensors, the role of each, and the key under which its graphs are kept."""
+"""Reads a call: binds its arguments, finds the role of each tensor, and makes the key of its graphs."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from graphcache.call.bound_call import BATCHED, BOUND, WHOLE, BoundCall, Leaf
 from graphcache.call.object_args import MutationHistory, ObjectArg
 from graphcache.call.pytree import Node, NotATree, ObjectRef, attributes_of_tensor, flatten, native
 from graphcache.config import BatchDim, by_path, top_name
-from graphcache.report.reasons import Bypass
+from graphcache.report.reasons import Bypass, Reason
 
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 COPY_LIMIT = 4 * 2**20  # bytes
@@ -22,7 +23,7 @@ _REQUIRED = inspect.Parameter.empty
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a function; any at all, where it does not tell: builtins of torch."""
+    """Returns the parameters of a function; for a builtin without a signature, `*args, **kwargs`."""
     try:
         return inspect.signature(function).parameters
     except ValueError:
@@ -30,16 +31,16 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 
 
 class Signature:
-    """The parameters of one forward, by which calls in any style are brought into one order.
+    """The parameters of one forward; brings calls in any style into one order.
 
     Args:
         function: the forward, bound where it is a method.
-        batch_dim: the dimension of the arguments that carries the batch, or that of each by its name;
-            negative ones count from the end.
+        batch_dim: the dimension of the arguments that carries the batch, or a dictionary by argument
+            name; negative dimensions count from the end.
         bind: names of parameters that are bound by address.
 
     Attributes:
-        habits: what the forward does to objects that it is passed.
+        mutation_history: the objects that the forward has changed.
     """
 
     def __init__(self, function: Callable[..., Any], batch_dim: BatchDim, bind: Iterable[str]) -> None:
@@ -82,10 +83,10 @@ class Signature:
             leaves.append((role, -1 if dim is None else dim, carries, weak, leaf.order or (), tensor))
         return parameters, leaves
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments by name: given or default, in the order of the parameters."""
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments by name, given or default, in the order of the parameters."""
         if len(args) > len(self.positional) and not self.varargs:
-            raise Bypass("arguments that the forward does not take")
+            raise Bypass(Reason.WRONG_ARGUMENTS)
         named = dict(zip(self.positional, args, strict=False))
         for index, extra in enumerate(args[len(self.positional) :]):
             named[f"*{index}"] = extra
@@ -93,16 +94,13 @@ class Signature:
         for name, default in self.defaults.items():
             if name not in named:
                 by_name = name in kwargs and name not in self.by_position_only
-                named[name] = value = kwargs[name] if by_name else default
-                if value is _REQUIRED:
-                    raise Bypass("arguments that the forward does not take")
+                named[name] = kwargs[name] if by_name else default
                 given += by_name
-        if given != len(args) + len(kwargs):
-            extra = sorted(kwargs.keys() - self.defaults.keys())
-            if not self.open or given + len(extra) != len(args) + len(kwargs):
-                raise Bypass("arguments that the forward does not take")
-            for name in extra:
-                named[name] = kwargs[name]
+        extras = sorted(kwargs.keys() - self.defaults.keys()) if self.open else []
+        named.update((name, kwargs[name]) for name in extras)
+        is_whole = all(value is not _REQUIRED for value in named.values())
+        if not is_whole or given + len(extras) != len(args) + len(kwargs):
+            raise Bypass(Reason.WRONG_ARGUMENTS)
         return named
 
     def read(
@@ -110,102 +108,78 @@ class Signature:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         modes: tuple[Any, ...],
-        written: dict[Any, frozenset[int]],
+        mutated: Mapping[Any, frozenset[int]],
     ) -> BoundCall:
         """Reads one call.
 
         Args:
-            args: as the caller gave them.
+            args: the arguments as the caller gave them.
             kwargs: likewise.
             modes: everything else that the key has to tell apart.
-            written: for each `BoundCall.form`, the positions of the tensors that the forward writes to.
+            mutated: for each `BoundCall.form`, the positions of the tensors that the forward mutates.
 
         Raises:
-            Unservable: where no graph can serve such a call.
+            Bypass: where no graph can serve such a call.
         """
-        leaves: list[Tensor] = []
-        names: list[str] = []
-        kept: list[ObjectArg] = []
+        tensors: list[Tensor] = []
+        paths: list[str] = []
+        objects: list[ObjectArg] = []
 
-        def other(value: Any, name: str) -> ObjectRef | None:
+        def read_object(value: Any, path: str) -> ObjectRef | None:
             self.mutation_history.check(type(value))
-            passed = ObjectArg.read(value, name)
-            if passed is None:
+            found = ObjectArg.read(value, path)
+            if found is None:
                 return None
-            kept.append(passed)
-            return ObjectRef(len(kept) - 1, passed.shape)
+            objects.append(found)
+            return ObjectRef(len(objects) - 1, found.shape)
 
         try:
-            named = self._named(args, kwargs)
-            parts = [flatten(value, leaves, names, name, other) for name, value in named.items()]
+            named = self._by_name(args, kwargs)
+            parts = [flatten(value, tensors, paths, name, read_object) for name, value in named.items()]
         except NotATree as error:
-            raise Bypass(str(error)) from None
+            raise Bypass(Reason.ARGUMENT_TYPE, str(error)) from None
         layout = Node(dict, tuple(named), tuple(parts))
-        places: dict[int, int] = {}
-        same = tuple(places.setdefault(id(tensor), index) for index, tensor in enumerate(leaves))
-        by_address = written.get((layout, same), frozenset())
-        return self._classify(args, kwargs, layout, leaves, names, same, modes, by_address, kept)
+        firsts: dict[int, int] = {}
+        identities = tuple(firsts.setdefault(id(tensor), index) for index, tensor in enumerate(tensors))
+        by_address = mutated.get((layout, identities), frozenset())
+        bound = [i in by_address or top_name(path) in self.bind for i, path in enumerate(paths)]
+        batch = self._batch(tensors, paths, bound)
+        roles, key_parts = zip(*map(partial(self._role, batch), tensors, paths, bound), strict=True)
+        key = (layout, modes, tensors[0].device, identities, *key_parts)
+        return BoundCall(
+            args, kwargs, layout, tensors, paths, list(roles), identities, batch, key, objects
+        )
 
-    def _classify(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        layout: Any,
-        leaves: list[Tensor],
-        names: list[str],
-        same: tuple[int, ...],
-        modes: tuple[Any, ...],
-        by_address: frozenset[int],
-        kept: list[ObjectArg],
-    ) -> BoundCall:
-        bound = {
-            index
-            for index, name in enumerate(names)
-            if index in by_address or (self.bind and top_name(name) in self.bind)
-        }
-        batch = self._batch(leaves, names, bound)
-        roles: list[Leaf] = []
-        key: list[Any] = [layout, modes, leaves[0].device, same]
-        for index, tensor in enumerate(leaves):
-            if tensor.layout is not torch.strided:
-                raise Bypass(f"{names[index]} has layout {tensor.layout}")
-            if tensor.is_quantized:
-                raise Bypass(f"{names[index]} is quantised; pass it dequantised")
-            if attributes := attributes_of_tensor(tensor):
-                raise Bypass(
-                    f"{names[index]} is a tensor with attributes ({', '.join(attributes)}); pass them "
-                    "as arguments"
-                )
-            shape = tensor.shape
-            dim = self._dim(tensor, names[index])
-            if dim is not None and shape[dim] != batch:
-                dim = None
-            weak = _C.is_weak(tensor)
-            if weak and index in bound:
-                raise Bypass(f"{names[index]} is bound by address, and is the output of a graph")
-            large = dim is None and _nbytes(tensor) > COPY_LIMIT
-            if index in bound or (large and not weak):
-                roles.append(Leaf(BOUND, dim, None))
-                bits = (tensor.is_conj(), tensor.is_neg())
-                where = (tensor.data_ptr(), tensor.stride(), dim is not None, *bits)
-                key.append((BOUND, tensor.dtype, tuple(shape), where))
-                continue
-            order = None if tensor.is_contiguous() else _order(tensor)
-            if tensor.dim() > _C.MAX_DIMS and not _is_dense(tensor, order):
-                raise Bypass(
-                    f"{names[index]} has strides over more than {_C.MAX_DIMS} dimensions; "
-                    "pass it .contiguous()"
-                )
-            if dim is None:
-                roles.append(Leaf(WHOLE, None, order))
-                key.append((WHOLE, tensor.dtype, tuple(shape), order))
-            else:
-                roles.append(Leaf(BATCHED, dim, order))
-                key.append((BATCHED, tensor.dtype, (*shape[:dim], -1, *shape[dim + 1 :]), order))
-        return BoundCall(args, kwargs, layout, leaves, names, roles, same, batch, tuple(key), kept)
+    def _role(self, batch: int, tensor: Tensor, path: str, is_bound: bool) -> tuple[Leaf, Any]:
+        """Returns the role of one tensor, and its part of the key."""
+        if tensor.layout is not torch.strided:
+            raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} has layout {tensor.layout}")
+        if tensor.is_quantized:
+            raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} is quantised; pass it dequantised")
+        if attributes := ", ".join(attributes_of_tensor(tensor)):
+            detail = f"{path} has attributes ({attributes}); pass them as arguments"
+            raise Bypass(Reason.ARGUMENT_TENSOR, detail)
+        shape, dim = tuple(tensor.shape), self._dim(tensor, path)
+        if dim is not None and shape[dim] != batch:
+            dim = None
+        is_output = _C.is_weak(tensor)
+        if is_output and is_bound:
+            raise Bypass(Reason.BOUND_OUTPUT, path)
+        if is_bound or (dim is None and not is_output and _nbytes(tensor) > COPY_LIMIT):
+            bits = (tensor.is_conj(), tensor.is_neg())
+            address = (tensor.data_ptr(), tensor.stride(), dim is not None, *bits)
+            return Leaf(BOUND, dim, None), (BOUND, tensor.dtype, shape, address)
+        order = None if tensor.is_contiguous() else _order(tensor)
+        if tensor.dim() > _C.MAX_DIMS and not _is_dense(tensor, order):
+            detail = f"{path} has strides over more than {_C.MAX_DIMS} dimensions; pass it .contiguous()"
+            raise Bypass(Reason.ARGUMENT_TENSOR, detail)
+        role = WHOLE if dim is None else BATCHED
+        if dim is not None:
+            shape = (*shape[:dim], -1, *shape[dim + 1 :])
+        return Leaf(role, dim, order), (role, tensor.dtype, shape, order)
 
     def names_batch(self, call: BoundCall) -> bool:
-        """Tells whether `batch_dim` names every argument that carries the batch."""
+        """Return True if `batch_dim` names every argument that carries the batch."""
         carriers = (
             name for name, leaf in zip(call.paths, call.roles, strict=True) if leaf.role is BATCHED
         )
@@ -221,14 +195,15 @@ class Signature:
             dim += tensor.dim()
         return dim if dim is not None and 0 <= dim < tensor.dim() else None
 
-    def _batch(self, leaves: list[Tensor], names: list[str], bound: set[int]) -> int:
-        if not leaves:
-            raise Bypass("no tensor among the arguments")
-        for index, tensor in enumerate(leaves):
-            dim = self._dim(tensor, names[index])
-            if dim is not None and index not in bound:
+    def _batch(self, tensors: list[Tensor], paths: list[str], bound: list[bool]) -> int:
+        """Returns the rows of the first tensor that has the batch dimension and is not bound."""
+        for tensor, path, is_bound in zip(tensors, paths, bound, strict=True):
+            dim = self._dim(tensor, path)
+            if dim is not None and not is_bound:
                 return tensor.shape[dim]
-        raise Bypass(f"no argument has dimension {self.batch_dim} (batch_dim)")
+        if not tensors:
+            raise Bypass(Reason.NO_TENSOR)
+        raise Bypass(Reason.NO_BATCH_DIM, f"batch_dim={self.batch_dim}")
 
 
 def _nbytes(tensor: Tensor) -> int:

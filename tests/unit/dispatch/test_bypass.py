@@ -60,6 +60,9 @@ class Sub(Tensor):
     pass
 
 
+TYPE = "an argument that no graph takes"
+
+
 def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
     @cuda_graphed(sizes=(2,))
     def forward(x: Any, y: Any = None) -> Any:
@@ -70,12 +73,15 @@ def test_arguments_that_no_graph_can_take(backend: Backend) -> None:
     endless.append(endless)
     cases = {
         "no tensor among the arguments": (3, None),
-        "no argument has dimension 0 (batch_dim)": (x.sum(), None),
-        "x is a tensor subclass of type tests.unit.dispatch.test_bypass.Sub": (x.as_subclass(Sub), None),
-        "y is an object of type builtins.object": (x, object()),
-        "x has layout torch.sparse_coo": (x.to_sparse(), None),
-        "y has more than 64 containers in each other, or contains itself": (x, endless),
-        "y is a slice of something that is no constant": (x, slice([1], 2)),
+        "no argument has the batch dimension: batch_dim=0": (x.sum(), None),
+        f"{TYPE}: x is a tensor subclass of type tests.unit.dispatch.test_bypass.Sub": (
+            x.as_subclass(Sub),
+            None,
+        ),
+        f"{TYPE}: y is an object of type builtins.object": (x, object()),
+        "a tensor argument that no graph takes: x has layout torch.sparse_coo": (x.to_sparse(), None),
+        f"{TYPE}: y has more than 64 containers in each other, or contains itself": (x, endless),
+        f"{TYPE}: y is a slice of something that is no constant": (x, slice([1], 2)),
     }
     for reason, (first, second) in cases.items():
         assert forward(first, second) is first
