@@ -1,4 +1,4 @@
-"""The keywords of `cuda_graphed`, checked, and the switches that change every graphed call."""
+"""Checks the keywords of `cuda_graphed`, and holds the switches that change every graphed call."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,13 +39,13 @@ linear_var: ContextVar[bool] = ContextVar("graphcache_linear", default=_LINEAR)
 
 is_disabled = disabled_var.get
 is_emulated = emulated_var.get
-is_portable = portable_var.get  # stage by torch calls, as where the driver offers no better
+is_portable = portable_var.get  # copy in by torch calls, as where the driver lacks copy-in nodes
 is_linear = linear_var.get  # capture without branches, for a comparison
 
 
 @contextmanager
 def switched(variable: ContextVar[bool], value: bool = True) -> Iterator[None]:
-    """Sets one of these inside the block, or the function that it decorates."""
+    """Sets a switch inside the block, or inside the function that this decorates."""
     token = variable.set(value)
     try:
         yield
@@ -76,7 +76,7 @@ def emulate() -> Iterator[None]:
 
 
 class Options(NamedTuple):
-    """The keywords of `cuda_graphed`; see there."""
+    """The keywords of `cuda_graphed`, which documents them."""
 
     batch_dim: BatchDim = 0
     sizes: tuple[int, ...] | None = None
@@ -88,31 +88,20 @@ class Options(NamedTuple):
     progress: bool | None = None
     min_gain: float | None = None
 
-    @classmethod
-    def checked(
-        cls,
-        *,
-        batch_dim: Any,
-        sizes: Iterable[int] | None,
-        pad: Any,
-        bind: str | Iterable[str],
-        stale: Any,
-        pool: Any,
-        fallback: bool,
-        progress: bool | None,
-        min_gain: Any,
-    ) -> "Options":
-        """Returns the options, or raises `OptionError` for one that makes no sense."""
-        return cls(
-            batch_dim=_check_dims(batch_dim),
-            sizes=None if sizes is None else check_sizes(sizes),
-            pad=_check_pad(pad),
-            bind=_names(bind),
-            stale=_one_of("stale", stale, ("error", "copy")),
-            pool=pool,
-            fallback=fallback,
-            progress=progress,
-            min_gain=_share(min_gain),
+    def checked(self) -> "Options":
+        """Returns the options in their normal forms.
+
+        Raises:
+            OptionError: for an option that makes no sense.
+        """
+        if self.stale not in ("error", "copy"):
+            raise OptionError(f"graphcache: stale={self.stale!r}; give one of error, copy")
+        return self._replace(
+            batch_dim=_check_dims(self.batch_dim),
+            sizes=None if self.sizes is None else check_sizes(self.sizes),
+            pad=_check_pad(self.pad),
+            bind=_check_bind(self.bind),
+            min_gain=_check_min_gain(self.min_gain),
         )
 
 
@@ -129,7 +118,7 @@ def _check_pad(pad: Any) -> Pad:
     return pad  # type: ignore[no-any-return]
 
 
-def _names(bind: Any) -> tuple[str, ...]:
+def _check_bind(bind: Any) -> tuple[str, ...]:
     names = (bind,) if isinstance(bind, str) or not isinstance(bind, Iterable) else tuple(bind)
     if not all(isinstance(name, str) for name in names):
         raise OptionError(f"graphcache: bind={bind!r}; give the names of arguments, such as bind=('x',)")
@@ -148,7 +137,7 @@ def _check_dims(batch_dim: Any) -> BatchDim:
     return dict(batch_dim) if by_name else batch_dim
 
 
-def _share(min_gain: Any) -> float | None:
+def _check_min_gain(min_gain: Any) -> float | None:
     if min_gain is not None and not (isinstance(min_gain, (int, float)) and 0 <= min_gain < 1):
         raise OptionError(
             f"graphcache: min_gain={min_gain!r}; give the share of eager's time that a graph has to "
@@ -157,27 +146,21 @@ def _share(min_gain: Any) -> float | None:
     return min_gain
 
 
-def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise OptionError(f"graphcache: {option}={value!r}; give one of {', '.join(allowed)}")
-    return value
-
-
 def top_name(path: str) -> str:
-    """Returns the parameter that a path such as `batch['ids'][0]` or `state.h` starts from."""
+    """Returns the parameter at the start of a path such as `batch['ids'][0]` or `state.h`."""
     return path.partition("[")[0].partition(".")[0]
 
 
 def by_path(table: Mapping[str, T], path: str, default: T) -> T:
-    """Returns what an option by argument name says of a path: of that itself, or of its parameter."""
+    """Returns the entry of an option for a path, or else for the path's parameter, or else `default`."""
     return table.get(path, table.get(top_name(path), default))
 
 
 def fill_of(pad: Pad, name: str) -> Fill:
-    """Returns what padded rows of the argument at path `name` hold.
+    """Returns the fill of padded rows of the argument at path `name`.
 
-    Without `pad` the last row again: a row that the forward can take, where zeros may be no such index,
-    or none that goes with what is in other arguments.
+    Without `pad` that is the last row again, which the forward can take. A row of zeros may be no valid
+    index, or may not fit the other arguments.
     """
     if isinstance(pad, dict):
         return by_path(pad, name, 0)
@@ -188,7 +171,7 @@ def check_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
     """Returns `sizes` ascending and without repetition.
 
     Raises:
-        OptionError: unless they are one or more positive integers.
+        OptionError: unless `sizes` are one or more positive integers.
     """
     try:
         given = tuple(sizes)

@@ -125,17 +125,8 @@ def cuda_graphed(
     """
     if pool is not None and not isinstance(pool, GraphPool):
         raise OptionError(f"graphcache: pool={pool!r}; give a GraphPool")
-    options = Options.checked(
-        batch_dim=batch_dim,
-        sizes=sizes,
-        pad=pad,
-        bind=bind,
-        stale=stale,
-        pool=pool,
-        fallback=fallback,
-        progress=progress,
-        min_gain=min_gain,
-    )
+    given = (batch_dim, sizes, pad, bind, stale, pool, fallback, progress, min_gain)
+    options = Options._make(given).checked()
     if target is None:
         return lambda target: _decorate(target, options)
     return _decorate(target, options)
@@ -160,7 +151,7 @@ def _check_names(options: Options, function: Callable[..., Any]) -> None:
 def _decorate(target: Any, options: Options) -> Any:
     if isinstance(target, ScriptModule):
         raise OptionError(
-            "graphcache: can't decorate a ScriptModule: what it reads can't be watched; decorate the "
+            "graphcache: can't decorate a ScriptModule, because its code can't be traced; decorate the "
             "Module that it was made of, as it was before torch.jit"
         )
     if isinstance(target, nn.Module):
