@@ -1,4 +1,4 @@
-"""What `cache_info()` tells."""
+"""Counts the calls of one forward, and reports them as `CacheInfo`."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from graphcache import _C
 
-NO_GAIN = 0.02  # of eager's time; below it, a graph is not worth its memory
+NO_GAIN = 0.02  # share of eager's time; a graph that saves less is not worth its memory
 
 
 class Times(NamedTuple):
@@ -25,7 +25,7 @@ class Times(NamedTuple):
 
     @property
     def gain(self) -> float | None:
-        """The share of eager's time that a replay saves."""
+        """Share of eager's time that a replay saves."""
         if self.eager is None or self.replay is None or self.eager <= 0:
             return None
         return 1 - self.replay / self.eager
@@ -116,29 +116,25 @@ class CacheInfo:
             ("saved by weak references", _readable(self.saved_bytes)),
             *(("note", note) for note in self.notes),
         ]
-        return "\n".join([*_aligned(facts, left=2), "", *self._by_size()])
-
-    def _by_size(self) -> list[str]:
-        rows: list[tuple[str, ...]] = [
-            ("size", "replays", "padded rows", "replay us", "eager us", "saved")
-        ]
-        for size in sorted({*self.sizes, *self.replays}):
-            times = self.times.get(size, Times(None, None))
-            rows.append(
-                (
-                    f"{size}" if size in self.sizes else f"{size} (gone)",
-                    str(self.replays.get(size, 0)),
-                    str(self.padded.get(size, 0)),
-                    *("" if t is None else f"{t * 1e6:.1f}" for t in (times.replay, times.eager)),
-                    "" if times.gain is None else f"{times.gain:.0%}",
-                )
-            )
+        head = ("size", "replays", "padded rows", "replay us", "eager us", "saved")
+        rows = [head, *map(self._row, sorted({*self.sizes, *self.replays}))]
         shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or len(rows) == 1]
-        return _aligned(list(zip(*shown, strict=True)), left=0)
+        table = _aligned(list(zip(*shown, strict=True)), left=0)
+        return "\n".join([*_aligned(facts, left=2), "", *table])
+
+    def _row(self, size: int) -> tuple[str, ...]:
+        times = self.times.get(size, Times(None, None))
+        return (
+            f"{size}" if size in self.sizes else f"{size} (gone)",
+            str(self.replays.get(size, 0)),
+            str(self.padded.get(size, 0)),
+            *("" if t is None else f"{t * 1e6:.1f}" for t in (times.replay, times.eager)),
+            "" if times.gain is None else f"{times.gain:.0%}",
+        )
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Returns lines of columns, the first `left` of which begin at the left."""
+    """Returns lines of aligned columns; the first `left` columns are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -150,15 +146,11 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
 
 
 def _saved_bytes(buckets: Iterable[Any]) -> int:
-    """Returns the bytes of the outputs of each lane's graphs, but for the largest."""
+    """Returns the bytes of the outputs of each lane's graphs, without the largest of the lane."""
     by_lane: dict[int, list[int]] = {}
     for bucket in buckets:
         by_lane.setdefault(id(bucket.lane), []).append(bucket.output_bytes())
     return sum(sum(each) - max(each) for each in by_lane.values())
-
-
-def _relative(times: Times) -> str:
-    return f"{1 - (times.gain or 0.0):.0%}"
 
 
 def _readable(nbytes: int) -> str:
@@ -181,14 +173,14 @@ class Counts:
     def merge(self, other: "Counts") -> None:
         """Adds all counts of `other`."""
         for count in fields(self):
-            mine, theirs = getattr(self, count.name), getattr(other, count.name)
-            if isinstance(mine, Counter):
-                mine.update(theirs)
+            value, added = getattr(self, count.name), getattr(other, count.name)
+            if isinstance(value, Counter):
+                value.update(added)
             else:
-                setattr(self, count.name, mine + theirs)
+                setattr(self, count.name, value + added)
 
     def add(self, bucket: _C.Bucket) -> None:
-        """Adds what one graph counted."""
+        """Adds the counts of one graph."""
         if bucket.replays:
             self.replays[bucket.size] += bucket.replays
             self.padded[bucket.size] += bucket.padded_rows
@@ -199,18 +191,18 @@ class Counts:
         self,
         calls: int,
         signatures: Sequence[Mapping[int, Any]],
-        exact: Iterable[str],
+        no_padding_reasons: Iterable[str],
         pool: Any,
         batches: Mapping[int, int],
     ) -> CacheInfo:
-        """Returns what `cache_info()` tells.
+        """Returns these counts, and those of the graphs, as `CacheInfo`.
 
         Args:
-            calls: all of them.
-            signatures: the graphs of each, by size.
-            exact: why some are captured at exact sizes only.
-            pool: what they share, or None.
-            batches: how many calls had so many rows.
+            calls: the number of all calls.
+            signatures: the graphs of each signature, by size.
+            no_padding_reasons: the reasons why signatures are captured at exact sizes only.
+            pool: the pool of the graphs, or None.
+            batches: the number of calls by their number of rows.
         """
         buckets = [bucket for graphs in signatures for bucket in graphs.values()]
         live = [bucket for bucket in buckets if not bucket.native.retired]
@@ -218,30 +210,30 @@ class Counts:
             size: mean_times(bucket.timing.times() for bucket in buckets if bucket.size == size)
             for size in sorted({bucket.size for bucket in buckets if bucket.timing.replay})
         }
-        slow = [size for size, each in times.items() if each.gain is not None and each.gain < NO_GAIN]
+        gains = {size: each.gain for size, each in times.items() if each.gain is not None}
+        counts = {each.name: getattr(self, each.name) for each in fields(self)}
         return CacheInfo(
+            **counts
+            | {
+                "replays": dict(sorted(self.replays.items())),
+                "padded": dict(sorted(self.padded.items())),
+                "eager": dict(self.eager),
+            },
             backend=pool.runtime.name if pool is not None and buckets else "none",
             launch=" and ".join(sorted({bucket.launch for bucket in buckets})) or "none",
             calls=calls,
-            replays=dict(sorted(self.replays.items())),
-            padded=dict(sorted(self.padded.items())),
-            eager=dict(self.eager),
             batches=dict(sorted(batches.items())),
             times=times,
             sizes=tuple(sorted({bucket.size for bucket in live})),
             signatures=len(signatures),
-            dropped=self.dropped,
-            captures=self.captures,
-            capture_seconds=self.capture_seconds,
-            expired=self.expired,
-            copied=self.copied,
             pool_bytes=pool.memory().reserved if pool is not None else 0,
             saved_bytes=_saved_bytes(live) if pool is not None and pool.weak else 0,
             notes=(
-                *(f"exact sizes only: {why}" for why in exact),
+                *(f"exact sizes only: {reason}" for reason in no_padding_reasons),
                 *(
-                    f"size {size}: a replay takes {_relative(times[size])} of eager's time"
-                    for size in slow
+                    f"size {size}: a replay takes {1 - gain:.0%} of eager's time"
+                    for size, gain in gains.items()
+                    if gain < NO_GAIN
                 ),
             ),
         )

@@ -48,13 +48,13 @@ class Suggestion:
 def suggest(
     batches: Mapping[int, int], sizes: Sequence[int], count: int, seconds: Mapping[int, float]
 ) -> Suggestion:
-    """Returns the best `count` sizes beside those that there are.
+    """Returns the best `count` sizes, and their cost beside that of today's sizes.
 
     Args:
-        batches: how many calls had so many rows; not empty.
-        sizes: today's, ascending.
-        count: how many are wanted.
-        seconds: what replays take at the sizes that were timed.
+        batches: the number of calls by their number of rows; not empty.
+        sizes: today's sizes, ascending.
+        count: the number of sizes to return.
+        seconds: the times of replays at the sizes that were timed.
     """
     timed = len(seconds) > 1
     microseconds = {size: time * 1e6 for size, time in seconds.items()}
@@ -80,14 +80,14 @@ def _mean_cost(batches: Mapping[int, int], sizes: Sequence[int], cost: Callable[
 def best_sizes(batches: Mapping[int, int], count: int, cost: Callable[[int], float]) -> tuple[int, ...]:
     """Returns the sizes that serve all calls at the least cost: exactly, not by search.
 
-    A larger size is taken to cost no less. Then only batches that came are worth a size, and where the
-    next smaller size of the best choice lies moves one way as the largest one moves: so each further
-    size takes one pass of divide and conquer.
+    A larger size is assumed to cost no less. Then only batches that came are worth a size. In the best
+    choice, the second-largest size never decreases as the largest one increases. So each further size
+    takes one pass of divide and conquer.
 
     Args:
-        batches: how many calls had so many rows; not empty.
-        count: how many sizes; fewer batches than that have a size each.
-        cost: of a replay at a size.
+        batches: the number of calls by their number of rows; not empty.
+        count: the number of sizes; where there are fewer batches, each has a size.
+        cost: the cost of a replay at a size.
     """
     rows = sorted(batches)
     calls = list(accumulate(batches[size] for size in rows))
@@ -108,7 +108,7 @@ def best_sizes(batches: Mapping[int, int], count: int, cost: Callable[[int], flo
 def _with_one_more(
     least: list[float], calls: list[int], costs: list[float]
 ) -> tuple[list[float], list[int]]:
-    """Returns, for each largest size, the least cost with one more size below it, and which that is."""
+    """Returns, for each largest size, the least cost with one more size below, and that size."""
     now, chosen = [inf] * len(least), [0] * len(least)
     pending = [(1, len(least), 0, len(least))]
     while pending:
@@ -125,29 +125,31 @@ def _with_one_more(
 
 
 def interpolated(seconds: Mapping[int, float]) -> Callable[[int], float]:
-    """Returns the time of any size by those of two sizes or more: linear between them, and beyond."""
+    """Returns a function that estimates the time of any size, linearly, from two sizes or more."""
     sizes = sorted(seconds)
 
-    def of(size: int) -> float:
+    def time_of(size: int) -> float:
         right = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
         low, high = sizes[right - 1], sizes[right]
         slope = (seconds[high] - seconds[low]) / (high - low)
         return max(seconds[low] + slope * (size - low), 0.0)
 
-    return of
+    return time_of
 
 
-def suggestion(info: CacheInfo, exact: Sequence[str | None], name: str, count: int) -> Suggestion:
-    """Returns what `suggest_sizes` does.
+def suggestion(
+    info: CacheInfo, no_padding_reasons: Sequence[str | None], name: str, count: int
+) -> Suggestion:
+    """Returns the sizes with the least cost for the calls that a forward has counted.
 
     Args:
-        info: of the forward.
-        exact: for each of its signatures that has graphs, why sizes are not chosen for it, or None.
-        name: of the forward, for messages.
-        count: how many sizes.
+        info: the counts of the forward.
+        no_padding_reasons: the reason, or None, for each signature of the forward that has graphs.
+        name: the name of the forward, for messages.
+        count: the number of sizes.
 
     Raises:
-        GraphCacheError: where there is nothing to choose from, or nothing to choose.
+        GraphCacheError: without calls to count, or where no signature can be padded.
         OptionError: unless `count` is a positive integer.
     """
     if type(count) is not int or count < 1:
@@ -157,10 +159,10 @@ def suggestion(info: CacheInfo, exact: Sequence[str | None], name: str, count: i
             f"graphcache: no call of {name} was counted since it was graphed or cleared, so there are "
             "no batch sizes to choose from; call suggest_sizes() after some real traffic"
         )
-    if exact and None not in exact:
+    if no_padding_reasons and None not in no_padding_reasons:
         raise GraphCacheError(
             f"graphcache: {name} is captured at exactly the sizes that it is called with, so there are "
-            f"none to choose: {exact[0]}"
+            f"none to choose: {no_padding_reasons[0]}"
         )
     seconds = {size: each.replay for size, each in info.times.items() if each.replay is not None}
     return suggest(info.batches, info.sizes, count, seconds)
