@@ -56,7 +56,7 @@ def _module(device: torch.device) -> torch.nn.Module:
 
 
 def demo() -> int:
-    """Serves a small module at batches that shrink, and prints what `cache_info()` tells of it."""
+    """Serves a small module at batches that shrink, and prints its `cache_info()`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = graphcache.cuda_graphed(_module(device), sizes=(1, 2, 4, 8, 16))
     with graphcache.emulate(), torch.inference_mode():
@@ -70,7 +70,7 @@ def demo() -> int:
 def bench(calls: int = 500) -> int:
     """Times a small module eagerly and by its graphs, in turns, and prints the medians."""
     if not torch.cuda.is_available():
-        print("graphcache: speed is told on a GPU only, and torch finds none here", file=sys.stderr)
+        print("graphcache: bench measures on a GPU only, and torch finds none here", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     plain = _module(device)
@@ -94,11 +94,11 @@ def bench(calls: int = 500) -> int:
                 if not torch.allclose(graphed, eager, rtol=1e-3, atol=1e-4):
                     print(f"graphcache: batch {batch} DIFFERS FROM eager", file=sys.stderr)
                     return 1
-                del results, eager, graphed  # a held output would be given up by the next call
-            (host, latency), (our_host, our_latency) = (
-                map(median, zip(*pairs[10:], strict=True)) for pairs in times.values()
-            )
-            print(f"{batch:>5} {host:>15.1f} {our_host:>11.1f} {latency:>19.1f} {our_latency:>11.1f}")
+                del results, eager, graphed  # the next call would expire a held output
+            columns = (zip(*pairs[10:], strict=True) for pairs in times.values())
+            (host, latency), (graphed_host, graphed_latency) = (map(median, each) for each in columns)
+            row = f"{host:>15.1f} {graphed_host:>11.1f} {latency:>19.1f} {graphed_latency:>11.1f}"
+            print(f"{batch:>5} {row}")
     return 0
 
 

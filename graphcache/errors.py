@@ -1,4 +1,4 @@
-"""The exceptions of graphcache: one root, so that `except GraphCacheError` catches them all."""
+"""Defines the exceptions of graphcache, with one root for `except GraphCacheError`."""
 
 from torch import Tensor
 
@@ -39,5 +39,5 @@ class GraphCacheWarning(UserWarning):
 
 
 def describe(tensor: Tensor) -> str:
-    """Returns dtype and shape, as messages give them."""
+    """Returns the dtype and shape of a tensor, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -30,37 +30,37 @@ class Lane:
         self._weak = weak
         self.native = _C.Lane()
         self.follow_stream()
-        self._guests: list[StorageWeakRef] = []
+        self._first_results: list[StorageWeakRef] = []
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 
     def is_free(self) -> bool:
-        """Tells whether a graph may be captured here that runs while today's outputs are held."""
-        self._guests = [guest for guest in self._guests if not guest.expired()]
-        return self.open and not self._guests and not self.native.holds_outputs()
+        """Return True if no output is held here, so that another graph may be captured."""
+        self._first_results = [result for result in self._first_results if not result.expired()]
+        return self.open and not self._first_results and not self.native.holds_outputs()
 
     def is_done(self) -> bool:
-        """Tells whether nothing refers to the memory of this lane any more."""
+        """Return True if neither a graph nor an output refers to the memory of this lane."""
         return not self._graphs and not self.native.holds_outputs()
 
     def capture(
         self,
         body: Callable[[], list[Tensor]],
-        stage: _C.InputCopier | None = None,
+        copier: _C.InputCopier | None = None,
         kernel: _C.CopyInKernel | None = None,
     ) -> tuple[Graph, list[Tensor]]:
         """Captures `body` into this lane.
 
         Args:
             body: runs the forward and returns its output tensors.
-            stage: see `Runtime.capture`.
+            copier: see `Runtime.capture`.
             kernel: likewise.
 
         Returns:
-            The graph, and the outputs as weak references: their memory is free for the next capture.
-            In a pool with `weak=False` they are the outputs themselves and pin it.
+            The graph, and the outputs as weak references, whose memory is free for the next capture. A
+            pool with `weak=False` returns the outputs themselves, which pin their memory.
 
         Raises:
-            Exception: what `body` or the driver raised; the lane is closed then.
+            Exception: the error of `body` or of the driver; the lane is closed then.
         """
 
         def weakened() -> list[Tensor]:
@@ -68,7 +68,7 @@ class Lane:
             return _C.weak_ref(outputs) if self._weak else outputs
 
         try:
-            graph, outputs = self._runtime.capture(self.arena, weakened, stage, kernel)
+            graph, outputs = self._runtime.capture(self.arena, weakened, copier, kernel)
         except BaseException:
             self.open = False
             raise
@@ -76,7 +76,7 @@ class Lane:
         return graph, outputs
 
     def follow_stream(self) -> int:
-        """Orders what follows after the last replay; returns the current stream."""
+        """Makes the current stream wait for the last replay; returns the current stream."""
         self.native.stream = self.arena.follow_stream()
         return self.native.stream
 
@@ -85,31 +85,31 @@ class Lane:
         return self._runtime.stopwatch(self._device)
 
     def reserve_for(self, tensors: Iterable[Tensor]) -> None:
-        """Counts the results of an eager first call as held, as a replay's will be in their place."""
-        self._guests = [
+        """Counts the results of an eager first call as held outputs of this lane."""
+        self._first_results = [
             StorageWeakRef(t.untyped_storage()) for t in tensors if t.layout is torch.strided
         ]
 
 
 _pools: "weakref.WeakSet[GraphPool]" = weakref.WeakSet()
-_held_over_fork: "list[GraphPool]" = []
+_locked_for_fork: "list[GraphPool]" = []
 
 
 def _before_fork() -> None:
     # A thread in the middle of a call would leave its pool locked, and half changed, in the child.
-    _held_over_fork.extend(_pools)
-    for pool in _held_over_fork:
+    _locked_for_fork.extend(_pools)
+    for pool in _locked_for_fork:
         pool.lock.__enter__()
 
 
 def _after_fork_in_parent() -> None:
-    while _held_over_fork:
-        _held_over_fork.pop().lock.__exit__()
+    while _locked_for_fork:
+        _locked_for_fork.pop().lock.__exit__()
 
 
 def _after_fork_in_child() -> None:
-    while _held_over_fork:
-        _held_over_fork.pop().lock.renew()
+    while _locked_for_fork:
+        _locked_for_fork.pop().lock.renew()
 
 
 if hasattr(os, "register_at_fork"):
@@ -154,7 +154,7 @@ class GraphPool:
         return self.lanes[-1]
 
     def lane_after(self, lane: Lane) -> Lane:
-        """Returns a lane in place of one that ran out of memory, and gives that one's back if it can."""
+        """Closes a lane that ran out of memory, trims the pool, and returns another lane."""
         lane.open = False
         self.trim()
         return self.lane()
@@ -178,7 +178,7 @@ class GraphPool:
         self.runtime.use_here(tensors)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as an empty pool of its kind; the global one as the global one."""
+        """Pickles a pool as an empty one of its kind, and the global pool by its device."""
         if self is _default_pool(self.device):
             return default_pool, (str(self.device),)
         return partial(GraphPool, weak=self.weak), (str(self.device),)
