@@ -91,8 +91,8 @@ def take_apart(
 ) -> Any:
     """Runs `func` under `mode` if `func` is made of other operations; else returns NotImplemented.
 
-    Autograd decomposes operations before a mode gets them, but is off under inference mode. The kernel is
-    that of eager, not a decomposition written in Python.
+    Autograd decomposes operations before a mode gets them; inference mode has no autograd. The kernel
+    is that of eager, not a decomposition written in Python.
     """
     if not torch.is_inference_mode_enabled():
         return NotImplemented
