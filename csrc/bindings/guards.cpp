@@ -4,15 +4,14 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
-#include <utility>
 
 namespace py = pybind11;
 
 namespace graphcache {
 namespace {
 
-// Guards refer to what may lead back to them, so Python's cycle collector has to see through them. An
-// owner besides the Python object would need what they refer to: then nothing is shown.
+// Guards may be part of a cycle, so Python's collector has to see what they refer to. An owner besides the
+// Python object would need that too: then nothing is shown.
 Guard* only_owned_guard(PyObject* object) {
   if (!py::detail::is_holder_constructed(object)) {
     return nullptr;
@@ -40,41 +39,17 @@ void make_collectable(PyHeapTypeObject* heap_type) {
 } // namespace
 
 void bind_guards(py::module_& m) {
+  const py::arg label("label");
   py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard", py::custom_type_setup(&make_collectable))
-      .def(
-          py::init([](Guard::Objects modules,
-                      py::object root,
-                      Guard::Objects objects,
-                      std::vector<std::pair<py::object, bool>> dicts,
-                      Guard::Objects lists,
-                      Guard::Objects buffers,
-                      Guard::Objects sources,
-                      Guard::Objects tensors,
-                      py::object names,
-                      bool grads) {
-            return std::make_shared<Guard>(Guard::Expectations{
-                std::move(modules),
-                std::move(root),
-                std::move(objects),
-                std::move(dicts),
-                std::move(lists),
-                std::move(buffers),
-                std::move(sources),
-                std::move(tensors),
-                std::move(names),
-                grads});
-          }),
-          py::kw_only(),
-          py::arg("modules") = Guard::Objects(),
-          py::arg("root") = py::none(),
-          py::arg("objects") = Guard::Objects(),
-          py::arg("dicts") = std::vector<std::pair<py::object, bool>>(),
-          py::arg("lists") = Guard::Objects(),
-          py::arg("buffers") = Guard::Objects(),
-          py::arg("sources") = Guard::Objects(),
-          py::arg("tensors") = Guard::Objects(),
-          py::arg("names") = py::none(),
-          py::arg("grads") = false)
+      .def(py::init<py::object, bool>(), py::arg("names") = py::none(), py::arg("grads") = false)
+      .def("add_module", &Guard::add_module, py::arg("module"), label, py::arg("is_root") = false)
+      .def("add_object", &Guard::add_object, py::arg("object"), label)
+      .def("add_dict", &Guard::add_dict, py::arg("dict"), label, py::arg("named"), py::arg("held"))
+      .def("add_items", &Guard::add_items, py::arg("items"), label)
+      .def("add_bytes", &Guard::add_bytes, py::arg("array"), label)
+      .def("add_source", &Guard::add_source, py::arg("container"), py::arg("key"), py::arg("value"), label)
+      .def("add_absence", &Guard::add_absence, py::arg("container"), py::arg("key"), label)
+      .def("add_tensor", &Guard::add_tensor, py::arg("tensor"), label)
       .def("check", &Guard::check, py::arg("grad"))
       .def("explain", &Guard::explain, py::arg("grad"));
 }

@@ -39,7 +39,10 @@ struct DictWatcher {
     const bool freed = event == PyDict_EVENT_DEALLOCATED;
     for (auto* group : found->second) {
       group->changed_ = true;
-      group->lost_ = group->lost_ || freed;
+      if (freed) {
+        group->blind_ = true;
+        std::replace(group->dicts_.begin(), group->dicts_.end(), dict, static_cast<PyObject*>(nullptr));
+      }
     }
     if (freed) {
       groups().erase(found);
@@ -68,9 +71,9 @@ DictGroup::~DictGroup() {
   for (auto* dict : dicts_) {
     const auto found = groups().find(dict);
     if (found == groups().end()) {
-      continue; // freed, or added twice
+      continue; // freed, added twice, or never watched
     }
-    auto& watching = found->second; // perhaps of another dict at that address: then we are not in it
+    auto& watching = found->second; // perhaps without this group, of which the dict could not be watched
     const auto rest = std::remove(watching.begin(), watching.end(), this);
     if (rest == watching.end()) {
       continue;
@@ -87,25 +90,25 @@ DictGroup::~DictGroup() {
 }
 
 void DictGroup::add(PyObject* dict) {
+  dicts_.push_back(dict);
   if (DictWatcher::id() < 0 || PyDict_Watch(DictWatcher::id(), dict) < 0) {
     PyErr_Clear();
     blind_ = changed_ = true;
     return;
   }
   groups()[dict].push_back(this);
-  dicts_.push_back(dict);
 }
 
 bool DictGroup::clean() const {
   return !changed_;
 }
 
-bool DictGroup::lost() const {
-  return lost_;
+bool DictGroup::is_alive(size_t index) const {
+  return dicts_[index] != nullptr;
 }
 
 void DictGroup::rearm() {
-  changed_ = blind_ || lost_;
+  changed_ = blind_;
 }
 
 #else
@@ -133,8 +136,8 @@ bool DictGroup::clean() const {
   return true;
 }
 
-bool DictGroup::lost() const {
-  return false; // a new dict at the same address has another tag
+bool DictGroup::is_alive(size_t /*index*/) const {
+  return true; // whoever asks knows: a new dict at the same address has another tag
 }
 
 void DictGroup::rearm() {

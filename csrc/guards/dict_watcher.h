@@ -20,11 +20,11 @@ class DictGroup {
   // so each must be known to live, or be held by one that was added before it.
   void add(PyObject* dict);
 
-  // Tells whether none has changed since it was added, or since `rearm`. May err towards "changed".
+  // True if none has changed since it was added, or since `rearm`. May err towards "changed".
   bool clean() const;
 
-  // Tells whether one of them was freed; such a group never gets clean again.
-  bool lost() const;
+  // False if the dict that was added at this index was freed; such a group never gets clean again.
+  bool is_alive(size_t index) const;
 
   // Takes the present contents for unchanged; only while all of the dicts live.
   void rearm();
@@ -33,10 +33,9 @@ class DictGroup {
  private:
   friend struct DictWatcher;
 
-  std::vector<PyObject*> dicts_; // one that was freed stays in here, and is not looked at
+  std::vector<PyObject*> dicts_; // null where it was freed
   bool changed_ = false;
-  bool lost_ = false;
-  bool blind_ = false; // one can't be watched
+  bool blind_ = false; // one can't be watched, or was freed
 #else
  private:
   struct Version {

@@ -14,7 +14,7 @@ bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
 }
 
-// Cannot lead to a module, and so never back to the guards that keep it.
+// Refers to no module, and so never to the guards that keep it.
 bool is_plain(PyObject* object) {
   if (PyTuple_Check(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
@@ -29,7 +29,7 @@ bool is_plain(PyObject* object) {
       is_tensor(object);
 }
 
-py::object keeper_of(PyObject* object) {
+py::object reference_to(PyObject* object) {
   if (is_plain(object)) {
     return py::reinterpret_borrow<py::object>(object);
   }
@@ -44,7 +44,7 @@ py::object keeper_of(PyObject* object) {
 } // namespace
 
 Expected::Expected(PyObject* object)
-    : address_(object), object_(object != nullptr ? keeper_of(object) : py::object()) {
+    : address_(object), object_(object != nullptr ? reference_to(object) : py::object()) {
   if (object != nullptr && !object_ && PyTuple_CheckExact(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
       items_.emplace_back(PyTuple_GET_ITEM(object, index));
@@ -67,12 +67,7 @@ bool Expected::holds_items() const {
 
 int Expected::traverse(visitproc visit, void* arg) const {
   Py_VISIT(object_.ptr());
-  for (const auto& item : items_) {
-    if (const int stop = item.traverse(visit, arg)) {
-      return stop;
-    }
-  }
-  return 0;
+  return traverse_all(items_, visit, arg);
 }
 
 // Exact types only: no code of the user's runs here.
@@ -91,7 +86,15 @@ bool Expected::equals(PyObject* object) const {
       PyObject_RichCompareBool(object, address_, Py_EQ) == 1;
 }
 
-ExpectedDict::ExpectedDict(PyObject* dict, py::object names) : dict_(dict), names_(std::move(names)) {
+ExpectedDict::ExpectedDict(PyObject* dict, py::object names, bool held)
+    : dict_(dict), names_(std::move(names)) {
+#if PY_VERSION_HEX < 0x030C0000
+  if (!held) {
+    kept_ = py::reinterpret_borrow<py::object>(dict);
+  }
+#else
+  static_cast<void>(held);
+#endif
   // Held meanwhile: a weak reference is an allocation, which may set off the cycle collector.
   const auto items = py::reinterpret_steal<py::list>(PyDict_Items(dict));
   for (const auto item : items) {
@@ -136,6 +139,7 @@ std::optional<py::object> ExpectedDict::changed() const {
 }
 
 int ExpectedDict::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(kept_.ptr());
   for (const auto& [name, expected] : entries_) {
     if (const int stop = expected.traverse(visit, arg)) {
       return stop;
@@ -186,15 +190,6 @@ bool ExpectedItems::same() const {
     return same;
   });
   return same && index == items_.size();
-}
-
-int ExpectedItems::traverse(visitproc visit, void* arg) const {
-  for (const auto& item : items_) {
-    if (const int stop = item.traverse(visit, arg)) {
-      return stop;
-    }
-  }
-  return 0;
 }
 
 namespace {

@@ -11,7 +11,7 @@
 namespace graphcache {
 
 // One object. Its address stands for it only while it lives, so tensors and plain values are kept alive.
-// Other objects are known by a weak reference, since they may lead back to what owns this; those that
+// Other objects are known by a weak reference, since they may refer to the owner of this; those that
 // allow none (lists, dicts) by nothing but their address, and tuples by their items besides.
 class Expected {
  public:
@@ -30,7 +30,7 @@ class Expected {
   std::vector<Expected> items_; // of a tuple that is not kept
 };
 
-// Tells whether the object of a weak reference still lives.
+// True if the object of a weak reference still lives.
 inline bool is_alive(PyObject* reference) {
   return reinterpret_cast<PyWeakReference*>(reference)->wr_object != Py_None;
 }
@@ -42,13 +42,25 @@ inline bool Expected::is(PyObject* object) const {
   return object_ ? object_.ptr() == address_ || is_alive(object_.ptr()) : items_.empty() || holds_items();
 }
 
+// Shows Python's cycle collector all of some things, until it stops.
+template <typename Things>
+int traverse_all(const Things& things, visitproc visit, void* arg) {
+  for (const auto& thing : things) {
+    if (const int stop = thing.traverse(visit, arg)) {
+      return stop;
+    }
+  }
+  return 0;
+}
+
 // The keys and values of one dict, in their order.
 class ExpectedDict {
  public:
-  // `names`: a frozenset of the keys that count, besides those that are no strings; None: all do.
-  ExpectedDict(PyObject* dict, pybind11::object names);
+  // `names`: a frozenset of the keys that count, besides those that are no strings; None: all do. A dict
+  // that is not `held` is kept alive before Python 3.12, where nobody can ask whether it lives.
+  ExpectedDict(PyObject* dict, pybind11::object names, bool held);
 
-  // Tells whether the dict is as it was; whoever asks knows that it lives.
+  // True if the dict is as it was; whoever asks knows that it lives.
   bool same() const { return !changed().has_value(); }
   // The first key that is not as it was, or a null one where something came on top.
   std::optional<pybind11::object> changed() const;
@@ -58,6 +70,7 @@ class ExpectedDict {
   bool counts(PyObject* key) const;
 
   PyObject* dict_;
+  pybind11::object kept_; // the dict itself, or nothing
   pybind11::object names_;
   std::vector<std::pair<Expected, Expected>> entries_;
 };
@@ -67,16 +80,16 @@ class ExpectedItems {
  public:
   explicit ExpectedItems(PyObject* items);
 
-  // Tells whether it is as it was; whoever asks knows that it lives.
+  // True if the container is as it was; whoever asks knows that it lives.
   bool same() const;
-  int traverse(visitproc visit, void* arg) const;
+  int traverse(visitproc visit, void* arg) const { return traverse_all(items_, visit, arg); }
 
  private:
   PyObject* container_;
   std::vector<Expected> items_;
 };
 
-// The bytes of an array on the host. ObjectRef alive, as it leads nowhere.
+// The bytes of an array on the host, which is kept alive: it refers to nothing.
 class ExpectedBytes {
  public:
   explicit ExpectedBytes(pybind11::object array);

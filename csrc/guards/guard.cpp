@@ -3,7 +3,6 @@
 #include <c10/core/StorageImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -46,47 +45,22 @@ bool is_read_as_dict(PyObject* object) {
 
 // Modules
 
-Guard::Module::Module(const py::object& module)
+Guard::Module::Module(const py::object& module, py::object label_)
     : reference(py::weakref(module)),
       type(Py_TYPE(module.ptr())),
       slot(dict_slot(module.ptr())),
-      dict(*slot) {}
+      dict(*slot),
+      label(std::move(label_)) {}
 
-bool Guard::Module::is_there() const {
+bool Guard::Module::same() const {
   auto* const object = reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object;
   return object != Py_None && *slot == dict && Py_TYPE(object) == type;
 }
 
-void Guard::watch(const Module& module, bool is_root, const py::object& names, size_t index) {
-  const Owner owner{"module", index};
-  watch(module.dict, names, owner);
-  for (const auto* name : kContents) {
-    watch(table(module.dict, name), py::none(), owner);
-  }
-  if (is_root) {
-    return;
-  }
-  for (const auto* name : kHooks) {
-    auto* hooks = table(module.dict, name);
-    watch(hooks, py::none(), owner);
-    never_ = never_ || PyDict_GET_SIZE(hooks) != 0;
-  }
-}
+// Sources
 
-void Guard::watch(PyObject* dict, const py::object& names, Owner owner) {
-  dict_watcher_.add(dict); // first: what changes from here on is noticed
-  tables_.emplace_back(dict, names);
-  owners_.push_back(owner);
-}
-
-// Places
-
-Guard::Source::Source(const py::tuple& source)
-    : kind(Kind::kOther),
-      index(0),
-      container(source[0]),
-      key(source[1]),
-      expected(PyTuple_GET_SIZE(source.ptr()) > 2 ? PyTuple_GET_ITEM(source.ptr(), 2) : nullptr) {
+Guard::Source::Source(py::object container_, py::object key_, PyObject* value, py::object label_)
+    : container(std::move(container_)), key(std::move(key_)), expected(value), label(std::move(label_)) {
   if (is_read_as_dict(container.ptr())) {
     kind = Kind::kDict;
   } else if (PyCell_Check(container.ptr())) {
@@ -101,7 +75,7 @@ Guard::Source::Source(const py::tuple& source)
   }
 }
 
-bool Guard::Source::holds() const {
+bool Guard::Source::same() const {
   auto* held = container.ptr();
   switch (kind) {
     case Kind::kDict: {
@@ -137,10 +111,16 @@ bool Guard::Source::holds() const {
   return expected.is(found.ptr());
 }
 
+int Guard::Source::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(container.ptr());
+  Py_VISIT(key.ptr());
+  return expected.traverse(visit, arg);
+}
+
 // Addresses
 
-Guard::Address::Address(py::object object_, std::vector<int64_t>& all_strides)
-    : object(std::move(object_)) {
+Guard::Address::Address(py::object object_, py::object label_, std::vector<int64_t>& all_strides)
+    : object(std::move(object_)), label(std::move(label_)) {
   if (!THPVariable_Check(object.ptr())) {
     throw py::type_error(
         "graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
@@ -158,7 +138,7 @@ Guard::Address::Address(py::object object_, std::vector<int64_t>& all_strides)
 }
 
 // Strides and the number of elements stand for the layout: all of the sizes would double the time.
-bool Guard::Address::holds(const int64_t* strides) const {
+bool Guard::Address::same(const int64_t* strides) const {
   const auto* impl = THPVariable_Unpack(object.ptr()).unsafeGetTensorImpl();
   const auto now = impl->strides();
   bool same = impl->unsafe_storage().unsafeGetStorageImpl() == storage &&
@@ -174,188 +154,180 @@ bool Guard::Address::requires_grad() const {
   return THPVariable_Unpack(object.ptr()).requires_grad();
 }
 
-// All of them
-
-Guard::Guard(const Expectations& expectations) {
-  for (const auto& module : expectations.modules) {
-    const auto index = modules_.size();
-    watch(modules_.emplace_back(module), module.is(expectations.root), expectations.names, index);
-  }
-  for (const auto& object : expectations.objects) {
-    const auto index = modules_.size() - expectations.modules.size();
-    watch(modules_.emplace_back(object).dict, expectations.names, {"object", index});
-  }
-  for (size_t index = 0; index < expectations.dicts.size(); ++index) {
-    const auto& [dict, filtered] = expectations.dicts[index];
-    watch(
-        py::cast<py::dict>(dict).ptr(),
-        filtered ? expectations.names : py::object(py::none()),
-        {"dict", index});
-  }
-  for (const auto& list : expectations.lists) {
-    if (!PyList_Check(list.ptr()) && !PyAnySet_Check(list.ptr())) {
-      throw py::type_error("graphcache: lists are lists or sets");
-    }
-    lists_.emplace_back(list.ptr());
-  }
-  for (const auto& buffer : expectations.buffers) {
-    buffers_.emplace_back(buffer);
-  }
-  for (size_t index = 0; index < expectations.sources.size(); ++index) {
-    Source source(py::cast<py::tuple>(expectations.sources[index]));
-    if (source.kind == Kind::kDict) {
-      scopes_.add(source.container.ptr());
-      dict_sources_.push_back(std::move(source));
-      source_numbers_.push_back(index);
-    } else {
-      sources_.push_back(std::move(source));
-    }
-  }
-  for (size_t index = 0; index < expectations.sources.size(); ++index) {
-    if (!is_read_as_dict(PyTuple_GET_ITEM(expectations.sources[index].ptr(), 0))) {
-      source_numbers_.push_back(index);
-    }
-  }
-  grads_ = expectations.grads;
-  for (const auto& tensor : expectations.tensors) {
-    addresses_.emplace_back(tensor, strides_);
-  }
-}
-
-// Places first: they keep what they look at alive, and what is watched after them may hang on them.
-bool Guard::check(bool grad) {
-  return !never_ && check_sources() && check_modules() && check_addresses(grad);
-}
-
-bool Guard::check_modules() {
-  for (const auto& module : modules_) {
-    if (!module.is_there()) {
-      return false;
-    }
-  }
-  if (!dict_watcher_.clean()) {
-    // Changed, but perhaps back to what it was, as by eval() on what is in eval mode already.
-    if (dict_watcher_.lost() ||
-        !std::all_of(tables_.begin(), tables_.end(), [](const auto& table) { return table.same(); })) {
-      return false;
-    }
-    dict_watcher_.rearm();
-  }
-  // After what holds them.
-  const auto same = [](const auto& items) { return items.same(); };
-  return std::all_of(lists_.begin(), lists_.end(), same) &&
-      std::all_of(buffers_.begin(), buffers_.end(), same);
-}
-
-bool Guard::check_sources() {
-  const auto holds = [](const auto& source) { return source.holds(); };
-  if (!scopes_.clean()) {
-    if (!std::all_of(dict_sources_.begin(), dict_sources_.end(), holds)) {
-      return false;
-    }
-    scopes_.rearm();
-  }
-  return std::all_of(sources_.begin(), sources_.end(), holds);
-}
-
-py::object Guard::explain(bool grad) {
-  const auto found = [](const char* kind, size_t index, py::object key = py::none()) -> py::object {
-    return py::make_tuple(kind, index, key ? std::move(key) : py::object(py::none()));
-  };
-  size_t number = 0;
-  for (const auto* sources : {&dict_sources_, &sources_}) {
-    for (const auto& source : *sources) {
-      if (!source.holds()) {
-        return found("place", source_numbers_[number]);
-      }
-      ++number;
-    }
-  }
-  for (size_t index = 0; index < modules_.size(); ++index) {
-    if (!modules_[index].is_there()) {
-      return found("gone", index);
-    }
-  }
-  if (!dict_watcher_.lost()) {
-    for (size_t index = 0; index < tables_.size(); ++index) {
-      if (auto key = tables_[index].changed()) {
-        return found(owners_[index].first, owners_[index].second, std::move(*key));
-      }
-    }
-    for (size_t index = 0; index < lists_.size(); ++index) {
-      if (!lists_[index].same()) {
-        return found("list", index);
-      }
-    }
-  }
-  for (size_t index = 0; index < buffers_.size(); ++index) {
-    if (!buffers_[index].same()) {
-      return found("buffer", index);
-    }
-  }
-  const auto* strides = strides_.data();
-  for (size_t index = 0; index < addresses_.size(); ++index) {
-    if (!holds(addresses_[index], strides, grad)) {
-      return found("tensor", index);
-    }
-    strides += addresses_[index].dims;
-  }
-  return check(grad) ? py::object(py::none()) : found("other", 0);
-}
-
-bool Guard::holds(const Address& address, const int64_t* strides, bool grad) const {
-  return address.holds(strides) && !(grad && address.requires_grad()) &&
-      !(grads_ && address.requires_grad() != address.grad);
-}
-
-bool Guard::check_addresses(bool grad) const {
-  try {
-    const auto* strides = strides_.data();
-    for (const auto& address : addresses_) {
-      if (!holds(address, strides, grad)) {
-        return false;
-      }
-      strides += address.dims;
-    }
-    return true;
-  } catch (const c10::Error&) {
-    return false; // expired
-  }
-}
-
-int Guard::traverse(visitproc visit, void* arg) const {
-  for (const auto& table : tables_) {
-    if (const int stop = table.traverse(visit, arg)) {
-      return stop;
-    }
-  }
-  for (const auto& list : lists_) {
-    if (const int stop = list.traverse(visit, arg)) {
-      return stop;
-    }
-  }
-  for (const auto* sources : {&dict_sources_, &sources_}) {
-    for (const auto& source : *sources) {
-      Py_VISIT(source.container.ptr());
-      Py_VISIT(source.key.ptr());
-      if (const int stop = source.expected.traverse(visit, arg)) {
-        return stop;
-      }
-    }
-  }
-  for (const auto& address : addresses_) {
-    Py_VISIT(address.object.ptr());
-  }
+int Guard::Address::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(object.ptr());
   return 0;
 }
 
+// All of them. What is added is made before it is put into place: the cycle collector may come meanwhile.
+
+Guard::Guard(py::object names, bool grads) : names_(std::move(names)), grads_(grads) {}
+
+void Guard::add_module(const py::object& module, py::object label, bool is_root) {
+  Module added(module, label);
+  add_table(added.dict, label, names_);
+  for (const auto* name : kContents) {
+    add_table(table(added.dict, name), label, py::none());
+  }
+  if (!is_root) {
+    for (const auto* name : kHooks) {
+      auto* hooks = table(added.dict, name);
+      add_table(hooks, label, py::none());
+      if (PyDict_GET_SIZE(hooks) != 0) {
+        never_ = label;
+      }
+    }
+  }
+  modules_.push_back(std::move(added));
+}
+
+void Guard::add_object(const py::object& object, py::object label) {
+  Module added(object, std::move(label));
+  add_table(added.dict, added.label, names_);
+  modules_.push_back(std::move(added));
+}
+
+void Guard::add_dict(const py::dict& dict, py::object label, bool named, bool held) {
+  dict_watcher_.add(dict.ptr()); // first: what changes from here on is noticed
+  ExpectedDict added(dict.ptr(), named ? names_ : py::none(), held);
+  tables_.push_back(Table{std::move(added), std::move(label), !named});
+}
+
+void Guard::add_table(PyObject* dict, py::object label, const py::object& names) {
+  dict_watcher_.add(dict);
+  tables_.push_back(Table{ExpectedDict(dict, names, /*held=*/true), std::move(label), false});
+}
+
+void Guard::add_items(const py::object& items, py::object label) {
+  if (!PyList_Check(items.ptr()) && !PyAnySet_Check(items.ptr())) {
+    throw py::type_error("graphcache: expected a list or a set");
+  }
+  lists_.push_back(Items{ExpectedItems(items.ptr()), std::move(label)});
+}
+
+void Guard::add_bytes(py::object array, py::object label) {
+  buffers_.push_back(Bytes{ExpectedBytes(std::move(array)), std::move(label)});
+}
+
+void Guard::add_source(py::object container, py::object key, const py::object& value, py::object label) {
+  add(Source(std::move(container), std::move(key), value.ptr(), std::move(label)));
+}
+
+void Guard::add_absence(py::object container, py::object key, py::object label) {
+  add(Source(std::move(container), std::move(key), nullptr, std::move(label)));
+}
+
+void Guard::add(Source source) {
+  if (source.kind == Kind::kDict) {
+    scopes_.add(source.container.ptr());
+    dict_sources_.push_back(std::move(source));
+  } else {
+    sources_.push_back(std::move(source));
+  }
+}
+
+void Guard::add_tensor(py::object tensor, py::object label) {
+  addresses_.push_back(Address(std::move(tensor), std::move(label), strides_));
+}
+
+// Sources first: they keep their containers alive, which may hold what is compared after them.
+Guard::Failure Guard::first_failure(bool grad) {
+  if (never_) {
+    return {never_.ptr()};
+  }
+  if (!scopes_.clean()) {
+    if (auto* label = first_changed(dict_sources_)) {
+      return {label};
+    }
+    scopes_.rearm();
+  }
+  auto* label = first_changed(sources_);
+  if (label == nullptr) {
+    label = first_changed(modules_);
+  }
+  if (label == nullptr && !dict_watcher_.clean()) {
+    if (const auto failure = changed_table(); failure.label != nullptr) {
+      return failure;
+    }
+  }
+  if (label == nullptr) {
+    label = first_changed(lists_);
+  }
+  if (label == nullptr) {
+    label = first_changed(buffers_);
+  }
+  return {label == nullptr ? changed_address(grad) : label};
+}
+
+template <typename Checks>
+PyObject* Guard::first_changed(const Checks& checks) {
+  for (const auto& check : checks) {
+    if (!check.same()) {
+      return check.label.ptr();
+    }
+  }
+  return nullptr;
+}
+
+// Some dict changed, but perhaps back to what it was, as by eval() on what is in eval mode already.
+Guard::Failure Guard::changed_table() {
+  for (size_t index = 0; index < tables_.size(); ++index) {
+    const auto& table = tables_[index];
+    if (!dict_watcher_.is_alive(index)) {
+      return {table.label.ptr()};
+    }
+    if (!table.same()) {
+      return {table.label.ptr(), &table};
+    }
+  }
+  dict_watcher_.rearm();
+  return {};
+}
+
+PyObject* Guard::changed_address(bool grad) const {
+  const auto* address = addresses_.data();
+  const auto* const end = address + addresses_.size();
+  const auto* strides = strides_.data();
+  try {
+    for (; address != end; strides += address->dims, ++address) {
+      if (!address->same(strides) || (grad && address->requires_grad()) ||
+          (grads_ && address->requires_grad() != address->grad)) {
+        break;
+      }
+    }
+  } catch (const c10::Error&) { // expired
+  }
+  return address == end ? nullptr : address->label.ptr();
+}
+
+py::object Guard::explain(bool grad) {
+  const auto failure = first_failure(grad);
+  if (failure.label == nullptr) {
+    return py::none();
+  }
+  const auto label = py::reinterpret_borrow<py::object>(failure.label);
+  const auto key = failure.table == nullptr ? std::nullopt : failure.table->changed();
+  if (!key || !*key) {
+    return label;
+  }
+  return py::str(failure.table->is_mapping ? "{}[{!r}]" : "{}.{}").format(label, *key);
+}
+
+int Guard::traverse(visitproc visit, void* arg) const {
+  int stop = traverse_all(tables_, visit, arg);
+  stop = stop != 0 ? stop : traverse_all(lists_, visit, arg);
+  stop = stop != 0 ? stop : traverse_all(dict_sources_, visit, arg);
+  stop = stop != 0 ? stop : traverse_all(sources_, visit, arg);
+  return stop != 0 ? stop : traverse_all(addresses_, visit, arg);
+}
+
 void Guard::clear() {
-  never_ = true;
+  never_ = py::str("something that the collector freed");
   // Moved out first: what dies here may run code that asks this guard.
   const auto modules = std::move(modules_);
   const auto tables = std::move(tables_);
   const auto lists = std::move(lists_);
-  const auto dict_places = std::move(dict_sources_);
+  const auto dict_sources = std::move(dict_sources_);
   const auto sources = std::move(sources_);
   const auto addresses = std::move(addresses_);
 }

@@ -1,4 +1,4 @@
-// What the graphs of one signature depend on besides their arguments, compared on every call.
+// Guards on all that the graphs of one signature depend on besides their arguments, compared on every call.
 #pragma once
 
 #include "guards/dict_watcher.h"
@@ -12,71 +12,96 @@
 namespace graphcache {
 
 // Made, asked and destroyed with the GIL held. Modules are known weakly: a child that knows its parent
-// must not keep the parent, and with it this, alive.
+// must not keep the parent, and with it the guard, alive.
+//
+// Each `add` takes one thing as it is now, with a label that names it in messages. A dict has to be added
+// after the thing that holds it, since the guard compares dicts in that order.
 class Guard {
  public:
-  using Objects = std::vector<pybind11::object>;
+  // `names`: the attributes that count (None: all); `grads`: tensors have to keep their requires_grad.
+  explicit Guard(pybind11::object names, bool grads);
 
-  Guard() = default; // holds always
+  // The attributes, parameters, buffers, children and class of a module stay; unless it is the root, it has
+  // no hooks.
+  void add_module(const pybind11::object& module, pybind11::object label, bool is_root);
+  // The attributes and the class of an object stay.
+  void add_object(const pybind11::object& object, pybind11::object label);
+  // A dict stays; if `named`, only keys in `names` count. `held`: by something that was added before.
+  void add_dict(const pybind11::dict& dict, pybind11::object label, bool named, bool held);
+  // A list or set keeps its items.
+  void add_items(const pybind11::object& items, pybind11::object label);
+  // An array on the host keeps its bytes.
+  void add_bytes(pybind11::object array, pybind11::object label);
+  // `value` stays where `container` has `key`. A container may also be a cell or a context variable, with
+  // any key, or an object with slots, with a descriptor as the key.
+  void add_source(
+      pybind11::object container, pybind11::object key, const pybind11::object& value, pybind11::object label);
+  // Nothing comes where `container` has `key`.
+  void add_absence(pybind11::object container, pybind11::object key, pybind11::object label);
+  // A tensor keeps its storage, address and layout.
+  void add_tensor(pybind11::object tensor, pybind11::object label);
 
-  // `modules`: their parameters, buffers, children and, of their attributes, those in `names` (None:
-  // all); of all but `root` also that they have no hooks. `objects`: the same of other objects that have
-  // attributes. `dicts` (with a flag: only `names` count) and `lists` must stay as they are; each is held
-  // by something that is watched before it. `sources`: (container, key, value) that have to stay so, or
-  // (container, key) that have to stay empty; a container may be a context variable, with any key.
-  // `tensors` keep their storage, address and layout.
-  struct Expectations {
-    Objects modules;
-    pybind11::object root;
-    Objects objects;
-    std::vector<std::pair<pybind11::object, bool>> dicts;
-    Objects lists; // and sets
-    Objects buffers; // arrays on the host that keep their bytes
-    Objects sources;
-    Objects tensors;
-    pybind11::object names;
-    bool grads; // whether it counts which of `tensors` require gradients
-  };
-  explicit Guard(const Expectations& expectations);
+  // True if all is as it was; with `grad`, also that nothing requires gradients.
+  bool check(bool grad) { return first_failure(grad).label == nullptr; }
 
-  // Tells whether all is as it was; with `grad`, also that nothing requires gradients.
-  bool check(bool grad);
-
-  // What is not, for a message: (kind, index among its kind, key or None). None where all is.
+  // The name of the first thing that is not as it was; None where all is.
   pybind11::object explain(bool grad);
 
-  // For Python's cycle collector, to be called by the only owner; after `clear` nothing holds.
+  // For Python's cycle collector, to be called by the only owner; after `clear` no check succeeds.
   int traverse(visitproc visit, void* arg) const;
   void clear();
 
  private:
+  struct Table : ExpectedDict {
+    pybind11::object label;
+    bool is_mapping; // no attributes of something
+  };
+
+  struct Failure {
+    PyObject* label = nullptr; // null: there is none
+    const Table* table = nullptr; // of the dict that changed, if that is known to live
+  };
+
   struct Module {
-    explicit Module(const pybind11::object& module);
-    bool is_there() const;
+    Module(const pybind11::object& module, pybind11::object label);
+    bool same() const;
 
     pybind11::object reference;
     PyTypeObject* type;
     PyObject** slot; // where the module keeps its __dict__
     PyObject* dict;
+    pybind11::object label;
+  };
+
+
+  struct Items : ExpectedItems {
+    pybind11::object label;
+  };
+
+  struct Bytes : ExpectedBytes {
+    pybind11::object label;
   };
 
   enum class Kind : char { kDict, kList, kTuple, kCell, kSlot, kContext, kOther };
 
   struct Source {
-    explicit Source(const pybind11::tuple& source);
-    bool holds() const;
+    Source(pybind11::object container, pybind11::object key, PyObject* value, pybind11::object label);
+    bool same() const;
+    int traverse(visitproc visit, void* arg) const;
 
-    Kind kind;
-    Py_ssize_t index; // in a list or a tuple
+    Kind kind = Kind::kOther;
+    Py_ssize_t index = 0; // in a list or a tuple
     pybind11::object container;
     pybind11::object key;
     Expected expected;
+    pybind11::object label;
   };
 
   struct Address {
-    Address(pybind11::object object, std::vector<int64_t>& all_strides);
-    bool holds(const int64_t* strides) const;
+    Address(pybind11::object object, pybind11::object label, std::vector<int64_t>& all_strides);
+    bool same(const int64_t* strides) const;
     bool requires_grad() const;
+    int traverse(visitproc visit, void* arg) const;
 
     pybind11::object object; // not its TensorImpl: torch may swap that, if nobody else holds it
     c10::StorageImpl* storage;
@@ -85,32 +110,30 @@ class Guard {
     int64_t numel;
     size_t dims;
     bool grad;
+    pybind11::object label;
   };
 
-  // Whose table it is, for `broken`: a kind, and the index among that.
-  using Owner = std::pair<const char*, size_t>;
+  void add_table(PyObject* dict, pybind11::object label, const pybind11::object& names);
+  void add(Source source);
+  Failure first_failure(bool grad);
+  Failure changed_table();
+  template <typename Checks>
+  static PyObject* first_changed(const Checks& checks);
+  PyObject* changed_address(bool grad) const;
 
-  void watch(const Module& module, bool is_root, const pybind11::object& names, size_t index);
-  void watch(PyObject* dict, const pybind11::object& names, Owner owner);
-  bool check_modules();
-  bool check_sources();
-  bool check_addresses(bool grad) const;
-  bool holds(const Address& address, const int64_t* strides, bool grad) const;
-
-  std::vector<Module> modules_; // and other objects after them
-  std::vector<ExpectedDict> tables_; // those of each module behind its __dict__, which keeps them alive
-  std::vector<Owner> owners_; // of each table
+  pybind11::object names_;
+  bool grads_;
+  std::vector<Module> modules_; // and other objects
+  std::vector<Table> tables_; // those of each module behind its __dict__, which keeps them alive
   DictGroup dict_watcher_; // the same dicts, in the same order
-  std::vector<ExpectedItems> lists_;
-  std::vector<ExpectedBytes> buffers_;
+  std::vector<Items> lists_;
+  std::vector<Bytes> buffers_;
   std::vector<Source> dict_sources_; // globals of Python modules: they change often, elsewhere
   DictGroup scopes_; // the containers of these
   std::vector<Source> sources_;
-  std::vector<size_t> source_numbers_; // as they were given: those in dicts, then the others
   std::vector<Address> addresses_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
-  bool grads_ = false;
-  bool never_ = false; // hooked from the start, or cleared
+  pybind11::object never_; // the label of what failed from the start; null: nothing
 };
 
 } // namespace graphcache

@@ -122,44 +122,52 @@ def end_host_capture(pool_first: int, pool_second: int) -> None:
     """
 
 class Guard:
-    """What the graphs of one signature depend on besides their arguments, as it is now.
+    """Compares the things that the graphs of one signature depend on besides their arguments.
 
-    Modules and objects are known weakly. An empty guard always holds.
+    Each method `add_…` takes one of them as it is now, with a label that names it in messages. Modules
+    and objects are known weakly. A dict is added after the thing that holds it. An empty guard never
+    fails.
 
     Args:
-        modules: their attributes, parameters, buffers and children have to stay the same objects, or
-            equal numbers and texts; and their class the same class.
-        root: the one of `modules` that may have forward hooks; none of the others may.
-        objects: the same for the attributes and classes of other objects.
-        dicts: `(dict, named)`: have to stay as they are; with `named`, in the keys in `names`.
-        lists: lists and sets that have to keep their items.
-        buffers: arrays on the host that have to keep their bytes.
-        sources: `(container, key, value)`: `container[key]` has to stay `value`. A closure cell is a
-            container too, its key is ignored; so is an object with slots, its key is the descriptor;
-            and a context variable. `(container, key)`: there has to stay nothing.
-        tensors: have to keep their storage, at its address, and their offset in it.
         names: the attributes that count; None for all.
-        grads: whether `tensors` have to keep their `requires_grad`.
+        grads: whether tensors have to keep their `requires_grad`.
     """
 
-    def __init__(
-        self,
-        *,
-        modules: Sequence[nn.Module] = ...,
-        root: object = ...,
-        objects: Sequence[object] = ...,
-        dicts: Sequence[tuple[dict[Any, Any], bool]] = ...,
-        lists: Sequence[list[Any] | set[Any]] = ...,
-        buffers: Sequence[object] = ...,
-        sources: Sequence[tuple[Any, ...]] = ...,
-        tensors: Sequence[Tensor] = ...,
-        names: frozenset[str] | None = ...,
-        grads: bool = ...,
-    ) -> None: ...
-    def explain(self, grad: bool) -> tuple[str, int, object] | None:
-        """Tells what is not as it was: its kind, its index among these, and a key or None."""
+    def __init__(self, names: frozenset[str] | None = ..., grads: bool = ...) -> None: ...
+    def add_module(self, module: nn.Module, label: str, is_root: bool = ...) -> None:
+        """Guards the class, attributes, parameters, buffers and children of a module.
+
+        They have to stay the same objects, or equal numbers and texts. Only the root may have hooks.
+        """
+    def add_object(self, object: object, label: str) -> None:
+        """Guards the class and the attributes of an object."""
+    def add_dict(self, dict: dict[Any, Any], label: str, named: bool, held: bool) -> None:
+        """Guards the entries of a dict; with `named`, only those with keys in `names`.
+
+        Args:
+            dict: the dict.
+            label: its name.
+            named: see above.
+            held: something that was added before keeps the dict alive as long as it does not change.
+        """
+    def add_items(self, items: list[Any] | set[Any], label: str) -> None:
+        """Guards the items of a list or a set."""
+    def add_bytes(self, array: object, label: str) -> None:
+        """Guards the bytes of an array on the host."""
+    def add_source(self, container: object, key: object, value: object, label: str) -> None:
+        """Guards that `container[key]` stays `value`.
+
+        A closure cell and a context variable are containers too, whose key is ignored. So is an object
+        with slots, whose key is the descriptor.
+        """
+    def add_absence(self, container: object, key: object, label: str) -> None:
+        """Guards that `container` gets nothing for `key`."""
+    def add_tensor(self, tensor: Tensor, label: str) -> None:
+        """Guards the storage of a tensor, its address, and the layout in it."""
     def check(self, grad: bool) -> bool:
-        """Tells whether all is as it was; with `grad`, also that nothing requires gradients."""
+        """Return True if all is as it was; with `grad`, only if no tensor requires gradients either."""
+    def explain(self, grad: bool) -> str | None:
+        """Returns the name of the first thing that is not as it was; None if all is."""
 
 # Staging
 

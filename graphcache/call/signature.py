@@ -38,13 +38,21 @@ class Signature:
         batch_dim: the dimension of the arguments that carries the batch, or a dictionary by argument
             name; negative dimensions count from the end.
         bind: names of parameters that are bound by address.
+        read_object: reads an object that holds tensors, given its path; None for any other object.
 
     Attributes:
         mutation_history: the objects that the forward has changed.
     """
 
-    def __init__(self, function: Callable[..., Any], batch_dim: BatchDim, bind: Iterable[str]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        batch_dim: BatchDim,
+        bind: Iterable[str],
+        read_object: Callable[[Any, str], ObjectArg | None],
+    ) -> None:
         self.batch_dim = batch_dim
+        self.read_object = read_object
         self.bind = frozenset(bind)
         self.mutation_history = MutationHistory()
         parameters = parameters_of(function).values()
@@ -127,7 +135,7 @@ class Signature:
 
         def read_object(value: Any, path: str) -> ObjectRef | None:
             self.mutation_history.check(type(value))
-            found = ObjectArg.read(value, path)
+            found = self.read_object(value, path)
             if found is None:
                 return None
             objects.append(found)

@@ -20,7 +20,7 @@ from graphcache.dispatch.bypass import check_device
 from graphcache.dispatch.entry import Entries, Entry
 from graphcache.errors import CaptureError, OptionError
 from graphcache.guards.guards import submodule_with_hooks
-from graphcache.guards.static_objects import with_slots
+from graphcache.guards.static_objects import read_object, with_slots
 from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
 from graphcache.report.reasons import Bypass, EagerReason, Reason
@@ -62,7 +62,7 @@ class Store:
     def __init__(self, function: Callable[..., Any], name: str, options: Options, instance: Any) -> None:
         self.name = name
         self.options = options
-        self.signature = Signature(function, options.batch_dim, options.bind)
+        self.signature = Signature(function, options.batch_dim, options.bind, read_object)
         self.native = _C.Dispatcher(
             config.disabled_var,
             config.emulated_var,

@@ -1,36 +1,44 @@
-"""What a Python value leads to: its items, its attributes, those of its class, and what is behind it.
+"""The members that can be reached from a Python value: its items, its attributes, those of its class.
 
-One search for what a forward may change (`Snapshot`) and for what it may read (`Guards`).
+One walk serves four: the guards on all that a forward may read (`Guards`), the snapshot of all that it
+may change (`Snapshot`), the code among its arguments (`code_in`), and the shape of an object that it is
+passed (`read_object`). Each is a subclass of `Walker`, which takes what the walk finds.
 """
 
 import gc
+import logging
 import operator
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from enum import Enum, auto
 from functools import partial
 from io import IOBase
 from types import (
     BuiltinFunctionType,
     FunctionType,
     MappingProxyType,
+    MemberDescriptorType,
     MethodType,
     ModuleType,
 )
 from typing import Any, NamedTuple
 from weakref import ProxyTypes, ref
 
+import torch
 from torch import Tensor, nn
 
-from graphcache.call.object_args import _PLAIN, HEAP_TYPE, attributes_of, is_opaque, slots_of
 from graphcache.runtime.source_lines import is_library
 
 DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
 LONGEST = 4096  # items of a list, entries of a dict: longer ones are known by their length
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: classes written in Python; others can't be changed
+ABSENT = object()
 
 OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_TABLES = ("_parameters", "_buffers", "_modules")
 _OPERATORS = [name[2:-2] for name, of in vars(operator).items() if name[:2] == "__" and callable(of)]
 # Methods that Python calls and no code names.
 SPECIAL = frozenset(
@@ -42,166 +50,348 @@ SPECIAL = frozenset(
     )
     + [f"{r}{name}" for name in _OPERATORS for r in ("", "r")]
 )
-
-
+# Objects of these keep caches of their own, which change how fast a forward is and not its result.
+_PACKAGES = ("graphcache", "triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
+_OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file such as cuda_ops.py
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
+_NOT_SEARCHED = (*_PLAIN, type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger, Tensor)
+# Objects of these refer to the same others for ever; a view to its dict.
+_REFERRING: tuple[type[Any], ...] = (
+    *(partial, MethodType, BuiltinFunctionType, staticmethod, classmethod, MappingProxyType),
+    *(type({}.keys()), type({}.values()), type({}.items())),
+)
 _BY_LENGTH = (dict, list, set, deque)
-_VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
-Place = tuple[Any, ...]  # a container, a key, and what is there; without the third: nothing is
+
+class Source(NamedTuple):
+    """One place from which code gets a value.
+
+    Attributes:
+        container: a dict, list, tuple, deque or closure cell; an object with slots; a context variable.
+        key: the key or index; the descriptor of a slot; None for a cell.
+        value: the value there, or `ABSENT`.
+        label: the name of the value, for messages.
+    """
+
+    container: Any
+    key: Any
+    value: Any
+    label: str
+
+
+class Kind(Enum):
+    """The kinds of members that a value has."""
+
+    DICT = auto()
+    LIST = auto()  # or a set
+    ATTRIBUTES = auto()  # the `__dict__` of an object
+    MODULE = auto()  # that of an nn.Module
+    TABLE = auto()  # the parameters, buffers or children of an nn.Module
+    CLASS = auto()  # methods and constants of one class
+    TYPE = auto()  # the class of an object, with its bases
+    EXTRA = auto()  # attributes of a function or a tensor
+    ITEMS = auto()  # of a deque or a context variable, and slots: compared one by one
+    FIXED = auto()  # can't change: the items of a tuple
+    LOOSE = auto()  # can be replaced, which is not noticed: the defaults of a function
+    SCOPE = auto()  # the globals of a Python module, of which only those that are named count
+
+    def is_held(self, held: bool) -> bool:
+        """Return True if a guard compares the container of such members before the members."""
+        return self not in (Kind.LIST, Kind.LOOSE) and (held or self is not Kind.FIXED)
+
+
+_BY_NAME = (Kind.DICT, Kind.ATTRIBUTES, Kind.MODULE, Kind.TABLE, Kind.CLASS, Kind.EXTRA)
 
 
 class Members(NamedTuple):
-    """Something that a value leads to other values by.
+    """Members of one kind that a value has.
 
     Attributes:
-        kind: "dict", "list" (or a set), "table" (the `__dict__` of an object), "class" (that of a
-            class), "classes" (see `classes`), "module" (of Python), "extra" (of a function or a tensor),
-            "items" (read one by one: deques, slots, context variables), "fixed" (can't change) or
-            "loose" (can be replaced, which is not noticed: the defaults of a function).
-        container: what holds the items.
-        items: keys, and what is there.
-        name: that of the class.
+        kind: their kind.
+        container: the object that holds them.
+        items: the members, each with its key.
+        label: the name of the value; the class's own name for a class.
     """
 
-    kind: str
+    kind: Kind
     container: Any
     items: list[tuple[Any, Any]]
-    name: str = ""
+    label: str
 
-    def label(self, label: str, key: Any) -> str:
-        """Names an item of what has the name `label`."""
-        if self.kind in ("fixed", "loose") or key is None:
-            return label
-        if self.kind == "class":
-            return f"{self.name}.{key}"
-        if self.kind in ("dict", "list") or isinstance(key, int):
-            return f"{label}[{key!r}]"
-        return f"{label}.{getattr(key, '__name__', key)}".lstrip(".")
+    @classmethod
+    def of(cls, kind: Kind, container: Any, label: str) -> "Members":
+        """Reads the members that a container has at present."""
+        return cls(kind, container, _items(kind, container), label)
 
-    def now(self) -> list[tuple[Any, Any]]:
-        """Returns the items as they are at present."""
-        if self.kind in ("class", "extra"):
-            return _own_names(self.container)
-        if self.kind == "items" and not isinstance(self.container, (deque, ContextVar)):
-            return slots_of(self.container)
-        return _items(self.container)
+    def label_of(self, key: Any) -> str:
+        """Returns the name of one member."""
+        if key is None and self.kind is not Kind.DICT:
+            return self.label
+        if self.kind is Kind.DICT or type(key) is int:
+            return f"{self.label}[{key!r}]"
+        return f"{self.label}.{getattr(key, '__name__', key)}".lstrip(".")
+
+    def reachable(self) -> list[tuple[str, Any]]:
+        """Returns the members that may have members themselves, each with its name."""
+        found = [
+            (self.label_of(key), item)
+            for key, item in self.items
+            if not is_plain(item) and not (self.kind is Kind.MODULE and key in OF_MODULE)
+        ]
+        if self.kind is Kind.DICT:
+            found += [(self.label, key) for key, _ in self.items if not is_plain(key)]
+        return found
+
+    def changed(self) -> Iterable[str]:
+        """Returns the names of members that are not the same objects any more."""
+        now, named = _items(self.kind, self.container), self.kind in _BY_NAME
+        if len(now) == len(self.items) and all(
+            a[1] is b[1] and (a[0] is b[0] or not named) for a, b in zip(now, self.items, strict=True)
+        ):
+            return ()
+        if not named:
+            return (self.label,)
+        first, second = dict(self.items), dict(now)
+        keys = first.keys() | second.keys()
+        return (
+            self.label_of(key) for key in keys if first.get(key, ABSENT) is not second.get(key, ABSENT)
+        )
 
 
-def _own_names(table: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns entries but those of Python itself: annotations lead to docs, made when asked for."""
-    return [item for item in list(table.items()) if item[0][:2] != "__"]
+class Walker:
+    """Walks over all that can be reached from values. Subclasses take the things that the walk finds.
+
+    Attributes:
+        follows_classes: whether the class of an object is walked over too.
+    """
+
+    follows_classes = True
+
+    def __init__(self) -> None:
+        # Held, so that no other object gets an address that was visited.
+        self._visited: dict[tuple[int, Kind | None], tuple[int, Any]] = {}
+
+    def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
+        """Takes a value, and returns True if its members are to be found.
+
+        Args:
+            value: perhaps one that the walk has met before.
+            label: its name.
+            depth: how many containers deep the walk goes from here.
+            is_new: the value was not yet searched as deep.
+        """
+        return True
+
+    def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
+        """Takes members of a value, and returns those to go on with, each with its name.
+
+        Args:
+            members: all of one kind.
+            held: whether a guard compares the container of the value before the value.
+        """
+        return members.reachable()
+
+    def walk(self, value: Any, label: str, depth: int = DEPTH, *, held: bool = True) -> None:
+        """Walks over a value and all that can be reached from it, `depth` containers deep."""
+        self._follow([(value, label, depth, held)])
+
+    def walk_class(self, kind: type) -> None:
+        """Walks over a class and its bases, also where they are a library's."""
+        self._follow(list(self._through([Members(Kind.TYPE, kind, [], "")], DEPTH, held=True)))
+
+    def _follow(self, pending: list[tuple[Any, str, int, bool]]) -> None:
+        while pending:
+            value, label, depth, held = pending.pop()
+            value = _unwrapped(value)
+            if issubclass(type(value), nn.Module):
+                depth = DEPTH + 1
+            elif issubclass(type(value), Tensor):
+                depth = max(depth, 2)
+            is_new = depth > 0 and self._is_new(value, depth)
+            if self.enter(value, label, depth, is_new) and is_new:
+                found = list(self._through(members_of(value, label), depth - 1, held))
+                pending += reversed(found)
+
+    def _through(
+        self, groups: Iterable[Members], depth: int, held: bool
+    ) -> Iterator[tuple[Any, str, int, bool]]:
+        for members in groups:
+            kind, container = members.kind, members.container
+            if kind is Kind.TYPE:
+                if self.follows_classes and self._is_new(container, depth, kind):
+                    yield from self._through(classes_of(container), depth, held)
+            elif kind is not Kind.CLASS or self._is_new(container, depth):
+                for label, item in self.take(members, held):
+                    yield item, label, DEPTH if kind is Kind.SCOPE else depth, kind.is_held(held)
+
+    def _is_new(self, value: Any, depth: int, kind: Kind | None = None) -> bool:
+        """Returns True if the value was not searched as deep before."""
+        key = id(value), kind
+        if self._visited.get(key, (0,))[0] >= depth:
+            return False
+        self._visited[key] = depth, value
+        return True
 
 
-def _items(container: Any) -> list[tuple[Any, Any]]:
-    if isinstance(container, dict):
-        return list(dict.items(container))
-    if isinstance(container, ContextVar):
-        try:
-            return [(None, container.get())]
-        except LookupError:
-            return []
-    return list(enumerate(container))
+class _CodeSearch(Walker):
+    follows_classes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Any] = {}
+
+    def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
+        code = value if issubclass(type(value), (type, FunctionType)) else type(value)
+        self.found[id(code)] = code
+        return code is not value and not issubclass(code, (Tensor, nn.Module))
 
 
-def groups(value: Any) -> Iterator[Members]:
-    """Yields what a value, which is no nn.Module, leads to other values by; its own class included."""
+def code_in(arguments: Any) -> list[Any]:
+    """Returns the functions and classes among arguments, and the classes of the objects there.
+
+    The rest is compared at each call, as the next one may pass another object.
+    """
+    search = _CodeSearch()
+    search.walk(arguments, "", 2 * DEPTH)
+    return list(search.found.values())
+
+
+def members_of(value: Any, label: str) -> Iterator[Members]:
+    """Yields all members of a value, kind by kind; the class of the value included."""
     kind = type(value)  # not isinstance: proxies and mocks claim to be what they are not
-    if issubclass(kind, _PLAIN) or is_opaque(kind.__module__):
+    if issubclass(kind, nn.Module):
+        yield Members.of(Kind.MODULE, value, label)
+        for table in map(vars(value).get, _TABLES):
+            if isinstance(table, dict):  # a scripted module has others
+                yield Members.of(Kind.TABLE, table, label)
+        yield from _slots_and_class(value, label)
+    elif issubclass(kind, _PLAIN) or is_opaque(kind.__module__):
         return
-    if issubclass(kind, ModuleType):
+    elif issubclass(kind, ModuleType):
         if not is_opaque(value.__name__):
-            yield Members("module", vars(value), [])  # there may be thousands: take those that are named
+            yield Members(Kind.SCOPE, vars(value), [], label)  # there may be thousands
     elif issubclass(kind, type):
         if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
-            yield from classes(value)
+            yield from classes_of(value)
             if kind is not type:
-                yield Members("classes", kind, [])
+                yield Members(Kind.TYPE, kind, [], label)
     elif issubclass(kind, (FunctionType, Tensor)):
-        yield Members("extra", vars(value), _own_names(vars(value)))
+        yield Members.of(Kind.EXTRA, vars(value), label)
         if kind is FunctionType:
-            defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            yield Members("loose", value, list(enumerate(defaults)))
+            defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            yield Members(Kind.LOOSE, value, [(None, item) for item in defaults], label)
     elif (behind := _behind(value)) is not None:
-        yield Members("fixed", value, behind)
+        yield Members(Kind.FIXED, value, [(None, item) for item in behind], label)
     else:
-        yield from _own(value)
+        yield from _of_object(value, label)
 
 
-def _own(value: Any) -> Iterator[Members]:
+def _of_object(value: Any, label: str) -> Iterator[Members]:
     kind = type(value)
     if issubclass(kind, (dict, list, set)):
-        yield Members("dict" if issubclass(kind, dict) else "list", value, _items(value))
+        yield Members.of(Kind.DICT if issubclass(kind, dict) else Kind.LIST, value, label)
     elif issubclass(kind, (deque, ContextVar)):
-        yield Members("items", value, _items(value))
+        yield Members.of(Kind.ITEMS, value, label)
     elif issubclass(kind, (tuple, frozenset)):
-        yield Members("fixed", value, list(enumerate(value)))
+        yield Members.of(Kind.FIXED, value, label)
     if kind in (dict, list, set, tuple, frozenset, deque):
         return
-    slots = slots_of(value)
-    if slots:
-        yield Members("items", value, slots)
-    table = attributes_of(value)
-    if table is not None:
-        yield Members("table", table, list(table.items()))
-    if slots or table is not None:
-        yield Members("classes", kind, [])
+    has_attributes = attributes_of(value) is not None
+    if has_attributes:
+        yield Members.of(Kind.ATTRIBUTES, value, label)
+    if has_attributes or slots_of(value):
+        yield from _slots_and_class(value, label)
 
 
-def _behind(value: Any) -> list[tuple[Any, Any]] | None:
-    """Returns what an object of C leads to that always leads there; None for any other."""
-    kind = type(value)
-    if issubclass(kind, partial):
-        return [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
-    if issubclass(kind, (MethodType, BuiltinFunctionType)):
-        owner = value.__self__
-        return [] if isinstance(owner, ModuleType) else [("self", owner)]
-    if issubclass(kind, (staticmethod, classmethod)):
-        return [("func", value.__func__)]
-    if issubclass(kind, MappingProxyType):
-        return [("of", each) for each in gc.get_referents(value)]
-    if issubclass(kind, _VIEWS):
-        return [("of", value.mapping)]
-    if issubclass(kind, ref):
-        found = value()
-        # Objects and modules are known weakly; other things might be gone when they are compared.
-        weakly = hasattr(type(found), "__weakref__") and not isinstance(found, (Tensor, *_BY_LENGTH))
-        return [("of", found)] if weakly else []
-    return None
+def _slots_and_class(value: Any, label: str) -> Iterator[Members]:
+    if slots := slots_of(value):
+        yield Members(Kind.ITEMS, value, slots, label)
+    yield Members(Kind.TYPE, type(value), [], label)
 
 
-def classes(kind: type) -> Iterator[Members]:
-    """Yields a class and its bases: their methods and constants."""
+def classes_of(kind: type) -> Iterator[Members]:
+    """Yields the methods and constants of a class and of its bases."""
     for base in kind.__mro__:
         if base.__flags__ & HEAP_TYPE:
             (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
-            yield Members("class", table, _own_names(table), base.__qualname__)
+            yield Members.of(Kind.CLASS, table, base.__qualname__)
 
 
-def code_in(value: Any, depth: int = 2 * DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
-    """Yields the classes of an argument and of what it holds, and functions in it.
+def _behind(value: Any) -> list[Any] | None:
+    """Returns the values that an object of C always refers to; None for any other object."""
+    kind = type(value)
+    if issubclass(kind, _REFERRING):
+        return [item for item in gc.get_referents(value) if not isinstance(item, ModuleType)]
+    if not issubclass(kind, ref):
+        return None
+    found = value()
+    # Objects and modules are known weakly; other things might be gone when they are compared.
+    weakly = hasattr(type(found), "__weakref__") and not isinstance(found, (Tensor, *_BY_LENGTH))
+    return [found] if weakly else []
 
-    The rest of it is compared at each call, as it may be another object then.
-    """
-    seen = set() if seen is None else seen
-    if isinstance(value, (type, FunctionType)):
-        yield value
-    elif depth > 0 and not isinstance(value, (Tensor, nn.Module, *_PLAIN)) and id(value) not in seen:
-        seen.add(id(value))
-        for group in groups(value):
-            if group.kind == "classes":
-                yield group.container
-            elif group.kind != "module":
-                for _, item in group.items:
-                    yield from code_in(item, depth - 1, seen)
+
+def _items(kind: Kind, container: Any) -> list[tuple[Any, Any]]:
+    """Returns the members of a container, each with its key."""
+    if kind in (Kind.CLASS, Kind.EXTRA):
+        # Without Python's own: annotations lead to docs, which are made when somebody asks for them.
+        return [item for item in list(container.items()) if item[0][:2] != "__"]
+    if kind is Kind.MODULE:
+        return list(vars(container).items())
+    if kind is Kind.ATTRIBUTES:
+        return list((attributes_of(container) or {}).items())
+    if isinstance(container, dict):
+        return list(dict.items(container))
+    if isinstance(container, ContextVar):
+        value = container.get(ABSENT)
+        return [] if value is ABSENT else [(None, value)]
+    if kind is Kind.ITEMS and not isinstance(container, deque):
+        return slots_of(container)
+    return list(enumerate(container))
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Returns the `__dict__` of an object that has one, and is not known to matter to no forward."""
+    try:
+        if isinstance(value, _NOT_SEARCHED) or is_opaque(type(value).__module__):
+            return None
+        found = getattr(value, "__dict__", None)
+    except Exception:  # a property of that name, or a weak proxy whose object is gone
+        return None
+    return found if type(found) is dict else None
+
+
+def slots_of(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
+    """Returns each descriptor of an object's `__slots__`, with the value there."""
+    return [
+        (member, getattr(value, name))
+        for kind in type(value).__mro__
+        if "__slots__" in vars(kind)  # members of classes of C are no state
+        for name, member in vars(kind).items()
+        if isinstance(member, MemberDescriptorType) and name != "__weakref__" and hasattr(value, name)
+    ]
+
+
+def _unwrapped(value: Any) -> Any:
+    """Returns the module behind a weak proxy; any other value as it is."""
+    try:
+        is_module = type(value) in ProxyTypes and isinstance(value, nn.Module)
+    except ReferenceError:  # the object behind it is gone
+        is_module = False
+    return next(value.modules()) if is_module else value
+
+
+def is_opaque(module: Any) -> bool:
+    """Return True if nothing of the module of this name is state of the user's."""
+    return f"{module}.".startswith(_OPAQUE)
 
 
 def is_plain(value: Any) -> bool:
-    """Tells whether it leads to nothing, and is known by its value."""
-    return isinstance(value, _PLAIN)
+    """Return True for a value that refers to no other, and is known by itself."""
+    return issubclass(type(value), _PLAIN)
 
 
 def is_iterator(value: Any) -> bool:
-    """Tells whether code of C keeps how far it has come; where a file stands is no value."""
+    """Return True if code of C keeps the position of the iterator; files have none that counts."""
     kind = type(value)
     step = getattr(kind, "__next__", None)
     if step is None or isinstance(step, FunctionType):
@@ -209,8 +399,8 @@ def is_iterator(value: Any) -> bool:
     return kind not in ProxyTypes and not issubclass(kind, IOBase)
 
 
-def named_in(table: dict[str, Any], names: Any) -> list[tuple[str, Any]]:
-    """Returns what counts of a Python module: of a library's, only what computes or leads on."""
+def named_in(table: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
+    """Returns the globals of a Python module that count; of a library's, only code and modules."""
     found = [(name, table[name]) for name in names if name in table]
     if not is_library_module(table):
         return found
@@ -219,7 +409,7 @@ def named_in(table: dict[str, Any], names: Any) -> list[tuple[str, Any]]:
 
 
 def is_library_module(table: dict[str, Any]) -> bool:
-    """Tells it of the `__dict__` of a Python module."""
+    """Return True if the globals are those of a library's Python module."""
     file, name = table.get("__file__"), table.get("__name__")
     return is_library(file) if isinstance(file, str) else name in sys.builtin_module_names
 

@@ -1,40 +1,135 @@
 """Objects that are passed to a forward and keep tensors for it: a cache of keys and values.
 
-A graph reads and writes their tensors by address. So an object like the one of the capture is let into
-the memory that the graph knows, once nobody uses that any more: its storages get that memory in place of
-their own, with what they held, and all views follow. As long as it is the same object and holds the same
-things, which a native guard sees, nothing has to be done at all.
+A graph reads and writes their tensors by address. So an object like the one of the capture adopts the
+memory that the graph knows, once nobody uses that any more. Its storages get that memory in place of
+their own, with their contents, and all views follow. As long as the same object comes and holds the same
+things, which a native guard checks, nothing has to be done at all.
 
 The caches of transformers are such objects: `generate` makes a new one each time.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import FunctionType, MemberDescriptorType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphcache import _C
 from graphcache.call.bound_call import BoundCall
-from graphcache.call.object_args import DEPTH, ObjectArg
-from graphcache.call.pytree import NotATree
+from graphcache.call.object_args import ObjectArg
+from graphcache.call.pytree import EXACT_TENSORS, Constant, NotATree, constant
 from graphcache.guards.guards import Guards
+from graphcache.guards.reachability import HEAP_TYPE, Kind, Members, Walker, attributes_of
 from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass
 
-MAX_IDLE = 8  # objects in a row that were let in and not passed again: then it is no state
-
+# Consecutive objects seen only once; after that the argument is not treated as persistent state.
+MAX_IDLE = 8
+DEPTH = 8  # containers and objects inside one that are looked at
+_POINTER = 8  # bytes
+_CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 
 BeforeMove = Callable[[list[Tensor]], None]
 
 
-class Slot:
-    """What the graphs of some signatures were captured with in place of such an object.
+def read_object(value: Any, name: str) -> ObjectArg | None:
+    """Reads all that an object holds; returns None for a value that is no such object.
+
+    Raises:
+        NotATree: if the object holds something that can't be compared with another object's.
+    """
+    if not _is_plain_object(value):
+        return None
+    shape = _Shape(name)
+    shape.walk(value, name, DEPTH)
+    return ObjectArg(name, value, tuple(shape.parts), shape.tensors, read_object)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Return True if the `__dict__` and the `__slots__` of `value` are all that it has."""
+    kind = type(value)
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+        return False
+    *classes, root = kind.__mro__
+    if root is not object or not all(each.__flags__ & HEAP_TYPE for each in classes):
+        return False
+    slots = [m for each in classes for m in vars(each).values() if isinstance(m, MemberDescriptorType)]
+    known = object.__basicsize__ + _POINTER * (2 + len(slots))  # its __dict__ and __weakref__ besides
+    weakly = hasattr(kind, "__weakref__")
+    return weakly and kind.__basicsize__ <= known and attributes_of(value) is not None
+
+
+class _Shape(Walker):
+    """All that an object holds but the values in tensors, in the order of the walk.
 
     Attributes:
-        native: the object that is at home there now, as native code compares it.
+        parts: the depth, the path and the kind or value of each thing.
+        tensors: those in it.
+    """
+
+    follows_classes = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.parts: list[tuple[int, str, Any]] = []
+        self.tensors: list[Tensor] = []
+        self._name = name
+        self._numbers: dict[int, int] = {}
+        self._storages: dict[int, int] = {}
+
+    def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
+        part = self._part(value, label, depth)
+        self.parts.append((depth, label[len(self._name) :], part))
+        return part is type(value)
+
+    def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
+        for key, _ in members.items if members.kind is Kind.DICT else ():
+            known = constant(key)
+            if known is None:
+                raise NotATree(f"{members.label} has a key of type {type(key).__qualname__}")
+            self.parts.append((0, members.label_of(key)[len(self._name) :], known))
+        return [(members.label_of(key), item) for key, item in members.items]
+
+    def _part(self, value: Any, label: str, depth: int) -> Any:
+        """Returns what stands for a value; its type where its members follow."""
+        kind = type(value)
+        if kind in EXACT_TENSORS:
+            return self._tensor(value)
+        if (plain := constant(value)) is not None:
+            return plain
+        if kind is FunctionType or issubclass(kind, type):
+            return Constant(kind, id(value), value)
+        if id(value) in self._numbers:
+            return "again", self._numbers[id(value)]
+        self._numbers[id(value)] = len(self._numbers)
+        if depth > 0:
+            if kind in _CONTAINERS or _is_plain_object(value):
+                return kind
+            if kind in (set, frozenset) and all(constant(item) for item in value):
+                return kind, frozenset(constant(item) for item in value)
+        raise NotATree(f"{label} is an object of type {kind.__module__}.{kind.__qualname__}")
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            raise NotATree(f"a tensor of layout {tensor.layout}, or a conjugate")
+        self.tensors.append(tensor)
+        storage = self._storages.setdefault(_C.storage_key(tensor), len(self._storages))
+        return (
+            *("tensor", type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()),
+            *(tensor.storage_offset(), tensor.requires_grad, tensor.is_inference(), storage),
+            tensor.untyped_storage().nbytes(),
+        )
+
+
+class Slot:
+    """The object that the graphs of some signatures were captured with, or one in its place.
+
+    Attributes:
+        native: the object of now, as native code compares it.
     """
 
     def __init__(self) -> None:
@@ -42,14 +137,18 @@ class Slot:
         self._guards: Guards | None = None  # native code knows it weakly
         self._memory: list[_C.LeasedMemory] | None = None
         self._idle = 0
-        self._refused: Callable[[], Any] = lambda: None
+        self._rejected: Callable[[], Any] = lambda: None
 
     def is_empty(self) -> bool:
-        """Tells whether its object is gone."""
+        """Return True if the object of the slot is gone."""
         return self.native.object is None
 
     def adopt(self, passed: ObjectArg, device: torch.device, before: BeforeMove) -> bool:
-        """Makes the memory that graphs know that of the object; tells whether it could be."""
+        """Gives the object the memory that graphs know; returns False where another object uses that.
+
+        Raises:
+            NotATree: where the object can't be guarded, or is another one each time.
+        """
         if self.native.holds(passed.value):
             if self._guards is not None and self._guards.check(grad=True):
                 return True
@@ -64,7 +163,7 @@ class Slot:
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
         if self._guards.unguarded:
             raise NotATree(f"{passed.name} holds tensors in a way that can't be watched")
-        self._watch = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
+        self._reference = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
         self.native.bind(passed.value, self._guards.native)
         return True
 
@@ -73,10 +172,10 @@ class Slot:
         foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_leased_to(tensor)]
         if any(memory.is_leased() for memory, _ in foreign):
             return False
-        again = self._refused() is passed.value
+        again = self._rejected() is passed.value
         self._idle = 0 if again or self.native.calls or not foreign else self._idle + 1
         if self._idle > MAX_IDLE:
-            self._refused = weakref.ref(passed.value)
+            self._rejected = weakref.ref(passed.value)
             raise NotATree(
                 f"{passed.name} is another object at each call, each used once; pass its tensors as "
                 "arguments of their own"
@@ -87,29 +186,25 @@ class Slot:
         return True
 
     def lease(self, passed: ObjectArg, device: torch.device) -> None:
-        """Takes the memory of the object before the first capture, and lends it back."""
+        """Takes the memory of the object before the first capture, and leases it back."""
         if self._memory is None:
             self._memory = [_C.LeasedMemory(tensor) for tensor in _storages(passed.tensors, device)]
-
-    def forget(self) -> None:
-        """Lets go of the tensors of an object that is gone."""
-        self._guards = None
 
 
 def _forget(slot: "weakref.ref[Slot]", _: Any) -> None:
     found = slot()
     if found is not None and found.is_empty():
-        found.forget()
+        found._guards = None  # and with them the tensors of an object that is gone
 
 
 _SLOTS: "weakref.WeakKeyDictionary[GraphPool, Slots]" = weakref.WeakKeyDictionary()
 
 
 def with_slots(call: BoundCall, pool: GraphPool) -> BoundCall:
-    """Returns the call with a home in `pool` for each of `kept`, which become part of the key.
+    """Returns the call with a slot in `pool` for each of its objects; slots become part of the key.
 
     Raises:
-        Unservable: where an object can't have one.
+        Bypass: where an object can't have one.
     """
     if not call.objects:
         return call
@@ -129,7 +224,7 @@ def _before_move(pool: "weakref.ref[GraphPool]", tensors: list[Tensor]) -> None:
 
 
 class Slots:
-    """The homes of one pool, by shape; they live as long as graphs use them.
+    """The slots of one pool, by the shape of their objects; each lives as long as graphs use it.
 
     Args:
         before: called before the contents of tensors are moved, with these.
@@ -140,10 +235,10 @@ class Slots:
         self._by_shape: dict[Any, weakref.WeakSet[Slot]] = {}
 
     def of(self, passed: ObjectArg, device: torch.device) -> Slot:
-        """Returns a home for the object: its own, an empty one that it moves into, or a new one.
+        """Returns a slot for the object: its own, an empty one that it moves into, or a new one.
 
         Raises:
-            NotATree: where it can't be watched, or is another object each time.
+            NotATree: where the object can't be guarded, or is another one each time.
         """
         slots = list(self._by_shape.get(passed.shape, ()))
         for slot in sorted(slots, key=lambda slot: not slot.native.holds(passed.value)):
@@ -158,9 +253,8 @@ class Slots:
 
 def _storages(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Yields a tensor for each storage on the device, in the order of the object."""
-    seen: set[int] = set()
+    found: dict[int, Tensor] = {}
     for tensor in tensors:
-        key = _C.storage_key(tensor)
-        if tensor.device == device and key not in seen and tensor.untyped_storage().nbytes():
-            seen.add(key)
-            yield tensor
+        if tensor.device == device and tensor.untyped_storage().nbytes():
+            found.setdefault(_C.storage_key(tensor), tensor)
+    yield from found.values()

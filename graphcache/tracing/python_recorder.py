@@ -1,7 +1,7 @@
-"""The Python side of one forward: which code runs, which names that reads, and which values it changes.
+"""Records the Python side of one forward: the code that runs, its names, and the values that it changes.
 
-A graph replays kernels and no Python. So whatever Python value the forward reads is baked in, and has to
-be watched afterwards; what it changes, no replay will change.
+A graph replays kernels and no Python. So whatever Python value the forward reads is baked in, and
+guarded afterwards; what the forward changes, no replay will change.
 """
 
 import gc
@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
@@ -17,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.call.object_args import is_opaque
 from graphcache.guards.guards import ReadSet
-from graphcache.guards.reachability import DEPTH, OF_MODULE, SPECIAL, Place, code_in
+from graphcache.guards.reachability import ABSENT, OF_MODULE, SPECIAL, Source, code_in, is_opaque
 from graphcache.runtime.source_lines import is_library, is_ours
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.tracing.bytecode import NamesInCode
@@ -35,46 +35,48 @@ _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
 class PythonRecorder:
-    """Notes, while a forward runs, which functions run; and what was there when each began.
+    """Records, while a forward runs, which functions run; and the values that each could change.
 
     Args:
-        instance: what the forward is bound to, or None.
+        instance: the object that the forward is bound to, or None.
         function: the forward; it is not among its own globals.
-        arguments: what it is given.
+        arguments: those of the call.
 
     Attributes:
-        code: what there is to run besides: the forward, and classes and functions in the arguments.
+        code: the forward, and classes and functions in the arguments.
+        asks: whether the forward asks if a capture is under way.
+        captures: whether `torch.compile` makes CUDA graphs of some of it.
+        compiled: whether `torch.compile` compiled some of it.
+        launches: how it makes others launch kernels, or None.
+        seeded: the method by which it sets the state of a generator of torch, or None.
     """
 
     def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
         self.code = [function, *code_in(arguments)]
-        self._seen: set[CodeType] = set()
-        self._named: dict[
-            CodeType, tuple[NamesInCode, dict[str, Any]]
-        ] = {}  # with globals; not libraries'
+        self._ran: set[CodeType] = set()
+        # That of them which is no library's, with its names and its globals.
+        self._named: dict[CodeType, tuple[NamesInCode, dict[str, Any]]] = {}
         self._dynamic = False
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
-        self.seeded: str | None = None  # what it called of a generator of torch, to set its state
-        self.launches: str | None = None  # what it does that has others launch kernels
-        self.asks = False  # whether a capture is under way
-        self.compiled = False  # by torch.compile, in whole or in part
-        self.captures = False  # and that makes CUDA graphs of its own
+        self.seeded: str | None = None
+        self.launches: str | None = None
+        self.asks = self.compiled = self.captures = False
         self._drawn = False
-        self._importing = 0  # what a first import runs is none of the forward's
+        self._importing = 0  # code that a first import runs is none of the forward's
         self._snapshot = Snapshot()
         self._random = _host_random()
         for root in (instance, *self.code):
-            self._snapshot.add(root, "", DEPTH)
+            self._snapshot.walk(root, "")
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Tensors that the instance held before the forward ran, parameters excepted."""
+        """The tensors that the instance held before the forward ran, parameters excepted."""
         return list(self._snapshot.tensors.values())
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Watches what runs inside the block, in this thread; the collector has to be off.
+    def record(self) -> Iterator[None]:
+        """Records the code that runs inside the block, in this thread; the collector has to be off.
 
         Finalizers and gc.callbacks that run just now would be taken for code of the forward.
         """
@@ -101,18 +103,18 @@ class PythonRecorder:
             self.compiled = True
             config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
             self.captures = self.captures or bool(config.get("triton.cudagraphs"))
-        if code in self._seen:
+        if code in self._ran:
             return
-        self._seen.add(code)
+        self._ran.add(code)
         self._note_launcher(frame.f_globals.get("__name__"))
-        if _is_library(code, frame.f_globals):
+        if is_library(code.co_filename) or is_opaque(frame.f_globals.get("__name__")):
             return
         named, scope = self._named[code] = NamesInCode(code), frame.f_globals
         self._snapshot.add_names(named.attributes)
         for name in named.scope:
-            self._snapshot.add_entry(scope, name, f"global {name}")
+            self._snapshot.add_global(scope, name, f"global {name}")
         for module in named.imports(scope):
-            self._snapshot.add(module, module.__name__, DEPTH)
+            self._snapshot.walk(module, module.__name__)
         if code.co_freevars:
             values = frame.f_locals
             held = {name: values[name] for name in code.co_freevars if name in values}
@@ -122,7 +124,7 @@ class PythonRecorder:
                 self._in_cells.extend(held.items())
             for name, value in held.items():
                 if not _is_local_to_a_caller(frame, name, value):
-                    self._snapshot.add(value, name, DEPTH)
+                    self._snapshot.walk(value, name)
 
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
@@ -133,57 +135,45 @@ class PythonRecorder:
             if name in ("manual_seed", "seed", "set_state", "graphsafe_set_state"):
                 self.seeded = name
         elif type(owner).__module__.startswith(("random", "numpy.random")) and name != "getstate":
-            # What compiles a kernel at its first call draws the names of temporary files.
-            self._drawn = self._drawn or not _is_below(tempfile.__file__, caller)
+            # A kernel that is compiled at its first call draws the names of temporary files.
+            self._drawn = self._drawn or all(
+                frame.f_code.co_filename != tempfile.__file__ for frame in _frames_from(caller)
+            )
 
     def _note_launcher(self, module: Any) -> None:
         if self.launches is None and f"{module}.".startswith(_LAUNCHERS):
             self.launches = f"calls {str(module).partition('.')[0]}"
 
-    @property
-    def names(self) -> frozenset[str] | None:
-        """The attributes that the code that ran can read; None where it may read any."""
-        if self._dynamic or any(named.dynamic for named, _ in self._named.values()):
-            return None
-        names = set(_ALWAYS)
-        for code in self._seen:
-            if code not in self._named:
-                names.update(code.co_names)
-                names.update(text for text in code.co_consts if type(text) is str)
-        return self.users_names | names
-
-    @property
-    def users_names(self) -> frozenset[str]:
-        """The names in code that is no library's: they are looked up in Python modules."""
-        return frozenset().union(*(named.attributes for named, _ in self._named.values()))
-
-    def scopes(self) -> Iterator[tuple[Place, str]]:
-        """Yields where the code that ran finds globals, imports and closures; and their names."""
+    def _sources(self) -> Iterator[Source]:
+        """Yields the sources of globals, imports and closures of the code that ran."""
         for named, scope in self._named.values():
             builtin = scope.get("__builtins__")
             builtin = vars(builtin) if isinstance(builtin, ModuleType) else builtin or {}
             for name in named.scope:
-                if name in scope:
-                    yield (scope, name, scope[name]), f"global {name}"
-                    continue
-                yield (scope, name), f"global {name}"  # it may be defined later
-                if name in builtin:
-                    yield (builtin, name, builtin[name]), name
+                # One that is absent may be defined later.
+                yield Source(scope, name, scope.get(name, ABSENT), f"global {name}")
+                if name not in scope and name in builtin:
+                    yield Source(builtin, name, builtin[name], name)
             for module in named.imports(scope):
-                yield (sys.modules, module.__name__, module), module.__name__
+                yield Source(sys.modules, module.__name__, module, module.__name__)
         for _, cell, name in _cells(list(self._closures)):
-            yield (cell, None, cell.cell_contents), f"closure {name}"
+            yield Source(cell, None, cell.cell_contents, f"closure {name}")
         for name, value in self._in_cells:
-            yield ((value,), 0, value), f"closure {name}"
+            yield Source((value,), 0, value, f"closure {name}")
 
     def read_set(self) -> ReadSet:
         """Returns the code that ran and the names that this code can read."""
-        return ReadSet(self.names, self.users_names, self.code, list(self.scopes()))
+        users = frozenset[str]().union(*(named.attributes for named, _ in self._named.values()))
+        libraries = [code for code in self._ran if code not in self._named]
+        texts = {text for code in libraries for text in code.co_consts if type(text) is str}
+        names = _ALWAYS.union(users, texts, *(code.co_names for code in libraries))
+        dynamic = self._dynamic or any(named.dynamic for named, _ in self._named.values())
+        return ReadSet(None if dynamic else names, users, self.code, list(self._sources()))
 
     def changed(self) -> list[str]:
-        """Returns the names of what was set, replaced, changed or deleted since the start.
+        """Returns the names of the values that were set, replaced, changed or deleted since the start.
 
-        Nothing of what was there then is held any more afterwards.
+        Lets go of all values that were there then.
         """
         names = self._snapshot.changed() or sorted(self._rebound())
         self._dynamic = self._snapshot.dynamic
@@ -205,44 +195,33 @@ class PythonRecorder:
         }
 
     def drew_on_the_host(self) -> bool:
-        """Tells whether Python's or numpy's random numbers were drawn, which a graph would freeze."""
+        """Return True if Python or numpy drew random numbers, which a graph would freeze."""
         before, now = self._random, _host_random()
         return self._drawn or before[0] != now[0] or (before[1] is not None and before[1] != now[1])
 
 
 def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:
-    """Tells whether a closure variable is of a call that is under way inside the forward."""
-    caller = frame.f_back
-    while caller is not None and not is_ours(caller):
-        if name in caller.f_code.co_cellvars and caller.f_locals.get(name) is value:
-            return True
-        caller = caller.f_back
-    return False
+    """Return True if a closure variable is of a call that is under way inside the forward."""
+    callers = takewhile(lambda caller: not is_ours(caller), _frames_from(frame.f_back))
+    return any(
+        name in caller.f_code.co_cellvars and caller.f_locals.get(name) is value for caller in callers
+    )
 
 
-def _is_below(file: str, frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != file:
+def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame is not None
-
-
-def _is_library(code: CodeType, names: dict[str, Any]) -> bool:
-    return is_library(code.co_filename) or is_opaque(names.get("__name__"))
 
 
 def _cells(codes: list[CodeType]) -> Iterator[tuple[FunctionType, CellType, str]]:
     """Yields the filled cells, and their names, of the functions that have such code and still exist."""
-    if not codes:
-        return
-    for function in gc.get_referrers(*codes):
+    for function in gc.get_referrers(*codes) if codes else ():
         if isinstance(function, FunctionType):
             names = function.__code__.co_freevars
             for cell, name in zip(function.__closure__ or (), names, strict=True):
-                try:
-                    _ = cell.cell_contents
-                except ValueError:  # not filled yet
-                    continue
-                yield function, cell, name
+                if gc.get_referents(cell):  # else it is not filled yet
+                    yield function, cell, name
 
 
 def _host_random() -> tuple[Any, ...]:

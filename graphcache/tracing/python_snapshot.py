@@ -1,30 +1,33 @@
-"""What a forward could change, as it was before it ran."""
+"""The Python values that a forward could change, as they were before it ran.
+
+A snapshot shares the walk and the records of the guards, but is no native guard. It grows while the
+forward runs and shows which names count. It compares by identity, holds all that it found, so that no
+address is used again, and names everything that changed.
+"""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from graphcache.call.object_args import slots_of
 from graphcache.guards.reachability import (
-    DEPTH,
+    ABSENT,
     LONGEST,
-    OF_MODULE,
+    Kind,
     Members,
-    classes,
-    groups,
+    Source,
+    Walker,
     is_library_module,
-    is_plain,
     named_in,
 )
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 _BY_OTHER_CODE = (operator.attrgetter, operator.methodcaller)
-_ABSENT = object()
+_UNCHANGING = (Kind.FIXED, Kind.LOOSE)
 
 
-class Snapshot:
-    """Containers as they were: each with its items then, held so that no address comes again.
+class Snapshot(Walker):
+    """The members of all that was reached, at the time when each was found.
 
     Attributes:
         tensors: those that were found, by identity; parameters excepted.
@@ -32,131 +35,66 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.tensors: dict[int, Tensor] = {}
         self.dynamic = False
-        self._groups: dict[tuple[str, int], tuple[Members, str]] = {}
-        self._entries: dict[tuple[int, str], tuple[dict[str, Any], str, Any, str]] = {}
-        self._seen: dict[int, tuple[int, Any]] = {}
-        self._modules: list[tuple[dict[str, Any], str]] = []  # Python's
+        self._members: dict[tuple[Kind, int], Members] = {}
+        self._sources: dict[tuple[int, str], Source] = {}
+        self._scopes: list[Members] = []
         self._names: set[str] = set()
         self._generators: list[tuple[Any, str, str]] = []  # numpy's
 
     def add_names(self, names: set[str]) -> None:
-        """Adds what the modules of Python that were found have of these names."""
+        """Adds the globals with these names of the Python modules that were found."""
         new = names - self._names
         self._names |= new
-        for table, label in list(self._modules):
-            self._add_named(table, new, label)
+        for scope in list(self._scopes):
+            for label, item in self._named(scope, new):
+                self.walk(item, label)
 
-    def _add_named(self, table: dict[str, Any], names: set[str], label: str) -> None:
-        for name, item in named_in(table, names):
-            if is_library_module(table):
-                self.add(item, f"{label}.{name}", DEPTH)
-            else:
-                self.add_entry(table, name, f"{label}.{name}")
-
-    def add_entry(self, table: dict[str, Any], key: str, label: str) -> None:
+    def add_global(self, table: dict[str, Any], key: str, label: str) -> None:
         """Adds one entry of a large dict, or that there is none."""
-        value = table.get(key, _ABSENT)
-        self._entries.setdefault((id(table), key), (table, key, value, label))
-        if value is not _ABSENT:
-            self.add(value, label, DEPTH)
+        value = table.get(key, ABSENT)
+        self._sources.setdefault((id(table), key), Source(table, key, value, label))
+        if value is not ABSENT:
+            self.walk(value, label)
 
-    def add(self, value: Any, label: str, depth: int) -> None:
-        """Adds a value and what it holds, `depth` containers deep."""
-        if isinstance(value, Tensor):
-            if type(value) is Tensor or not isinstance(value, nn.Parameter):  # that takes long to ask
+    def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
+        """Adds tensors and numpy's generators; the members of all else follow."""
+        kind = type(value)
+        if issubclass(kind, Tensor):
+            if kind is Tensor or not isinstance(value, nn.Parameter):  # that takes long to ask
                 self.tensors[id(value)] = value
-        elif isinstance(value, nn.Module):
-            for name, module in value.named_modules():
-                if self._is_new(module, DEPTH):
-                    self._add_module(module, f"{label}.{name}".strip("."))
-            return
-        elif type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
-            self._generators.append((value, repr(value.bit_generator.state), label))
-            return
-        elif isinstance(value, _BY_OTHER_CODE):
+        elif issubclass(kind, _BY_OTHER_CODE):
             self.dynamic = True
-        if depth > 0 and self._is_new(value, depth):
-            for group in groups(value):
-                self._add_group(group, label, depth - 1)
-
-    def _is_new(self, value: Any, depth: int) -> bool:
-        """Tells whether it was not searched as deep before."""
-        if self._seen.get(id(value), (0,))[0] >= depth:
+        elif kind.__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+            self._generators.append((value, repr(value.bit_generator.state), label))
             return False
-        self._seen[id(value)] = depth, value
         return True
 
-    def _add_module(self, module: nn.Module, name: str) -> None:
-        table = vars(module)
-        self._note(Members("table", table, list(table.items())), name)
-        for key in _TABLES:
-            if isinstance(table.get(key), dict):  # a scripted module has others
-                self._note(Members("table", table[key], list(table[key].items())), name)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            self.add(tensor, name, 1)
-        for key, value in list(table.items()):
-            if key not in OF_MODULE:
-                self.add(value, f"{name}.{key}", DEPTH)
-        if slots := slots_of(module):
-            self._add_group(Members("items", module, slots), name, DEPTH)
-        self._add_group(Members("classes", type(module), []), name, DEPTH)
+    def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
+        """Adds members, unless there are too many."""
+        if members.kind is Kind.SCOPE:
+            self._scopes.append(members)
+            return self._named(members, self._names)
+        if len(members.items) > LONGEST and members.kind not in (Kind.MODULE, Kind.TABLE):
+            return ()
+        if members.kind not in _UNCHANGING:
+            self._members.setdefault((members.kind, id(members.container)), members)
+        return members.reachable()
 
-    def _add_group(self, group: Members, label: str, depth: int) -> None:
-        if group.kind == "module":
-            self._modules.append((group.container, label))
-            self._add_named(group.container, self._names, label)
-        elif group.kind == "classes":
-            if self._is_new(group.container, depth):
-                for each in classes(group.container):
-                    self._add_group(each, label, depth)
-        elif len(group.items) <= LONGEST and self._note(group, label):
-            for key, item in group.items:
-                if not is_plain(item):
-                    self.add(item, group.label(label, key), depth)
-                if group.kind == "dict" and not is_plain(key):
-                    self.add(key, label, depth)
-
-    def _note(self, group: Members, label: str) -> bool:
-        known = (group.kind, id(group.container))
-        if group.kind != "class" or known not in self._groups:
-            self._groups.setdefault(known, (group, label.lstrip(".")))
-            return True
-        return False
+    def _named(self, scope: Members, names: set[str]) -> list[tuple[str, Any]]:
+        """Adds the globals of a Python module that have these names, and returns those to walk over."""
+        table = scope.container
+        found = [(scope.label_of(name), name, item) for name, item in named_in(table, names)]
+        if not is_library_module(table):
+            for label, name, item in found:
+                self._sources.setdefault((id(table), name), Source(table, name, item, label))
+        return [(label, item) for label, _, item in found]
 
     def changed(self) -> list[str]:
-        """Returns the names of what is not as it was."""
-        names = {
-            label
-            for table, key, before, label in self._entries.values()
-            if table.get(key, _ABSENT) is not before
-        }
-        for generator, state, label in self._generators:
-            if repr(generator.bit_generator.state) != state:
-                names.add(label)
-        for group, label in self._groups.values():
-            if group.kind in ("fixed", "loose"):
-                continue
-            now = group.now()
-            if not _are_same(group, now):
-                names.update(_differing(group, now, label))
-        return sorted(names)
-
-
-def _are_same(group: Members, now: list[tuple[Any, Any]]) -> bool:
-    keyed = isinstance(group.container, dict)
-    return len(now) == len(group.items) and all(
-        a[1] is b[1] and (a[0] is b[0] or not keyed) for a, b in zip(now, group.items, strict=True)
-    )
-
-
-def _differing(group: Members, now: list[tuple[Any, Any]], label: str) -> set[str]:
-    if not isinstance(group.container, dict):
-        return {label}
-    first, second, name = dict(group.items), dict(now), group.name or label
-    return {
-        f"{name}.{key}".lstrip(".")
-        for key in first.keys() | second.keys()
-        if first.get(key, _ABSENT) is not second.get(key, _ABSENT)
-    }
+        """Returns the names of everything that is not as it was."""
+        sources = (s for s in self._sources.values() if s.container.get(s.key, ABSENT) is not s.value)
+        drew = (g for g in self._generators if repr(g[0].bit_generator.state) != g[1])
+        names = {*(source.label for source in sources), *(label for _, _, label in drew)}
+        return sorted(names.union(*(members.changed() for members in self._members.values())))

@@ -100,7 +100,7 @@ def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
     suspects = [*python.tensors, *(tensor for passed in call.objects for tensor in passed.tensors)]
     ops = OpRecorder(call.tensors[0].device, call.tensors, restore=restore, suspects=suspects)
     del suspects
-    with inlining(), ops.record(), python.watch():
+    with inlining(), ops.record(), python.record():
         result = forward.run(call)
     mutations = python.changed()  # at once: it lets go of what was there before
     tensors: list[Tensor] = []

@@ -27,7 +27,6 @@ import wrapt
 from torch import Tensor, nn
 
 from graphcache import GraphCacheWarning, cuda_graphed
-from graphcache.guards.guards import Guards
 from tests.helpers import Backend
 from tests.models import Forward, model_of
 
@@ -806,15 +805,6 @@ def test_a_copy_is_made(backend: Backend) -> None:
         copy.copy(model.held)
     assert "__slotnames__" in vars(Held)
     assert model.forward.cache_info().captures == 1
-
-
-def test_owner_of_a_dict_is_compared_before_the_dict() -> None:
-    """Before Python 3.12 a dict can't be asked whether it lives: a list might have let go of it."""
-    owner = Own()
-    owner.held = [{"k": [{"k": 1}]}]
-    places = Guards.of_object(owner, "owner", 8, ())._labels["place"]
-
-    assert len(places) == (0 if sys.version_info >= (3, 12) else 2), places
 
 
 def test_a_getter_is_no_state(backend: Backend) -> None:

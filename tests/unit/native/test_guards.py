@@ -18,11 +18,20 @@ def test_only_the_root_may_have_hooks() -> None:
     module = nn.Identity()
     module.register_forward_hook(lambda *_: None)
     assert not guard(module).check(False)
-    assert guard(module, root=module).check(False)
+    assert guard(module, is_root=True).check(False)
 
 
-def guard(module: nn.Module, **what: object) -> _C.Guard:
-    return _C.Guard(**{"modules": [module], **what})
+def guard(module: nn.Module, *, is_root: bool = False) -> _C.Guard:
+    made = _C.Guard()
+    made.add_module(module, "module", is_root)
+    return made
+
+
+def guard_of_tensors(*tensors: Tensor) -> _C.Guard:
+    made = _C.Guard()
+    for tensor in tensors:
+        made.add_tensor(tensor, "tensor")
+    return made
 
 
 class Anything:
@@ -137,14 +146,14 @@ def test_a_module_that_died_is_noticed() -> None:
 )
 def test_storage(change, holds: bool) -> None:
     tensor = torch.ones(8, 4)[:4]
-    held = guard(nn.Identity(), modules=[], tensors=[torch.ones(2), tensor])
+    held = guard_of_tensors(torch.ones(2), tensor)
     assert held.check(True)
     change(tensor)
     assert held.check(False) == holds
 
 
 def test_gradients() -> None:
-    held = guard(nn.Identity(), modules=[], tensors=[tensor := torch.ones(4)])
+    held = guard_of_tensors(tensor := torch.ones(4))
     tensor.requires_grad_()
     assert held.check(False)
     assert not held.check(True)
@@ -175,9 +184,12 @@ class Doubled(dict):
     ],
     ids=["dict", "tuple key", "default", "override", "gone", "short", "list", "other", "cell", "empty"],
 )
-def test_places(container, key, change) -> None:
-    held = guard(nn.Identity(), modules=[], sources=[(container, key, 1), ((0, 1), 1, 1)])
+def test_sources(container, key, change) -> None:
+    held = _C.Guard()
+    held.add_source(container, key, 1, "first")
+    held.add_source((0, 1), 1, 1, "second")
     assert held.check(False)
     change(container)
     assert not held.check(False)
+    assert held.explain(False) == "first"
     assert not isinstance(container, defaultdict) or not container
