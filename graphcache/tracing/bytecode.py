@@ -1,9 +1,9 @@
-"""What the bytecode of a function names: globals, attributes, and modules that it imports."""
+"""Reads names out of the bytecode of a function: globals, attributes, and modules that it imports."""
 
 import re
 import sys
 from collections.abc import Iterator
-from dis import EXTENDED_ARG, get_instructions, opmap
+from dis import EXTENDED_ARG, Instruction, get_instructions, opmap
 from importlib.util import resolve_name
 from types import CodeType, ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ _BY_TEXT = _SCOPE_BY_TEXT | {"format", "format_map"}
 _IMPORTS_BY_TEXT = {"import_module", "__import__", "modules"}
 
 _LOAD_GLOBAL = opmap["LOAD_GLOBAL"]
-_SHIFT = 1 if sys.version_info >= (3, 11) else 0  # the lowest bit tells whether it is called next
+_SHIFT = 1 if sys.version_info >= (3, 11) else 0  # the lowest bit is set where a call follows
 _OF_SCOPE = {
     opmap[name]
     for name in ("LOAD_NAME", "STORE_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_NAME")
@@ -30,12 +30,12 @@ _MATCH = opmap["MATCH_CLASS"]
 
 
 class NamesInCode:
-    """What one piece of code names.
+    """The names in one piece of code.
 
     Attributes:
-        attributes: what it may read of objects and modules.
-        scope: the globals that it may read or set.
-        dynamic: it may read attributes that it does not name.
+        attributes: those that the code may read of objects and modules.
+        scope: the globals that the code may read or set.
+        dynamic: whether the code may read attributes that it does not name.
     """
 
     __slots__ = ("_imports", "attributes", "dynamic", "scope")
@@ -64,11 +64,11 @@ class NamesInCode:
                 self.scope.add(names[argument])
             elif op == _IMPORT:
                 self._imports.add(names[argument])
-            elif op == _MATCH and argument:  # by position: reads what __match_args__ of the class names
+            elif op == _MATCH and argument:  # by position: reads the attributes in its __match_args__
                 self.dynamic = True
 
     def imports(self, scope: dict[str, Any]) -> Iterator[ModuleType]:
-        """Yields the modules that it imports, as far as they are known; `scope`: its globals."""
+        """Yields the modules that the code imports, as far as they are loaded; `scope`: its globals."""
         package = scope.get("__package__") or ""
         for name in self._imports:
             for level in range(package.count(".") + 2 if package else 1):
@@ -80,40 +80,31 @@ class NamesInCode:
 
 
 _LOADS = {"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CONST"}
-_NO_STEPS = {"PRECALL", "CACHE", "EXTENDED_ARG", "PUSH_NULL"}
+_SKIPPED = {"PRECALL", "CACHE", "EXTENDED_ARG", "PUSH_NULL"}
 
 
 def _asks_by_texts(code: CodeType) -> bool:
-    """Tells whether each getattr and hasattr is called with a name that is written out.
+    """Return True if each getattr and hasattr is called with a name that is written out.
 
-    It is among the texts then. Only `getattr(a.b, "name", c.d)` is understood, nothing more involved.
+    Then the name is among the texts. Only `getattr(a.b, "name", c.d)` is understood, nothing more
+    involved.
     """
-    steps = [step for step in get_instructions(code) if step.opname not in _NO_STEPS]
+    steps = [step for step in get_instructions(code) if step.opname not in _SKIPPED]
 
-    def after(place: int) -> int:
-        """Returns where a value and its attributes are loaded from `place` on; the end if none is."""
-        if place >= len(steps) or steps[place].opname not in _LOADS:
-            return len(steps)
-        place += 1
-        while place < len(steps) and steps[place].opname == "LOAD_ATTR":
-            place += 1
-        return place
+    # One letter a step: a global that is asked for, another load, an attribute, a text, a call.
+    text = "".join(map(_letter, steps))
+    asked = sum(step.argval in _BY_NAME for step in steps)
+    return len(re.findall(r"G(?=[LTG]A*T(?:2|[LTG]A*3))", text)) == asked
 
-    for place, step in enumerate(steps):
-        if step.argval not in _BY_NAME:
-            continue
-        name = after(place + 1)
-        call = name + 1
-        if call < len(steps) and steps[call].opname != "CALL":
-            call = after(call)
-        if step.opname != "LOAD_GLOBAL" or call >= len(steps) or steps[call].opname != "CALL":
-            return False
-        given = 2 if call == name + 1 else 3
-        if steps[call].arg != given or steps[name].opname != "LOAD_CONST":
-            return False
-        if type(steps[name].argval) is not str:
-            return False
-    return True
+
+def _letter(step: Instruction) -> str:
+    if step.opname == "LOAD_GLOBAL" and step.argval in _BY_NAME:
+        return "G"
+    if step.opname == "LOAD_CONST" and type(step.argval) is str:
+        return "T"
+    if step.opname == "CALL":
+        return {2: "2", 3: "3"}.get(step.arg or 0, "C")
+    return "L" if step.opname in _LOADS else "A" if step.opname == "LOAD_ATTR" else "?"
 
 
 def _texts(constants: Any) -> Iterator[str]:

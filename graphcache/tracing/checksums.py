@@ -1,7 +1,7 @@
-"""Finds out what a forward wrote past torch's operators, where no schema tells.
+"""Finds the memory that a forward mutated past torch's operators, where no schema tells.
 
 A Triton or CuPy kernel, or an extension that takes tensors without registering an operator, writes where
-nothing sees it. So the bytes of what it could have written are summed up before and after.
+nothing sees it. So the bytes that it could have mutated are summed up before and after.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class Checksums:
     """Sums over the storages of some tensors, to be compared later.
 
     Args:
-        tensors: whose storages to look at; those that no longer can be read are left out.
+        tensors: those whose storages are summed up; storages that no longer can be read are left out.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -27,7 +27,7 @@ class Checksums:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Sums up one more, unless its storage was."""
+        """Sums up the storage of one more tensor, unless that was done."""
         if _is_plain(tensor) and _C.storage_key(tensor) not in self._before:
             with torch.inference_mode(False), torch.no_grad():
                 self._before[_C.storage_key(tensor)] = tensor, _sums(tensor)
@@ -58,7 +58,7 @@ def _sums(tensor: Tensor) -> list[Tensor]:
     everything = _C.carve(tensor, 0, nbytes)
     whole = nbytes // _WORD * _WORD
     words, rest = everything[:whole].view(torch.int64), everything[whole:]
-    # the second tells rows that changed places
+    # the second shows that rows changed places
     return [words.sum(), words[::3].sum(), rest.sum()]
 
 

@@ -8,7 +8,7 @@ from collections import UserDict, defaultdict, deque
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphcache
 from graphcache import _C
