@@ -149,7 +149,7 @@ def test_item_of_a_replaced_value(backend: Backend) -> None:
 def test_cpu(backend: Backend) -> None:
     """A copy to the host waits for the device, which ends a capture."""
     model = cuda_graphed(lambda x: x + x.cpu().to(x.device), sizes=(2, 4))
-    warned_once(model, *((backend.randn(b, 8),) for b in (2, 2, 3)), match="cop")
+    warned_once(model, *((backend.randn(b, 8),) for b in (2, 2, 3)), match="a value on the host: `.cpu")
 
 
 @pytest.mark.parametrize("mask", [lambda x: x[x > 0].sum() + x, lambda x: x.nonzero().sum() + x])

@@ -736,10 +736,10 @@ def test_a_quantised_tensor(backend: Backend) -> None:
     made = cuda_graphed(
         lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize(), sizes=(2,)
     )
-    with pytest.warns(GraphCacheWarning, match="a quantised tensor is made at .*test_interplay.py"):
+    with pytest.warns(GraphCacheWarning, match="a quantised one is made at .*test_interplay.py"):
         same_as_eager(made, x)
     held = cuda_graphed(lambda x: x + quantised.dequantize(), sizes=(2,))
-    with pytest.warns(GraphCacheWarning, match="a quantised tensor is read at .*test_interplay.py"):
+    with pytest.warns(GraphCacheWarning, match="a quantised one is read at .*test_interplay.py"):
         same_as_eager(held, x)
     passed = cuda_graphed(lambda x, q: x + q.dequantize(), sizes=(2,))
     same_as_eager(passed, x, quantised)
