@@ -91,7 +91,7 @@ Extents extents(std::initializer_list<Tensor> tensors) {
 }
 
 void launch(std::initializer_list<Tensor> reads, std::initializer_list<Tensor> writes) {
-  const auto read = extents(reads), written = extents(writes);
+  const auto read = extents(reads), mutated = extents(writes);
   model_launch(current, &read, &mutated);
 }
 
