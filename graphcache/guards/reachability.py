@@ -342,8 +342,10 @@ def _items(kind: Kind, container: Any) -> list[tuple[Any, Any]]:
     if isinstance(container, dict):
         return list(dict.items(container))
     if isinstance(container, ContextVar):
-        value = container.get(ABSENT)
-        return [] if value is ABSENT else [(None, value)]
+        try:
+            return [(None, container.get())]  # perhaps its default
+        except LookupError:
+            return []
     if kind is Kind.ITEMS and not isinstance(container, deque):
         return slots_of(container)
     return list(enumerate(container))

@@ -180,6 +180,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "items": lambda held: {"k": held}.items(),
     "weak reference": weakref.ref,
     "context variable": variable,
+    "default of a context variable": lambda held: ContextVar("variable", default=held),
     "attribute of a tensor": tensor_with,
     "module": module_with,
     "child of a module": child,
@@ -199,6 +200,15 @@ def snapshot_of(value: Any) -> Snapshot:
     snapshot.add_names({"held"})
     snapshot.walk(value, "root")
     return snapshot
+
+
+def test_a_context_variable_that_is_set_later_is_noticed() -> None:
+    unset: ContextVar[int] = ContextVar("unset")
+    guards = guards_of([unset])
+    assert guards.check(grad=False)
+    unset.set(1)
+    assert not guards.check(grad=False)
+    assert guards.explain(grad=False) == "root[0]"
 
 
 @pytest.mark.parametrize("way", WAYS)
