@@ -1,7 +1,7 @@
-"""Nested arguments and results: taken apart into tensors and a hashable layout, and put together.
+"""Takes nested arguments and results apart into tensors and a hashable layout, and rebuilds them.
 
-`torch.utils._pytree` knows dataclasses only once they are registered with it, and takes 16 us for
-four leaves where a call has a few us to spend.
+`torch.utils._pytree` supports only registered dataclasses, and takes 16 us for four leaves, where a call
+has a few us.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from torch import Tensor
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis))
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 EXACT_TENSORS = (Tensor, torch.nn.Parameter)
-# What torch.compile and transformers note on tensors; no forward reads it.
+# Attributes that torch.compile and transformers set on tensors; no forward reads them.
 _MARKS = ("_specialize_on", "_is_hf_initialized", "_is_buffer", "persistent")
 MAX_DEPTH = 64  # containers inside containers
 
@@ -29,7 +29,7 @@ class NotATree(TypeError):
 
 
 class _TensorMark:
-    """The place of a tensor in a layout."""
+    """Stands for a tensor in a layout."""
 
     def __repr__(self) -> str:
         return "tensor"
@@ -39,13 +39,13 @@ TENSOR = _TensorMark()
 
 
 class Constant(NamedTuple):
-    """A value that a graph bakes in; its type counts, so that 1, 1.0 and True differ."""
+    """A value that a graph bakes in; values of different types differ, such as 1, 1.0 and True."""
 
     kind: type
     text: Any
     value: Any
 
-    # `value` stays out of it: the text tells -0.0 from 0.0, and range(0, 3, 2) from range(0, 4, 2).
+    # Without `value`: the text tells -0.0 from 0.0, and range(0, 3, 2) from range(0, 4, 2).
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constant) and self[:2] == other[:2]
 
@@ -57,9 +57,9 @@ class Constant(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A container: its type, its keys or field names (None for a sequence) and what it holds.
+    """A container: its type, its keys or field names (None for a sequence), and its items.
 
-    Keys that are no strings are `Constant`s: {1: x} and {1.0: x} are two layouts.
+    Keys that are no strings are `Constant`s, because {1: x} and {1.0: x} are two layouts.
     """
 
     kind: type
@@ -69,11 +69,11 @@ class Node(NamedTuple):
 
 
 class ObjectRef(NamedTuple):
-    """The place of an object that keeps tensors for the forward; see `static_objects`.
+    """Stands for an object that holds tensors in a layout; see `static_objects`.
 
     Attributes:
-        number: which of those that a call passes.
-        shape: all that it holds but the values in tensors; None in a result.
+        number: the index among the objects of a call.
+        shape: the contents of the object without the values in tensors; None in a result.
     """
 
     number: int
@@ -88,7 +88,7 @@ def _is_namedtuple(kind: type) -> bool:
 
 
 def constant(value: Any) -> Constant | None:
-    """Returns what a graph bakes in for a plain value; None for any other."""
+    """Returns a plain value as a constant of a layout; None for any other value."""
     kind = type(value)
     if kind is float:
         return Constant(kind, value.hex(), value)
@@ -105,7 +105,7 @@ def constant(value: Any) -> Constant | None:
 
 
 def _key(key: Any) -> Any:
-    """Returns the key of a dictionary as a `Node` has it: equal where it is the very same."""
+    """Returns a key of a dictionary as a key of a `Node`; equal only for equal keys of one type."""
     kind = type(key)
     if kind is str:
         return key
@@ -126,7 +126,7 @@ def _keys(layout: Node) -> list[Any]:
 
 
 def attributes_besides(value: Any, fields: Sequence[str]) -> list[str]:
-    """Returns the names of what `value` holds and no field tells: a graph could not give it back."""
+    """Returns the names of attributes of `value` that are no fields, and that a graph would lose."""
     slots = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
     known = (*fields, "__dict__", "__weakref__", "__orig_class__")
     return [
@@ -137,7 +137,7 @@ def attributes_besides(value: Any, fields: Sequence[str]) -> list[str]:
 
 
 def attributes_of_tensor(tensor: Tensor) -> list[str]:
-    """Returns the names of what Python code has set on a tensor, but for marks of libraries."""
+    """Returns the names of attributes that Python code has set on a tensor, without libraries' marks."""
     return [name for name in tensor.__dict__ if name not in _MARKS and "_dynamo_" not in name]
 
 
@@ -152,12 +152,12 @@ def flatten(
     """Appends the tensors of `value` to `leaves`, their paths to `names`, and returns the layout.
 
     Args:
-        value: what to take apart.
+        value: the value to take apart.
         leaves: see above.
         names: see above.
-        name: its own path.
-        other: given a value that is none of these, and its path, returns the layout of it, or None.
-        depth: how many containers it may lie in.
+        name: the path of `value`.
+        other: returns the layout of a value of another kind, given the value and its path, or None.
+        depth: the number of containers that `value` may contain in each other.
 
     Raises:
         NotATree: for an object that a graph can neither read from nor bake in.
@@ -211,15 +211,15 @@ def flatten(
     raise NotATree(f"{name or 'the result'} is {what} of type {kind.__module__}.{kind.__qualname__}")
 
 
-def rebuild(layout: Any, leaves: Iterator[Any], kept: Sequence[Any] = ()) -> Any:
-    """Returns a new value of a layout, its tensors from `leaves`, in order, and with `kept` objects."""
+def rebuild(layout: Any, leaves: Iterator[Any], objects: Sequence[Any] = ()) -> Any:
+    """Returns a new value of a layout, with tensors from `leaves`, in order, and with `objects`."""
     if layout is TENSOR:
         return next(leaves)
     if isinstance(layout, Constant):
         return layout.value
     if isinstance(layout, ObjectRef):
-        return kept[layout.number]
-    return _assemble(layout, [rebuild(child, leaves, kept) for child in layout.children])
+        return objects[layout.number]
+    return _assemble(layout, [rebuild(child, leaves, objects) for child in layout.children])
 
 
 def _assemble(layout: Node, items: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 from graphcache import _C
 from graphcache.call.bound_call import BOUND
 from graphcache.call.pytree import NotATree, flatten
-from graphcache.capture.outputs import Output, Place, Result
+from graphcache.capture.outputs import Geometry, Output, Result
 from graphcache.capture.plan import CapturePlan
 from graphcache.errors import CaptureError
 from graphcache.report.reasons import Reason
@@ -52,23 +52,23 @@ class Body:
         return Result(self._layout, outputs)
 
     def _lies_outside(self, tensor: Tensor, arguments: list[Tensor]) -> Output | int | None:
-        key, place = _C.storage_key(tensor), Place.of(tensor)
+        key, geometry = _C.storage_key(tensor), Geometry.of(tensor)
         for index, argument in enumerate(arguments):
             if tensor is argument:
-                return Output(_C.weak_ref(tensor), place, argument=index, same=True)
+                return Output(_C.weak_ref(tensor), geometry, argument=index, same=True)
             if key == _C.storage_key(argument):
                 if self._plan.call.roles[index].role is not BOUND:
                     return index
                 offset = int(tensor.storage_offset()) - int(argument.storage_offset())
                 base = _C.weak_ref(tensor)
                 view = _C.alias(base, tensor.shape, tensor.stride(), offset)
-                return Output(view, place, argument=index)
+                return Output(view, geometry, argument=index)
         if key in self._plan.trace.external:
-            return Output(tensor, place, outside=True, same=id(tensor) in self._reached)
+            return Output(tensor, geometry, external=True, same=id(tensor) in self._reached)
         if tensor.device != self._plan.pool.device:  # a constant on the host
-            return Output(tensor, place, outside=True, same=True, constant=True)
+            return Output(tensor, geometry, external=True, same=True, constant=True)
         return None
 
 
 def _in_pool(weak: Tensor, copied: int | None) -> Output:
-    return Output(weak, Place.of(weak), copied=copied)
+    return Output(weak, Geometry.of(weak), copied=copied)

@@ -170,7 +170,7 @@ def _bucket(
         lane.native,
         copier,
         graph.node,
-        TorchInputCopier(static, plan.call, size, plan.options.pad).stage,
+        TorchInputCopier(static, plan.call, size, plan.options.pad).copy_in,
         None if by_driver else graph.replay,
         pytree.native(result.layout, plan.call.static_objects()),
         [output.native() for output in result.outputs],
@@ -237,7 +237,7 @@ def _fill(plan: CapturePlan, static: list[Tensor], size: int) -> None:
         tensor if role.dim is None or role.role is BOUND else tensor.narrow(role.dim, 0, rows)
         for tensor, role in zip(call.tensors, call.roles, strict=True)
     ]
-    TorchInputCopier(static, call, size, "edge").stage(tensors, rows)
+    TorchInputCopier(static, call, size, "edge").copy_in(tensors, rows)
 
 
 def _progress(plan: CapturePlan, sizes: list[int]) -> "tqdm[int]":

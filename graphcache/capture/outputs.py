@@ -1,4 +1,4 @@
-"""What a capture returned, and which of its dimensions carry the batch."""
+"""Describes the result of a capture, and finds the dimensions that carry the batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
-    """Where a tensor lies."""
+class Geometry(NamedTuple):
+    """The shape, strides and address of a tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     address: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Place":
-        """Returns where `tensor` lies."""
+    def of(cls, tensor: Tensor) -> "Geometry":
+        """Returns the geometry of `tensor`."""
         return cls(tensor.shape, tensor.stride(), tensor.data_ptr())
 
 
@@ -26,28 +26,28 @@ class Output:
     """One tensor of the result of a capture.
 
     Attributes:
-        tensor: as captured: weak where it lies in the pool, the tensor itself where it lies outside.
-        place: where it lay in the capture.
-        argument: position of the argument that it is or lies in; None for memory of the graph.
-        same: it is that very argument, and the caller's own object is returned.
-        outside: it lies in memory that the forward found outside (a parameter, a buffer).
-        constant: it is a constant on the host: the caller gets a copy.
-        copied: position of the argument that eager returns a view of, where this is a copy of it.
-        batch_dims: the dimensions that carry the batch; learned by comparing two sizes.
+        tensor: the captured tensor: weak in memory of the pool, the tensor itself in external memory.
+        geometry: its geometry in the capture.
+        argument: position of the argument that the output is or views; None for memory of the graph.
+        same: True if the output is that very argument; then the caller's own object is returned.
+        external: True if the output lies in external memory, such as that of a parameter or buffer.
+        constant: True for a constant on the host, of which the caller gets a copy.
+        copied: position of the argument that eager returns a view of, where this is a copy.
+        batch_dims: the dimensions that carry the batch; None until two sizes were compared.
     """
 
     tensor: Tensor
-    place: Place
+    geometry: Geometry
     argument: int | None = None
     same: bool = False
-    outside: bool = False
+    external: bool = False
     constant: bool = False
     copied: int | None = None
     batch_dims: tuple[int, ...] | None = None
 
     def is_weak(self) -> bool:
-        """Tells whether another replay of the lane overwrites it."""
-        return self.argument is None and not self.outside
+        """Return True if another replay of the lane overwrites the output."""
+        return self.argument is None and not self.external
 
     def native(self) -> tuple[int, Tensor, int]:
         """Returns it as `graphcache._C.Bucket` takes it: (kind, tensor, argument)."""
@@ -55,34 +55,32 @@ class Output:
             return 5, self.tensor, -1
         if self.argument is not None:
             return 4 if self.same else 3, self.tensor, self.argument
-        if self.outside:
+        if self.external:
             return 2 if self.same else 1, self.tensor, -1
         return 0, self.tensor, -1 if self.copied is None else self.copied
 
-    def learn(self, size: int, there: Place, other_size: int) -> str | None:
-        """Finds the dimensions that carry the batch by what it is at another size.
+    def compare(self, size: int, other: Geometry, other_size: int) -> str | None:
+        """Finds the dimensions that carry the batch, by comparison with another size.
 
         Returns:
-            None, or why rows can't be cut out of it.
+            None, or the reason why rows can't be cut out of the output.
         """
         if not self.is_weak():
             self.batch_dims = ()
-            # Memory outside does not move with the size: a view of it that does is another part.
-            moved = not self.same and there != self.place
+            # External memory does not move with the size; a view that moves is of another part.
+            moved = not self.same and other != self.geometry
             return "an output views other memory outside at another batch" if moved else None
-        other = there.shape
-        if len(other) != self.tensor.dim():
-            return f"an output has {self.tensor.dim()} dimensions at one batch, {len(other)} at another"
-        dims = []
-        for dim, (mine, theirs) in enumerate(zip(self.tensor.shape, other, strict=True)):
-            if mine != theirs:
-                if (mine, theirs) != (size, other_size):
-                    return (
-                        f"dimension {dim} of an output goes from {theirs} to {mine} where the batch "
-                        f"goes from {other_size} to {size}"
-                    )
-                dims.append(dim)
-        self.batch_dims = tuple(dims)
+        shape = self.tensor.shape
+        if len(other.shape) != len(shape):
+            return f"an output has {len(shape)} dimensions at one batch, {len(other.shape)} at another"
+        changed = [dim for dim, length in enumerate(shape) if length != other.shape[dim]]
+        for dim in changed:
+            if (shape[dim], other.shape[dim]) != (size, other_size):
+                return (
+                    f"dimension {dim} of an output goes from {other.shape[dim]} to {shape[dim]} where "
+                    f"the batch goes from {other_size} to {size}"
+                )
+        self.batch_dims = tuple(changed)
         return None
 
 
@@ -91,19 +89,19 @@ class Result:
     """The result of one captured size.
 
     Attributes:
-        layout: how the tensors nest; see `tree.flatten`.
-        outputs: those tensors, in order.
+        layout: the nesting of the tensors; see `pytree.flatten`.
+        outputs: the tensors, in order.
     """
 
     layout: Any
     outputs: list[Output]
 
     def knows_batch_dims(self) -> bool:
-        """Tells whether every output can be cut back to a smaller batch."""
+        """Return True if every output can be cut back to a smaller batch."""
         return all(output.batch_dims is not None for output in self.outputs)
 
     def batch_dims(self) -> list[tuple[int, ...]]:
-        """Returns for each output the dimensions that carry the batch, as far as they are known."""
+        """Returns, for each output, the known dimensions that carry the batch."""
         return [output.batch_dims or () for output in self.outputs]
 
 
@@ -119,20 +117,20 @@ def find_batch_dims(
         tensors: the tensors of that result.
 
     Returns:
-        None, or why the outputs can't be cut back to a smaller batch.
+        None, or the reason why the outputs can't be cut back to a smaller batch.
     """
-    known = {batch: [Place.of(tensor) for tensor in tensors]}
+    known = {batch: [Geometry.of(tensor) for tensor in tensors]}
     for bucket in buckets:
         if bucket.result.layout != layout:
             return "the structure of its result, or a Python value in it, depends on the batch"
-        known.setdefault(bucket.size, [output.place for output in bucket.result.outputs])
+        known.setdefault(bucket.size, [output.geometry for output in bucket.result.outputs])
     for bucket in buckets:
         other = next((size for size in known if size != bucket.size), None)
         if other is None:
-            continue  # one size only: the first padded call teaches the rest
+            continue  # one size only: the first padded call shows the rest
         for output, there in zip(bucket.result.outputs, known[other], strict=True):
-            why: str | None = output.learn(bucket.size, there, other)
-            if why is not None:
-                return why
+            reason: str | None = output.compare(bucket.size, there, other)
+            if reason is not None:
+                return reason
         bucket.native.set_batch_dims(bucket.result.batch_dims())
     return None

@@ -1,13 +1,13 @@
-"""The sizes that are captured, and the one that serves a batch."""
+"""Chooses the sizes to capture, and the size that serves a batch."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
 
 def default_sizes(batch: int) -> tuple[int, ...]:
-    """Returns 1, 2, 4, then multiples of 8 up to 256 and of 16 above, as far as `batch`, and `batch`.
+    """Returns 1, 2, 4, multiples of 8 up to 256 and of 16 above, all below `batch`, and `batch`.
 
-    The ladder of vLLM; for weight-bound work its padding costs about 1 % of the time.
+    These are vLLM's sizes. For weight-bound work their padding costs about 1 % of the time.
     """
     ladder = (1, 2, 4, *range(8, 257, 8), *range(272, batch + 1, 16))
     return (*(size for size in ladder if size < batch), batch)

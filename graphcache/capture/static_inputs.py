@@ -1,4 +1,4 @@
-"""Static inputs: the memory that graphs read their arguments from, filled and padded at each call."""
+"""Holds static inputs, from which graphs read their arguments, and copies arguments into them."""
 
 from math import prod
 from typing import Any
@@ -12,27 +12,26 @@ from graphcache.config import Fill, Pad, fill_of
 
 
 class StaticInputs:
-    """One buffer for each staged argument, as large as the largest size needs; all sizes share it.
+    """One buffer for each argument that is copied in, large enough for the largest size; sizes share it.
 
     Args:
-        call: the call whose staged arguments tell shapes and dtypes.
+        call: the call whose arguments give the shapes and dtypes.
         largest: the largest size, in rows.
     """
 
     def __init__(self, call: BoundCall, largest: int) -> None:
-        self._leaves = [(call.tensors[index], leaf) for index, leaf in call.copied_in()]
-        self._shapes = [(tuple(tensor.shape), leaf) for tensor, leaf in self._leaves]
+        self._shapes = [(tuple(call.tensors[index].shape), leaf) for index, leaf in call.copied_in()]
+        tensors = (call.tensors[index] for index, _ in call.copied_in())
         with torch.inference_mode(False):  # written to in any mode
             self._buffers = [
-                torch.empty(prod(_shape(s, leaf, largest)), dtype=t.dtype, device=t.device)
-                for (t, _), (s, leaf) in zip(self._leaves, self._shapes, strict=True)
+                torch.empty(prod(_shape(*each, largest)), dtype=like.dtype, device=like.device)
+                for like, each in zip(tensors, self._shapes, strict=True)
             ]
-        del self._leaves
 
     def at(self, size: int) -> list[Tensor]:
-        """Returns the static inputs of one size: dense, their dimensions ordered as the caller's are.
+        """Returns the static inputs of one size: dense, with their dimensions in the caller's order.
 
-        They start at the same address whatever the size, also where the batch is an inner dimension.
+        A static input has one address at all sizes, also where the batch is an inner dimension.
         """
         tensors = []
         with torch.inference_mode(False):
@@ -79,11 +78,11 @@ def _sixteen_bytes(fill: Fill, like: Tensor) -> bytes:
 
 
 class TorchInputCopier:
-    """The same by torch calls, for any device; every row is written at every call.
+    """Copies inputs by torch calls, on any device, and writes every row at every call.
 
     Args:
-        static: the static inputs, in the order of `call.staged()`.
-        call: a call with the same key as those to come.
+        static: the static inputs, in the order of `call.copied_in()`.
+        call: a call with the same key as the calls to come.
         size: rows of the static inputs.
         pad: see `cuda_graphed`.
     """
@@ -96,19 +95,19 @@ class TorchInputCopier:
         self._fills = [fill_of(pad, call.paths[index]) for index in self._positions]
         self._views: dict[int, tuple[list[Tensor], list[Any]]] = {}
 
-    def stage(self, leaves: list[Tensor], batch: int) -> None:
-        """Copies the first `batch` rows and fills those after them."""
-        views = self._views.get(batch)
-        if views is None:
-            views = self._views[batch] = self._cut(batch)
-        rows, tails = views
+    def copy_in(self, tensors: list[Tensor], batch: int) -> None:
+        """Copies the first `batch` rows and fills the rows after them."""
+        if batch not in self._views:
+            self._views[batch] = self._slices(batch)
+        rows, tails = self._views[batch]
         with torch.no_grad():
             if rows:
-                torch._foreach_copy_(rows, [leaves[index] for index in self._positions])
+                torch._foreach_copy_(rows, [tensors[index] for index in self._positions])
             for tail, fill in tails:
                 tail.copy_(fill) if isinstance(fill, Tensor) else tail.fill_(fill)
 
-    def _cut(self, batch: int) -> tuple[list[Tensor], list[Any]]:
+    def _slices(self, batch: int) -> tuple[list[Tensor], list[Any]]:
+        """Returns the first `batch` rows of each static input, and the other rows with their fills."""
         rows: list[Tensor] = []
         tails: list[Any] = []
         with torch.inference_mode(False):
