@@ -13,7 +13,7 @@ from graphcache.errors import OptionError
 from graphcache.integrations import transformers
 from graphcache.pool import GraphPool
 from graphcache.runtime.source_lines import warn
-from graphcache.wrappers import GraphedForward, InstanceForward, class_forward, is_compiled_in_place
+from graphcache.wrappers import GraphedForward, InstanceForward, class_forward, has_compiled_call
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -162,7 +162,7 @@ def _decorate(target: Any, options: Options) -> Any:
         _check_names(options, function)
         target.forward = InstanceForward(target, function, options)
         transformers.attach(target)
-        if is_compiled_in_place(target):
+        if has_compiled_call(target):
             warn(
                 f"{type(target).__qualname__} has graphs that are not used: it was compiled in place "
                 "(Module.compile), and calls run that; use torch.compile(module)"

@@ -250,7 +250,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         """
         kind = type(module)
         plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
-        if plain and not is_compiled_in_place(module):
+        if plain and not has_compiled_call(module):
             vars(module)["_compiled_call_impl"] = _module_call(weakref.ref(module), self)
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
@@ -377,7 +377,7 @@ _C.serve_instance_calls(InstanceForward)
 _C.serve_bound_calls(_BoundForward)
 
 
-def is_compiled_in_place(module: nn.Module) -> bool:
+def has_compiled_call(module: nn.Module) -> bool:
     """Return True if `module.compile()` was called, whose result runs at each call of the module."""
     made = vars(module).get("_compiled_call_impl")
     return made is not None and getattr(made, "__module__", None) != __name__

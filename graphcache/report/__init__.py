@@ -1,4 +1,4 @@
-"""Tells users about a graph cache: counts, sizes that would serve better, reasons for eager calls.
+"""Reports on a graph cache: counts, sizes that would serve better, reasons for eager calls.
 
 Comes in: the counters of one forward and of its graphs. Goes out: `CacheInfo` and `Suggestion`, frozen
 values that print as tables. `reasons` is the list of reasons why a call runs eagerly; every part of

@@ -1,4 +1,4 @@
-"""Tells the user's code from that of libraries, names the user's line, and warns there."""
+"""Distinguishes user code from library code, names the line of the user, and warns there."""
 
 import contextlib
 import os
