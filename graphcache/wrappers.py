@@ -184,7 +184,7 @@ def _called_module() -> Any:
     """Returns the module whose call leads to this one; None where the frames do not show it.
 
     A shallow copy of a module (`copy.copy`, a DataParallel replica) shares the forward in its
-    `__dict__`, so that forward can't know by itself which of the modules was called.
+    `__dict__`. So the forward can't know by itself which of the modules was called.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:

@@ -12,8 +12,8 @@ _ALIGNMENT = 512  # bytes, as in torch's CUDA allocator
 class EmulatedArena:
     """A best-fit allocator; a block is free once nobody holds its storage.
 
-    As in the private pools of torch's CUDA allocator, a block that one capture frees is used again by
-    the next, while graphs go on writing to the block's address.
+    A block that one capture frees is used again by the next, while graphs go on writing to its address.
+    The private pools of torch's CUDA allocator behave in this way.
     """
 
     def __init__(self) -> None:

@@ -182,25 +182,13 @@ class Constants(HiddenMode):
 
 def is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
     """Return True if this call of `func` makes a tensor on `device` of numbers."""
-    if func in _MAKES:
-        there = kwargs.get("device")
-        if there is None and device.type != "cpu":
-            there = torch.get_default_device()
-        return (
-            len(args) == 1
-            and kwargs.keys() <= {"device", "dtype"}
-            and _is_on(there, device)
-            and _is_numbers(args[0])
-        )
-    if func is Tensor.new_tensor:
-        there = kwargs.get("device") or args[0].device
-        return (
-            len(args) == 2
-            and kwargs.keys() <= {"device", "dtype"}
-            and _is_on(there, device)
-            and _is_numbers(args[1])
-        )
-    return False
+    is_method = func is Tensor.new_tensor
+    if not (is_method or func in _MAKES) or not kwargs.keys() <= {"device", "dtype"}:
+        return False
+    there = kwargs.get("device")
+    if there is None and (is_method or device.type != "cpu"):
+        there = args[0].device if is_method else torch.get_default_device()
+    return len(args) == 1 + is_method and _is_on(there, device) and _is_numbers(args[-1])
 
 
 def _is_on(there: Any, device: torch.device) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import sysconfig
+import traceback
 import warnings
 from functools import cache
 from pathlib import Path
@@ -54,15 +55,13 @@ def user_line() -> str:
 def user_line_of(error: BaseException) -> str:
     """Returns `file:line, in function` of the user code that raised `error`, or else of torch's."""
     of_torch = of_user = None
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        line = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        line = f"{code.co_filename}:{number}, in {code.co_name}"
         if not code.co_filename.startswith(_NOT_THE_USERS):
             of_user = line
         elif code.co_filename.startswith(_TORCH):
             of_torch = line
-        trace = trace.tb_next
     return of_user or of_torch or "an unknown line"
 
 

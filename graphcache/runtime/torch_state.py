@@ -3,7 +3,7 @@
 import gc
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -64,13 +64,10 @@ def uncompiled() -> AbstractContextManager[Any]:
     code. Their compiled forwards, and their captures, would run eagerly from then on.
     """
     # Without Dynamo in the process nothing is compiled, and its import takes a second.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    try:
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    except RuntimeError:  # refused between the graphs of a compiled caller
-        return nullcontext()
-    return stance
+    if "torch._dynamo" in sys.modules:
+        with suppress(RuntimeError):  # refused between the graphs of a compiled caller
+            return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext()
 
 
 @contextmanager
