@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h graphcache/_C/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h graphcache/_C/*.h)
 # numpy: torch warns without it, and warnings are errors in tests. pytest-xdist: tests on all cores.
 # hypothesis: the fuzzer. mypy and ruff: what `test` checks, each at one version, as new ones bring new rules.
 TOOLS := setuptools ninja numpy wrapt tqdm pytest pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1 types-tqdm

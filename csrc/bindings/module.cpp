@@ -1,6 +1,6 @@
+#include "tensors/python_tensor.h"
 #include "tensors/weak.h"
 
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -12,26 +12,26 @@
 namespace py = pybind11;
 
 namespace graphcache {
-void bind_guards(py::module_& m); // bind_guards.cpp
-void bind_static_objects(py::module_& m); // bind_static_objects.cpp
-void bind_replay(py::module_& m); // bind_replay.cpp
-void bind_call(py::module_& m); // call.cpp
+void bind_guards(py::module_& m); // bindings/guards.cpp
+void bind_static_objects(py::module_& m); // bindings/static_objects.cpp
+void bind_replay(py::module_& m); // bindings/replay.cpp
+void bind_call(py::module_& m); // call/entry_points.cpp
 }
 
 namespace {
 
 at::Tensor exact_tensor(const py::handle& object) {
-  if (!THPVariable_Check(object.ptr())) {
+  if (!graphcache::is_tensor(object.ptr())) {
     throw py::type_error(
         "graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
   }
-  if (!THPVariable_CheckExact(object.ptr())) {
+  if (!graphcache::is_exact_tensor(object.ptr())) {
     throw py::type_error(
         "graphcache: a tensor subclass (" + std::string(Py_TYPE(object.ptr())->tp_name) +
         ") may keep its data elsewhere, so aliasing its memory could lose it; give the plain tensors "
         "that it is made of");
   }
-  return THPVariable_Unpack(object.ptr());
+  return graphcache::tensor_in(object.ptr());
 }
 
 py::object weak_ref(const py::handle& object) {

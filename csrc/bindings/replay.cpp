@@ -1,8 +1,7 @@
 // The Python face of staging, branches, buckets and dispatch.
 #include "capture/branches.h"
 #include "replay/dispatcher.h"
-
-#include <torch/csrc/autograd/python_variable.h>
+#include "tensors/python_tensor.h"
 
 namespace py = pybind11;
 
@@ -23,7 +22,7 @@ py::object capsule_of(const std::shared_ptr<Dispatcher>& dispatcher) {
 Leaves leaves_of(const py::list& tensors) {
   Leaves leaves;
   for (const auto tensor : tensors) {
-    TORCH_CHECK_TYPE(THPVariable_Check(tensor.ptr()), "graphcache: expected tensors");
+    TORCH_CHECK_TYPE(is_tensor(tensor.ptr()), "graphcache: expected tensors");
     leaves.add(tensor.ptr());
   }
   return leaves;

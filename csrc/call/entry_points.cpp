@@ -148,7 +148,7 @@ void define_call(py::type& type) {
 }
 
 // Whether nn.Module would do no more than to call `forward`, and that is still ours.
-bool is_plain(PyObject* module, PyObject* forward) {
+bool only_calls_forward(PyObject* module, PyObject* forward) {
   static PyObject* const name = interned("forward");
   static PyObject* const own_hooks[] = {
       interned("_forward_hooks"),
@@ -192,7 +192,7 @@ PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
       return PyObject_Call(attribute(caller.ptr(), impl).ptr(), args, kwargs);
     }
   }
-  if (!is_compiling() && is_plain(module.ptr(), forward)) {
+  if (!is_compiling() && only_calls_forward(module.ptr(), forward)) {
     auto result =
         serve(PyTuple_GET_ITEM(served, 0), PyTuple_GET_ITEM(served, 1), module.ptr(), args, kwargs);
     if (!result.is(Dispatcher::miss())) {

@@ -1,10 +1,10 @@
 #include "call/modes.h"
 
 #include "guards/dict_watcher.h"
+#include "tensors/autocast.h"
 
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -142,8 +142,8 @@ std::optional<Modes> Modes::now(const py::object& device_mode) {
       keys.excluded_.raw_repr(),
       autograd.get_grad_mode(),
       autograd.get_inference_mode(),
-      at::autocast::get_autocast_dtype(at::kCUDA),
-      at::autocast::get_autocast_dtype(at::kCPU),
+      autocast_dtype(c10::kCUDA),
+      autocast_dtype(c10::kCPU),
       c10::get_default_dtype_as_scalartype(),
       kernel_switches(context),
       kernel_choices(context),

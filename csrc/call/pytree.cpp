@@ -1,8 +1,9 @@
 #include "call/pytree.h"
 
+#include "tensors/python_tensor.h"
+
 #include <torch/csrc/Device.h>
 #include <torch/csrc/Size.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
 
@@ -11,7 +12,7 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-bool same(PyObject* mine, PyObject* theirs);
+bool identical(PyObject* mine, PyObject* theirs);
 
 bool same_bits(double mine, double theirs) {
   return std::memcmp(&mine, &theirs, sizeof(mine)) == 0;
@@ -20,12 +21,12 @@ bool same_bits(double mine, double theirs) {
 bool same_attribute(PyObject* mine, PyObject* theirs, const char* name) {
   const auto a = py::reinterpret_steal<py::object>(PyObject_GetAttrString(mine, name));
   const auto b = py::reinterpret_steal<py::object>(PyObject_GetAttrString(theirs, name));
-  return same(a.ptr(), b.ptr());
+  return identical(a.ptr(), b.ptr());
 }
 
 // The same as keys and as constants, in every respect: 1, 1.0 and True differ, and so do 0.0 and -0.0. Of
 // types that are not known to be told apart by ==, an object is the same as itself only.
-bool same(PyObject* mine, PyObject* theirs) {
+bool identical(PyObject* mine, PyObject* theirs) {
   if (mine == theirs) {
     return true;
   }
@@ -44,7 +45,7 @@ bool same(PyObject* mine, PyObject* theirs) {
     const auto size = PyTuple_GET_SIZE(mine);
     bool all = size == PyTuple_GET_SIZE(theirs);
     for (Py_ssize_t index = 0; all && index < size; ++index) {
-      all = same(PyTuple_GET_ITEM(mine, index), PyTuple_GET_ITEM(theirs, index));
+      all = identical(PyTuple_GET_ITEM(mine, index), PyTuple_GET_ITEM(theirs, index));
     }
     return all;
   }
@@ -79,7 +80,7 @@ bool has_attributes(PyObject* object) {
 
 void Leaves::add(PyObject* tensor) {
   objects.push_back(tensor);
-  tensors.push_back(&THPVariable_Unpack(tensor));
+  tensors.push_back(&tensor_in(tensor));
 }
 
 void Leaves::clear() {
@@ -107,14 +108,14 @@ Tree::Tree(const py::handle& layout) {
 
 bool Tree::match(PyObject* value, Leaves& leaves) const {
   if (kind_ == Slot) {
-    if (!THPVariable_CheckExact(value) || has_attributes(value)) {
+    if (!is_exact_tensor(value) || has_attributes(value)) {
       return false;
     }
     leaves.add(value);
     return true;
   }
   if (kind_ == Constant) {
-    return same(extra_.ptr(), value);
+    return identical(extra_.ptr(), value);
   }
   if (kind_ == ObjectRef) {
     return object_->serves(value);
@@ -145,7 +146,7 @@ bool Tree::match(PyObject* value, Leaves& leaves) const {
       PyObject* item = nullptr;
       Py_ssize_t position = 0;
       for (size_t index = 0; PyDict_Next(value, &position, &key, &item); ++index) {
-        if (!same(keys_[index].ptr(), key) || !children_[index].match(item, leaves)) {
+        if (!identical(keys_[index].ptr(), key) || !children_[index].match(item, leaves)) {
           return false;
         }
       }
@@ -185,7 +186,7 @@ bool Tree::match_fields(PyObject* value, Leaves& leaves) const {
     PyErr_Clear();
     return false;
   }
-  return same(extra_.ptr(), keys.ptr());
+  return identical(extra_.ptr(), keys.ptr());
 }
 
 // OrderedDict keeps an order of its own beside that of the dict, defaultdict a factory.
@@ -200,7 +201,7 @@ bool Tree::match_mapping(PyObject* value, Leaves& leaves) const {
   }
   for (size_t index = 0; index < children_.size(); ++index) {
     PyObject* key = PySequence_Fast_GET_ITEM(keys.ptr(), index);
-    PyObject* item = same(keys_[index].ptr(), key) ? PyDict_GetItemWithError(value, key) : nullptr;
+    PyObject* item = identical(keys_[index].ptr(), key) ? PyDict_GetItemWithError(value, key) : nullptr;
     if (item == nullptr || !children_[index].match(item, leaves)) {
       PyErr_Clear();
       return false;

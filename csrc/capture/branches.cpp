@@ -1,6 +1,7 @@
 #include "capture/branches.h"
 
-#include <ATen/autocast_mode.h>
+#include "tensors/autocast.h"
+
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -50,7 +51,7 @@ bool is_number(const at::Tensor& tensor) {
 
 // Whether an operator is more than its kernel: casts that are kept, a handler in Python, tangents.
 bool is_intercepted(c10::DeviceType type) {
-  return at::autocast::is_autocast_enabled(type) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+  return is_autocast_enabled(type) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 

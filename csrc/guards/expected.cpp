@@ -1,6 +1,6 @@
 #include "guards/expected.h"
 
-#include <torch/csrc/autograd/python_variable.h>
+#include "tensors/python_tensor.h"
 
 #include <cstring>
 #include <string_view>
@@ -10,15 +10,11 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-bool is_tensor(PyObject* object) {
-  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
-}
-
 // Refers to no module, and so never to the guards that keep it.
-bool is_plain(PyObject* object) {
+bool refers_to_no_module(PyObject* object) {
   if (PyTuple_Check(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
-      if (!is_plain(PyTuple_GET_ITEM(object, index))) {
+      if (!refers_to_no_module(PyTuple_GET_ITEM(object, index))) {
         return false;
       }
     }
@@ -30,7 +26,7 @@ bool is_plain(PyObject* object) {
 }
 
 py::object reference_to(PyObject* object) {
-  if (is_plain(object)) {
+  if (refers_to_no_module(object)) {
     return py::reinterpret_borrow<py::object>(object);
   }
   if (auto* reference = PyWeakref_NewRef(object, nullptr)) {

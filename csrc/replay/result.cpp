@@ -1,11 +1,11 @@
 #include "replay/result.h"
 
+#include "tensors/python_tensor.h"
 #include "tensors/strides.h"
 
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <optional>
@@ -102,7 +102,7 @@ py::object Result::tensor(
                 captured.strides(),
                 captured.storage_offset())
           : cut(index, batch);
-      return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made)));
+      return py::reinterpret_steal<py::object>(to_python(std::move(made)));
     }
   }
 }

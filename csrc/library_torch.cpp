@@ -1,0 +1,10 @@
+// One of the two translation units: the sources that need torch's tensors, but not its Python headers.
+#include "capture/branches.cpp"
+#include "capture/recovery.cpp"
+#include "driver/driver.cpp"
+#include "guards/mutated_memory.cpp"
+#include "replay/copy_in_node.cpp"
+#include "replay/input_copier.cpp"
+#include "tensors/autocast.cpp"
+#include "tensors/expire.cpp"
+#include "tensors/weak.cpp"
