@@ -21,7 +21,7 @@ except ImportError:
 # Two units include all the others: torch's headers take longer to read than our sources to compile.
 UNITS = sorted(Path("csrc").glob("*.cpp"))
 FILES = sorted(Path("csrc").glob("*/*.cpp"))
-# GRAPHCACHE_SEPARATE=1 compiles each file for itself: slow at first, quick after a change to one of them.
+# GRAPHCACHE_SEPARATE=1 compiles each file for itself: slow at first, quick after a change to one.
 SOURCES = FILES if os.environ.get("GRAPHCACHE_SEPARATE") == "1" else UNITS
 INCLUDED = [*FILES, *Path("csrc").rglob("*.h"), *Path("graphcache/_C").glob("*.h")]
 

@@ -352,7 +352,7 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
 
 
 def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:
-    native = _C.module_call(forward._self_served, forward)
+    native = _C.module_call(forward._self_served, forward, _called_module)
     plain, is_method = forward.__wrapped__, forward._self_is_method
 
     # A Python function, because torch.compile can't trace the wrapper.
@@ -373,7 +373,7 @@ def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Call
 
 # Calls that graphs serve never reach wrapt, which needs a microsecond to find the wrapped function.
 _C.serve_calls(GraphedForward)
-_C.serve_instance_calls(InstanceForward)
+_C.serve_instance_calls(InstanceForward, _is_alone)
 _C.serve_bound_calls(_BoundForward)
 
 

@@ -1,6 +1,6 @@
-// The ways into a decorated forward. wrapt takes a microsecond to find out what it wraps, and so does
-// nn.Module to find that it has no hooks; these ask the dispatcher first, and leave to them what that does
-// not serve.
+// The ways into a decorated forward. wrapt takes a microsecond to find the function that it wraps, and so does
+// nn.Module to find that it has no hooks. These ask the dispatcher first, and leave the misses to them.
+#include "bindings/bindings.h"
 #include "replay/dispatcher.h"
 
 #include <torch/csrc/Exceptions.h>
@@ -9,8 +9,6 @@
 #include <string>
 #include <vector>
 
-namespace py = pybind11;
-
 namespace graphcache {
 namespace {
 
@@ -18,12 +16,15 @@ PyObject* interned(const char* text) {
   return PyUnicode_InternFromString(text);
 }
 
-py::object attribute(PyObject* object, PyObject* name) {
-  auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
-  if (!found) {
+py::object checked(PyObject* made) {
+  if (made == nullptr) {
     throw py::error_already_set();
   }
-  return found;
+  return py::reinterpret_steal<py::object>(made);
+}
+
+py::object attribute(PyObject* object, PyObject* name) {
+  return checked(PyObject_GetAttr(object, name));
 }
 
 // torch.compile: it has to see the Python frames behind the call.
@@ -32,20 +33,16 @@ bool is_compiling() {
       py::object(py::module_::import("torch._C._dynamo.eval_frame").attr("get_eval_frame_callback"))
           .release()
           .ptr();
-  const auto found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(callback));
-  if (!found) {
-    throw py::error_already_set();
-  }
-  return !found.is_none();
+  return !checked(PyObject_CallNoArgs(callback)).is_none();
 }
 
-// `dispatchers`: see `_Caches.by_id` in wrappers.py. `instance`: what the forward is bound to.
+// `dispatchers`: see `_Caches.by_id` in wrappers.py. `instance`: the forward is bound to it.
 py::object serve(PyObject* dispatchers, PyObject* key, PyObject* instance, PyObject* args, PyObject* kwargs) {
   PyObject* found = PyDict_GetItemWithError(dispatchers, key);
   if (found == nullptr) {
     return Dispatcher::miss();
   }
-  const auto held = py::reinterpret_borrow<py::object>(found); // what it serves may clear it
+  const auto held = py::reinterpret_borrow<py::object>(found); // the call may clear it
   auto* dispatcher = static_cast<Dispatcher*>(PyCapsule_GetPointer(PyTuple_GET_ITEM(found, 2), nullptr));
   return dispatcher->serve(args, kwargs, instance);
 }
@@ -54,16 +51,20 @@ py::object referent(PyObject* reference) {
   return py::reinterpret_steal<py::object>(PyObject_CallNoArgs(reference));
 }
 
-// What wrapt keeps of an attribute whose name begins with `_self_`, without its search for others.
+// An attribute whose name begins with `_self_`, without wrapt's search for others.
 PyObject* own_attribute(PyObject* self, PyObject* name) {
   PyObject** dict = _PyObject_GetDictPtr(self);
   return dict == nullptr || *dict == nullptr ? nullptr : PyDict_GetItemWithError(*dict, name);
 }
 
-py::object serve_own(PyObject* self, PyObject* args, PyObject* kwargs) {
+// (dispatchers, key, weak reference to the instance or None); null where the wrapper is not ready.
+PyObject* served_by(PyObject* self) {
   static PyObject* const name = interned("_self_served");
-  // (dispatchers, key, weak reference to the instance or None)
-  PyObject* served = own_attribute(self, name);
+  return own_attribute(self, name);
+}
+
+py::object serve_own(PyObject* self, PyObject* args, PyObject* kwargs) {
+  PyObject* served = served_by(self);
   if (served == nullptr) {
     return Dispatcher::miss();
   }
@@ -72,25 +73,21 @@ py::object serve_own(PyObject* self, PyObject* args, PyObject* kwargs) {
   return serve(PyTuple_GET_ITEM(served, 0), PyTuple_GET_ITEM(served, 1), instance.ptr(), args, kwargs);
 }
 
-// How many refer to the forward of an instance while nobody but its module does: the module's __dict__, and
-// both halves of the way in through `_compiled_call_impl`.
+// References to the forward of an instance while only its module has any: the module's __dict__, and both halves
+// of the way in through `_compiled_call_impl`.
 constexpr Py_ssize_t kOwnReferences = 3;
 
+// (wrapper, module) -> bool: false where the call is of a shallow copy of the module.
+PyObject* is_alone = nullptr;
+
 // The forward of one instance, called by itself or by a module with hooks: perhaps by a shallow copy of its
-// module, which Python finds out. No module holds one over compiled code.
+// module. No module holds one over compiled code.
 py::object serve_instance(PyObject* self, PyObject* args, PyObject* kwargs) {
-  static PyObject* const name = interned("_self_served");
   static PyObject* const compiled = interned("_self_compiled");
-  PyObject* served = own_attribute(self, name);
-  if (served == nullptr) {
-    return Dispatcher::miss();
-  }
-  if (own_attribute(self, compiled) == Py_True) {
-    return serve_own(self, args, kwargs);
-  }
-  static const auto alone = py::object(py::module_::import("graphcache.wrappers").attr("_is_alone")).release();
-  const auto instance = referent(PyTuple_GET_ITEM(served, 2));
-  if (!py::cast<bool>(alone(py::handle(self), instance))) {
+  PyObject* served = served_by(self);
+  if (served == nullptr ||
+      (own_attribute(self, compiled) != Py_True &&
+       !py::cast<bool>(py::handle(is_alone)(py::handle(self), referent(PyTuple_GET_ITEM(served, 2)))))) {
     return Dispatcher::miss();
   }
   return serve_own(self, args, kwargs);
@@ -99,13 +96,12 @@ py::object serve_instance(PyObject* self, PyObject* args, PyObject* kwargs) {
 py::object serve_bound(PyObject* self, PyObject* args, PyObject* kwargs) {
   static PyObject* const of_instance = interned("_self_instance");
   static PyObject* const of_parent = interned("_self_parent");
-  static PyObject* const name = interned("_self_served");
   const auto instance = attribute(self, of_instance);
   if (instance.is_none()) { // called through the class
     return Dispatcher::miss();
   }
   const auto parent = attribute(self, of_parent);
-  PyObject* served = own_attribute(parent.ptr(), name);
+  PyObject* served = served_by(parent.ptr());
   if (served == nullptr) {
     return Dispatcher::miss();
   }
@@ -135,19 +131,22 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs) {
   END_HANDLE_TH_ERRORS
 }
 
-template <Serve serve>
-void define_call(py::type& type) {
-  static PyMethodDef definition = {
-      "__call__",
-      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call<serve>)),
+PyMethodDef method(const char* name, PyCFunctionWithKeywords function) {
+  return {
+      name,
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
       METH_VARARGS | METH_KEYWORDS,
       nullptr};
-  type.attr("_unserved_call") = type.attr("__call__");
-  type.attr("__call__") = py::reinterpret_steal<py::object>(
-      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition));
 }
 
-// Whether nn.Module would do no more than to call `forward`, and that is still ours.
+template <Serve serve>
+void define_call(py::type& type) {
+  static auto definition = method("__call__", &call<serve>);
+  type.attr("_unserved_call") = type.attr("__call__");
+  type.attr("__call__") = checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition));
+}
+
+// Returns true if nn.Module would do no more than to call `forward`, and that is still ours.
 bool only_calls_forward(PyObject* module, PyObject* forward) {
   static PyObject* const name = interned("forward");
   static PyObject* const own_hooks[] = {
@@ -177,7 +176,7 @@ bool only_calls_forward(PyObject* module, PyObject* forward) {
   });
 }
 
-// `self`: (what finds the dispatcher, the wrapper of forward).
+// `self`: (the way to the dispatcher, the wrapper of forward, () -> the module that is called or None).
 PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   PyObject* served = PyTuple_GET_ITEM(self, 0);
@@ -185,8 +184,7 @@ PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* const forward = PyTuple_GET_ITEM(self, 1);
   // One more, and a shallow copy of the module may be what is called.
   if (Py_REFCNT(forward) > kOwnReferences && !is_compiling()) {
-    static const auto called = py::object(py::module_::import("graphcache.wrappers").attr("_called_module")).release();
-    const py::object caller = called();
+    const py::object caller = py::handle(PyTuple_GET_ITEM(self, 2))();
     if (!caller.is_none() && !caller.is(module)) {
       static PyObject* const impl = interned("_call_impl");
       return PyObject_Call(attribute(caller.ptr(), impl).ptr(), args, kwargs);
@@ -204,24 +202,24 @@ PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef call_module_definition = {
-    "call",
-    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_module)),
-    METH_VARARGS | METH_KEYWORDS,
-    nullptr};
-
-py::object module_call(const py::tuple& served, const py::object& forward) {
-  return py::reinterpret_steal<py::object>(
-      PyCFunction_New(&call_module_definition, py::make_tuple(served, forward).ptr()));
+py::object module_call(const py::tuple& served, const py::object& forward, const py::object& called_module) {
+  static auto definition = method("call", &call_module);
+  return checked(PyCFunction_New(&definition, py::make_tuple(served, forward, called_module).ptr()));
 }
 
 } // namespace
 
-void bind_call(py::module_& m) {
-  m.def("module_call", &module_call, py::arg("served"), py::arg("forward"));
-  m.def("serve_calls", &define_call<serve_own>, py::arg("type"));
-  m.def("serve_instance_calls", &define_call<serve_instance>, py::arg("type"));
-  m.def("serve_bound_calls", &define_call<serve_bound>, py::arg("type"));
+void bind_calls(py::module_& m) {
+  m.def("module_call", &module_call, "served"_a, "forward"_a, "called_module"_a);
+  m.def("serve_calls", &define_call<serve_own>, "type"_a);
+  m.def("serve_bound_calls", &define_call<serve_bound>, "type"_a);
+  m.def(
+      "serve_instance_calls",
+      [](py::type& type, py::object asked) {
+        is_alone = asked.release().ptr();
+        define_call<serve_instance>(type);
+      },
+      "type"_a, "is_alone"_a);
 }
 
 } // namespace graphcache

@@ -64,12 +64,18 @@ uint64_t kernel_choices(at::Context& context) {
   return all;
 }
 
-// The switches that torch keeps in globals of Python; read again when anything in those files is set.
+// The switches of torch that are globals of Python files; read again when any global there is set.
 class PythonSwitches {
  public:
-  // Returns the number of the values that they have.
+  PythonSwitches() {
+    files_.add(mha());
+    files_.add(einsum());
+    read();
+  }
+
+  // Returns a number for their present values.
   size_t now() {
-    if (!files_.clean() || known_.empty()) {
+    if (!files_.clean()) {
       read();
     }
     return now_;
@@ -79,11 +85,6 @@ class PythonSwitches {
   using Values = std::array<py::object, 3>;
 
   void read() {
-    if (known_.empty()) {
-      for (auto* globals : {mha(), einsum()}) {
-        files_.add(globals);
-      }
-    }
     files_.rearm();
     const Values values{
         value(mha(), "_is_fastpath_enabled"), value(einsum(), "enabled"), value(einsum(), "strategy")};
@@ -142,9 +143,9 @@ std::optional<Modes> Modes::now(const py::object& device_mode) {
       keys.excluded_.raw_repr(),
       autograd.get_grad_mode(),
       autograd.get_inference_mode(),
-      autocast_dtype(c10::kCUDA),
-      autocast_dtype(c10::kCPU),
-      c10::get_default_dtype_as_scalartype(),
+      static_cast<int>(autocast_dtype(c10::kCUDA)),
+      static_cast<int>(autocast_dtype(c10::kCPU)),
+      static_cast<int>(c10::get_default_dtype_as_scalartype()),
       kernel_switches(context),
       kernel_choices(context),
       switches_in_python(),
@@ -175,18 +176,7 @@ bool Modes::operator==(const Modes& other) const {
 }
 
 py::tuple Modes::key() const {
-  return py::make_tuple(
-      included,
-      excluded,
-      grad,
-      inference,
-      static_cast<int>(autocast_cuda),
-      static_cast<int>(autocast_cpu),
-      static_cast<int>(default_dtype),
-      switches,
-      choices,
-      python_switches,
-      py::cast(default_device));
+  return py::cast(all(*this));
 }
 
 } // namespace graphcache

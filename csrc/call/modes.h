@@ -2,7 +2,6 @@
 #pragma once
 
 #include <c10/core/Device.h>
-#include <c10/core/ScalarType.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstddef>
@@ -16,12 +15,12 @@ struct Modes {
   uint64_t excluded;
   bool grad;
   bool inference;
-  c10::ScalarType autocast_cuda;
-  c10::ScalarType autocast_cpu;
-  c10::ScalarType default_dtype;
+  int autocast_cuda; // dtypes
+  int autocast_cpu;
+  int default_dtype;
   uint64_t switches; // of torch.backends: which kernels may be taken
   uint64_t choices; // likewise, where there are more than two
-  size_t python_switches; // likewise, those that torch keeps in Python; by number
+  size_t python_switches; // likewise, those in Python; by number
 
   c10::Device default_device; // torch.set_default_device
 

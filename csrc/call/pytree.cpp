@@ -12,54 +12,53 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-bool identical(PyObject* mine, PyObject* theirs);
+bool identical(PyObject* a, PyObject* b);
 
-bool same_bits(double mine, double theirs) {
-  return std::memcmp(&mine, &theirs, sizeof(mine)) == 0;
+bool same_bits(double a, double b) {
+  return std::memcmp(&a, &b, sizeof(a)) == 0;
 }
 
-bool same_attribute(PyObject* mine, PyObject* theirs, const char* name) {
-  const auto a = py::reinterpret_steal<py::object>(PyObject_GetAttrString(mine, name));
-  const auto b = py::reinterpret_steal<py::object>(PyObject_GetAttrString(theirs, name));
-  return identical(a.ptr(), b.ptr());
+bool same_attribute(PyObject* a, PyObject* b, const char* name) {
+  const auto of_a = py::reinterpret_steal<py::object>(PyObject_GetAttrString(a, name));
+  const auto of_b = py::reinterpret_steal<py::object>(PyObject_GetAttrString(b, name));
+  return identical(of_a.ptr(), of_b.ptr());
 }
 
-// The same as keys and as constants, in every respect: 1, 1.0 and True differ, and so do 0.0 and -0.0. Of
-// types that are not known to be told apart by ==, an object is the same as itself only.
-bool identical(PyObject* mine, PyObject* theirs) {
-  if (mine == theirs) {
+// The same as keys and as constants, in every respect: 1, 1.0 and True differ, and so do 0.0 and -0.0.
+// Objects of types that == may not tell apart are compared by identity.
+bool identical(PyObject* a, PyObject* b) {
+  if (a == b) {
     return true;
   }
-  if (Py_TYPE(mine) != Py_TYPE(theirs)) {
+  if (Py_TYPE(a) != Py_TYPE(b)) {
     return false;
   }
-  if (PyFloat_CheckExact(mine)) {
-    return same_bits(PyFloat_AS_DOUBLE(mine), PyFloat_AS_DOUBLE(theirs));
+  if (PyFloat_CheckExact(a)) {
+    return same_bits(PyFloat_AS_DOUBLE(a), PyFloat_AS_DOUBLE(b));
   }
-  if (PyComplex_CheckExact(mine)) {
-    const auto a = PyComplex_AsCComplex(mine);
-    const auto b = PyComplex_AsCComplex(theirs);
-    return same_bits(a.real, b.real) && same_bits(a.imag, b.imag);
+  if (PyComplex_CheckExact(a)) {
+    const auto of_a = PyComplex_AsCComplex(a);
+    const auto of_b = PyComplex_AsCComplex(b);
+    return same_bits(of_a.real, of_b.real) && same_bits(of_a.imag, of_b.imag);
   }
-  if (PyTuple_CheckExact(mine)) {
-    const auto size = PyTuple_GET_SIZE(mine);
-    bool all = size == PyTuple_GET_SIZE(theirs);
+  if (PyTuple_CheckExact(a)) {
+    const auto size = PyTuple_GET_SIZE(a);
+    bool all = size == PyTuple_GET_SIZE(b);
     for (Py_ssize_t index = 0; all && index < size; ++index) {
-      all = identical(PyTuple_GET_ITEM(mine, index), PyTuple_GET_ITEM(theirs, index));
+      all = identical(PyTuple_GET_ITEM(a, index), PyTuple_GET_ITEM(b, index));
     }
     return all;
   }
-  if (PySlice_Check(mine) || PyRange_Check(mine)) {
-    return same_attribute(mine, theirs, "start") && same_attribute(mine, theirs, "stop") &&
-        same_attribute(mine, theirs, "step");
+  if (PySlice_Check(a) || PyRange_Check(a)) {
+    return same_attribute(a, b, "start") && same_attribute(a, b, "stop") && same_attribute(a, b, "step");
   }
-  if (!PyLong_CheckExact(mine) && !PyUnicode_CheckExact(mine) && !PyBytes_CheckExact(mine) &&
-      !THPDevice_Check(mine) && !THPSize_Check(mine)) {
+  if (!PyLong_CheckExact(a) && !PyUnicode_CheckExact(a) && !PyBytes_CheckExact(a) && !THPDevice_Check(a) &&
+      !THPSize_Check(a)) {
     return false;
   }
-  const int equal = PyObject_RichCompareBool(mine, theirs, Py_EQ);
+  const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
   if (equal < 0) {
-    PyErr_Clear(); // what can't be compared is another signature
+    PyErr_Clear(); // values that can't be compared make another signature
   }
   return equal == 1;
 }
@@ -70,7 +69,7 @@ PyObject* attributes_of(PyObject* object) {
   return slot == nullptr ? nullptr : *slot;
 }
 
-// No layout has them: with any, Python looks closer.
+// No layout has attributes: with any, Python looks closer.
 bool has_attributes(PyObject* object) {
   auto* attributes = attributes_of(object);
   return attributes != nullptr && PyDict_GET_SIZE(attributes) != 0;
@@ -89,159 +88,133 @@ void Leaves::clear() {
   owned.clear();
 }
 
-Tree::Tree(const py::handle& layout) {
-  const auto parts = py::cast<py::tuple>(layout);
-  kind_ = static_cast<Kind>(py::cast<int>(parts[0]));
-  type_ = parts[1];
-  for (const auto key : parts[2]) {
-    keys_.push_back(py::reinterpret_borrow<py::object>(key));
-  }
-  for (const auto child : parts[3]) {
-    children_.emplace_back(child);
-  }
-  extra_ = parts[4];
-  make_ = parts[5];
-  if (kind_ == ObjectRef) {
-    object_ = py::cast<std::shared_ptr<StaticObject>>(extra_);
-  }
-}
-
-bool Tree::match(PyObject* value, Leaves& leaves) const {
-  if (kind_ == Slot) {
+bool Layout::match(PyObject* value, Leaves& leaves) const {
+  if (kind == Tensor) {
     if (!is_exact_tensor(value) || has_attributes(value)) {
       return false;
     }
     leaves.add(value);
     return true;
   }
-  if (kind_ == Constant) {
-    return identical(extra_.ptr(), value);
+  if (kind == Constant) {
+    return identical(extra.ptr(), value);
   }
-  if (kind_ == ObjectRef) {
-    return object_->serves(value);
+  if (kind == Object) {
+    return object->serves(value);
   }
-  if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != type_.ptr()) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != type.ptr()) {
     return false;
   }
-  switch (kind_) {
-    case List:
-    case Tuple:
-    case NamedTuple: {
-      if (PySequence_Fast_GET_SIZE(value) != static_cast<Py_ssize_t>(children_.size()) ||
-          (kind_ == NamedTuple && has_attributes(value))) {
-        return false;
-      }
-      for (size_t index = 0; index < children_.size(); ++index) {
-        if (!children_[index].match(PySequence_Fast_GET_ITEM(value, index), leaves)) {
-          return false;
-        }
-      }
-      return true;
-    }
-    case Dict: {
-      if (PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(children_.size())) {
-        return false;
-      }
-      PyObject* key = nullptr;
-      PyObject* item = nullptr;
-      Py_ssize_t position = 0;
-      for (size_t index = 0; PyDict_Next(value, &position, &key, &item); ++index) {
-        if (!identical(keys_[index].ptr(), key) || !children_[index].match(item, leaves)) {
-          return false;
-        }
-      }
-      return true;
-    }
-    case Fields:
-      return match_fields(value, leaves);
-    default:
-      return match_mapping(value, leaves);
-  }
+  return kind == Dict ? match_dict(value, leaves)
+      : kind == Fields ? match_fields(value, leaves)
+      : kind == Mapping ? match_mapping(value, leaves)
+                        : match_items(value, leaves);
 }
 
-bool Tree::match_fields(PyObject* value, Leaves& leaves) const {
+bool Layout::match_items(PyObject* value, Leaves& leaves) const {
+  if (PySequence_Fast_GET_SIZE(value) != static_cast<Py_ssize_t>(children.size()) ||
+      (kind == NamedTuple && has_attributes(value))) {
+    return false;
+  }
+  for (size_t index = 0; index < children.size(); ++index) {
+    if (!children[index].match(PySequence_Fast_GET_ITEM(value, index), leaves)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Layout::match_dict(PyObject* value, Leaves& leaves) const {
+  if (PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(children.size())) {
+    return false;
+  }
+  PyObject* key = nullptr;
+  PyObject* item = nullptr;
+  Py_ssize_t position = 0;
+  for (size_t index = 0; PyDict_Next(value, &position, &key, &item); ++index) {
+    if (!identical(keys[index].ptr(), key) || !children[index].match(item, leaves)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Layout::match_fields(PyObject* value, Leaves& leaves) const {
   auto* attributes = attributes_of(value);
-  Py_ssize_t besides = attributes == nullptr ? 0 : PyDict_GET_SIZE(attributes);
-  for (size_t index = 0; index < children_.size(); ++index) {
-    auto item = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, keys_[index].ptr()));
+  Py_ssize_t others = attributes == nullptr ? 0 : PyDict_GET_SIZE(attributes);
+  for (size_t index = 0; index < children.size(); ++index) {
+    auto item = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, keys[index].ptr()));
     if (!item) {
       PyErr_Clear(); // a field without a value: Python looks closer
       return false;
     }
-    if (!children_[index].match(item.ptr(), leaves)) {
+    if (!children[index].match(item.ptr(), leaves)) {
       return false;
     }
     leaves.owned.push_back(std::move(item));
-    besides -= attributes != nullptr && PyDict_Contains(attributes, keys_[index].ptr()) == 1;
+    others -= attributes != nullptr && PyDict_Contains(attributes, keys[index].ptr()) == 1;
   }
-  if (besides != 0) {
-    return false;
+  if (others != 0 || extra.is_none()) {
+    return others == 0;
   }
   // transformers' ModelOutput is a dictionary too
-  if (extra_.is_none()) {
-    return true;
-  }
-  const auto keys = py::reinterpret_steal<py::object>(PySequence_Tuple(value));
-  if (!keys) {
+  const auto present = py::reinterpret_steal<py::object>(PySequence_Tuple(value));
+  if (!present) {
     PyErr_Clear();
     return false;
   }
-  return identical(extra_.ptr(), keys.ptr());
+  return identical(extra.ptr(), present.ptr());
 }
 
-// OrderedDict keeps an order of its own beside that of the dict, defaultdict a factory.
-bool Tree::match_mapping(PyObject* value, Leaves& leaves) const {
-  const auto keys = py::reinterpret_steal<py::object>(PySequence_Fast(value, ""));
-  if (!keys || has_attributes(value)) {
+// OrderedDict has an order of its own beside that of the dict, defaultdict a factory.
+bool Layout::match_mapping(PyObject* value, Leaves& leaves) const {
+  const auto present = py::reinterpret_steal<py::object>(PySequence_Fast(value, ""));
+  if (!present || has_attributes(value)) {
     PyErr_Clear();
     return false;
   }
-  if (PySequence_Fast_GET_SIZE(keys.ptr()) != static_cast<Py_ssize_t>(children_.size())) {
+  if (PySequence_Fast_GET_SIZE(present.ptr()) != static_cast<Py_ssize_t>(children.size())) {
     return false;
   }
-  for (size_t index = 0; index < children_.size(); ++index) {
-    PyObject* key = PySequence_Fast_GET_ITEM(keys.ptr(), index);
-    PyObject* item = identical(keys_[index].ptr(), key) ? PyDict_GetItemWithError(value, key) : nullptr;
-    if (item == nullptr || !children_[index].match(item, leaves)) {
+  for (size_t index = 0; index < children.size(); ++index) {
+    PyObject* key = PySequence_Fast_GET_ITEM(present.ptr(), index);
+    PyObject* item = identical(keys[index].ptr(), key) ? PyDict_GetItemWithError(value, key) : nullptr;
+    if (item == nullptr || !children[index].match(item, leaves)) {
       PyErr_Clear();
       return false;
     }
   }
-  return extra_.is_none() ||
-      py::object(py::handle(value).attr("default_factory")).is(extra_);
+  return extra.is_none() || py::object(py::handle(value).attr("default_factory")).is(extra);
 }
 
-py::object Tree::build(std::vector<py::object>::const_iterator& tensors) const {
-  switch (kind_) {
-    case Slot:
+py::object Layout::build(std::vector<py::object>::const_iterator& tensors) const {
+  switch (kind) {
+    case Tensor:
       return *tensors++;
     case Constant:
-      return extra_;
-    case ObjectRef:
-      return object_->object();
+      return extra;
+    case Object:
+      return object->object();
     case Tuple: {
-      py::tuple made(children_.size());
-      for (size_t index = 0; index < children_.size(); ++index) {
-        PyTuple_SET_ITEM(made.ptr(), index, children_[index].build(tensors).release().ptr());
+      py::tuple made(children.size());
+      for (size_t index = 0; index < children.size(); ++index) {
+        PyTuple_SET_ITEM(made.ptr(), index, children[index].build(tensors).release().ptr());
       }
       return made;
     }
     case Dict: {
       py::dict made;
-      for (size_t index = 0; index < children_.size(); ++index) {
-        const auto item = children_[index].build(tensors);
-        if (PyDict_SetItem(made.ptr(), keys_[index].ptr(), item.ptr()) != 0) {
-          throw py::error_already_set();
-        }
+      for (size_t index = 0; index < children.size(); ++index) {
+        made[keys[index]] = children[index].build(tensors);
       }
       return made;
     }
     default: {
-      py::list items(children_.size());
-      for (size_t index = 0; index < children_.size(); ++index) {
-        PyList_SET_ITEM(items.ptr(), index, children_[index].build(tensors).release().ptr());
+      py::list items(children.size());
+      for (size_t index = 0; index < children.size(); ++index) {
+        PyList_SET_ITEM(items.ptr(), index, children[index].build(tensors).release().ptr());
       }
-      return kind_ == List ? items : make_(items);
+      return kind == List ? items : assemble(items);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Nested arguments and results, as graphcache/pytree.py lays them out: matched, and put together.
+// Nested arguments and results, as graphcache/call/pytree.py describes them: matched, and put together.
 #pragma once
 
 #include "guards/static_object.h"
@@ -21,30 +21,28 @@ struct Leaves {
   void clear();
 };
 
-class Tree {
- public:
-  // `layout`: (kind, type, keys, children, extra), see `tree.native`.
-  explicit Tree(const pybind11::handle& layout);
+struct Layout {
+  enum Kind { Tensor, Constant, Object, List, Tuple, NamedTuple, Dict, Mapping, Fields };
 
-  // Tells whether `value` is nested like this, with the same constants; adds its tensors to `leaves`.
+  // Returns true if `value` is nested like this, with the same constants; adds its tensors to `leaves`.
   bool match(PyObject* value, Leaves& leaves) const;
 
-  // Returns a new value with the next of `tensors` in each place.
+  // Returns a new value with the next of `tensors` in the place of each tensor.
   pybind11::object build(std::vector<pybind11::object>::const_iterator& tensors) const;
 
+  Kind kind = Tensor;
+  pybind11::object type; // of a container
+  std::vector<Layout> children;
+  std::vector<pybind11::object> keys; // or names of fields
+  pybind11::object extra; // a constant; the factory of a defaultdict; the keys of fields in a dictionary
+  pybind11::object assemble; // puts containers together that C++ does not know
+  std::shared_ptr<StaticObject> object; // whose object is passed or returned
+
  private:
-  enum Kind { Slot, Constant, List, Tuple, Dict, NamedTuple, Fields, Mapping, ObjectRef };
-
-  bool match_fields(PyObject* value, Leaves& leaves) const;
+  bool match_items(PyObject* value, Leaves& leaves) const;
+  bool match_dict(PyObject* value, Leaves& leaves) const;
   bool match_mapping(PyObject* value, Leaves& leaves) const;
-
-  Kind kind_;
-  pybind11::object type_;
-  std::vector<pybind11::object> keys_;
-  std::vector<Tree> children_;
-  pybind11::object extra_; // of a constant, its value; else what pytree.py keeps beside the children
-  std::shared_ptr<StaticObject> object_; // whose object is passed or returned
-  pybind11::object make_; // puts containers together that C++ does not know
+  bool match_fields(PyObject* value, Leaves& leaves) const;
 };
 
 } // namespace graphcache

@@ -20,13 +20,13 @@ uint64_t keys_of(const at::Tensor& tensor) {
   return tensor.key_set().raw_repr() & ~ignored;
 }
 
-// As `_order` in signature.py has it.
+// As `_order` in signature.py computes it.
 c10::DimVector order_of(const at::Tensor& tensor) {
   const auto strides = tensor.strides();
   auto order = outermost_first(strides);
-  const bool plain = std::is_sorted(order.begin(), order.end()) ||
+  const bool trivial = std::is_sorted(order.begin(), order.end()) ||
       std::find(strides.begin(), strides.end(), 0) != strides.end();
-  return plain ? c10::DimVector() : order;
+  return trivial ? c10::DimVector() : order;
 }
 
 } // namespace
@@ -51,18 +51,18 @@ Leaf::Leaf(
       address(example.const_data_ptr()) {}
 
 bool Leaf::matches(const at::Tensor& tensor, int64_t batch, bool grad) const {
-  const auto theirs = tensor.sizes();
+  const auto given = tensor.sizes();
   if (keys_of(tensor) != keys || tensor.dtype() != dtype || tensor.device() != device ||
-      theirs.size() != sizes.size() || (grad && tensor.requires_grad())) {
+      given.size() != sizes.size() || (grad && tensor.requires_grad())) {
     return false;
   }
   for (size_t dim = 0; dim < sizes.size(); ++dim) {
     const bool free = role == Batched && static_cast<int64_t>(dim) == batch_dim;
-    if (theirs[dim] != (free ? batch : sizes[dim])) {
+    if (given[dim] != (free ? batch : sizes[dim])) {
       return false;
     }
   }
-  if (batch_dim >= 0 && (theirs[batch_dim] == batch) != carries_batch) {
+  if (batch_dim >= 0 && (given[batch_dim] == batch) != carries_batch) {
     return false;
   }
   if (role == Bound) {
@@ -81,15 +81,15 @@ bool Leaf::matches(const at::Tensor& tensor, int64_t batch, bool grad) const {
 Signature::Signature(
     std::vector<Parameter> parameters,
     std::vector<Leaf> leaves,
-    std::vector<size_t> same,
+    std::vector<size_t> identities,
     py::object training,
     Modes modes,
     std::shared_ptr<Entry> entry)
     : entry(std::move(entry)),
       parameters_(std::move(parameters)),
       leaves_(std::move(leaves)),
-      same_(std::move(same)),
-      different_(std::set<size_t>(same_.begin(), same_.end()).size()),
+      identities_(std::move(identities)),
+      distinct_(std::set<size_t>(identities_.begin(), identities_.end()).size()),
       training_(std::move(training)),
       modes_(modes) {
   const auto first = std::find_if(leaves_.begin(), leaves_.end(), [](const Leaf& leaf) {
@@ -127,19 +127,20 @@ bool Signature::match(
   return leaves_.size() == 1 || match_identities(leaves);
 }
 
-// The same tensor where it was one at the capture, and nowhere else: a forward may ask (`key is value`).
+// Arguments are one tensor where they were at the capture, and nowhere else: a forward may ask
+// (`key is value`).
 bool Signature::match_identities(const Leaves& leaves) const {
   c10::SmallVector<const void*, 16> tensors;
   for (const auto* tensor : leaves.tensors) {
     tensors.push_back(tensor->unsafeGetTensorImpl());
   }
-  for (size_t index = 0; index < same_.size(); ++index) {
-    if (tensors[index] != tensors[same_[index]]) {
+  for (size_t index = 0; index < identities_.size(); ++index) {
+    if (tensors[index] != tensors[identities_[index]]) {
       return false;
     }
   }
   std::sort(tensors.begin(), tensors.end());
-  return static_cast<size_t>(std::unique(tensors.begin(), tensors.end()) - tensors.begin()) == different_;
+  return static_cast<size_t>(std::unique(tensors.begin(), tensors.end()) - tensors.begin()) == distinct_;
 }
 
 bool Signature::match_parameters(PyObject* args, PyObject* kwargs, Leaves& leaves) const {
@@ -164,7 +165,7 @@ bool Signature::match_parameters(PyObject* args, PyObject* kwargs, Leaves& leave
     if (value == nullptr) {
       value = parameter.fallback.ptr();
     }
-    if (value == nullptr || !parameter.tree.match(value, leaves)) {
+    if (value == nullptr || !parameter.layout.match(value, leaves)) {
       return false;
     }
   }

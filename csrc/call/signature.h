@@ -1,4 +1,4 @@
-// Which calls one signature serves: graphcache/signature.py says it in Python, and decides on a miss.
+// The calls that one signature serves. graphcache/call/signature.py reads what this one does not match.
 #pragma once
 
 #include "call/modes.h"
@@ -13,10 +13,10 @@ namespace graphcache {
 
 // One argument of the forward, in the order of its parameters.
 struct Parameter {
+  Layout layout;
   int64_t position; // among the positional arguments; -1: none
   pybind11::object name; // null: it can't be given by name
   pybind11::object fallback; // its default; null: none
-  Tree tree;
 };
 
 // The role of one tensor.
@@ -35,7 +35,7 @@ struct Leaf {
   Role role;
   int64_t batch_dim; // where the batch would lie; -1: it has too few dimensions
   bool carries_batch; // that dimension is as long as the batch
-  bool must_be_weak; // larger than what is staged, unless it is the output of a graph
+  bool must_be_weak; // too large to be copied in, unless it is the output of a graph
   std::vector<int64_t> order; // dimensions by descending stride; empty: 0, 1, 2, ...
   uint64_t keys; // dispatch keys: layout, backend, conjugate and negative bits
   caffe2::TypeMeta dtype;
@@ -52,12 +52,12 @@ class Signature {
   Signature(
       std::vector<Parameter> parameters,
       std::vector<Leaf> leaves,
-      std::vector<size_t> same,
+      std::vector<size_t> identities,
       pybind11::object training,
       Modes modes,
       std::shared_ptr<Entry> entry);
 
-  // Tells whether a call is of this signature, and if so, its tensors and its batch.
+  // Returns true if a call is of this signature; sets its tensors and its batch.
   bool match(
       PyObject* args,
       PyObject* kwargs,
@@ -76,8 +76,8 @@ class Signature {
 
   std::vector<Parameter> parameters_;
   std::vector<Leaf> leaves_;
-  std::vector<size_t> same_; // for each leaf, the first that is the same tensor
-  size_t different_; // how many tensors those are
+  std::vector<size_t> identities_; // for each leaf, the first that is the same tensor
+  size_t distinct_; // how many tensors those are
   pybind11::object training_;
   Modes modes_;
   size_t batch_leaf_ = 0; // whose length is the batch

@@ -20,10 +20,10 @@ using driver::check;
 // Products of more rows fill the device by themselves (docs/performance.md).
 constexpr int64_t kMostRows = 256;
 
-// What is read between products is held meanwhile, so it may not be large.
+// Tensors that are read between products are held meanwhile, so they may not be large.
 constexpr size_t kMostBytes = 16 << 20;
 
-// What a tensor has that is nothing but memory on the device; any other key may mean other code.
+// The dispatch keys of a tensor that is nothing but memory on the device. Any other may mean other code.
 constexpr c10::DispatchKeySet kPlain({
     c10::DispatchKey::CUDA,
     c10::DispatchKey::ADInplaceOrView,
@@ -33,23 +33,19 @@ constexpr c10::DispatchKeySet kPlain({
     c10::DispatchKey::Negative,
 });
 
-// What comes between products, reads its arguments and makes something new, and does nothing else.
+// Operators that may come between products: they read their arguments, make a new tensor and do nothing else.
 constexpr std::array<std::string_view, 14> kKnown = {
     "aten::_to_copy", "aten::add",     "aten::gelu",     "aten::layer_norm", "aten::mean",
     "aten::mul",      "aten::neg",     "aten::pow",      "aten::relu",       "aten::rms_norm",
     "aten::rsqrt",    "aten::sigmoid", "aten::silu",     "aten::tanh",
 };
 
-bool is_known(std::string_view name) {
-  return std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end();
-}
-
 // Not memory of the device, and read when it is captured.
 bool is_number(const at::Tensor& tensor) {
   return tensor.defined() && tensor.device().is_cpu() && tensor.dim() == 0;
 }
 
-// Whether an operator is more than its kernel: casts that are kept, a handler in Python, tangents.
+// Returns true if an operator is more than its kernel: casts that are cached, a handler in Python, tangents.
 bool is_intercepted(c10::DeviceType type) {
   return is_autocast_enabled(type) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
@@ -68,7 +64,7 @@ driver::Stream new_stream() {
 struct Branches::Part : at::ObserverContext {
   std::optional<c10::Stream> side;
   bool has_out = false;
-  bool beside = false; // an earlier product
+  bool parallel = false; // to an earlier product
 };
 
 Branches::Branches(driver::Stream handle, c10::Stream main, std::vector<c10::Stream> sides)
@@ -99,7 +95,7 @@ std::exception_ptr Branches::close() {
   return std::exchange(error_, nullptr);
 }
 
-// torch logs what a callback throws and goes on, so it is kept for `close`.
+// torch logs what a callback throws and goes on, so `close` returns it.
 std::unique_ptr<at::ObserverContext> Branches::on_start(const at::RecordFunction& function) {
   if (opened == nullptr || opened->inside_ || opened->error_) {
     return nullptr;
@@ -131,7 +127,8 @@ std::unique_ptr<Branches::Part> Branches::start(const at::RecordFunction& functi
   const std::string_view overload = function.overload_name();
   const bool adds = name == "aten::addmm";
   const bool is_product = (adds || name == "aten::mm") && (overload.empty() || overload == "out");
-  const bool is_between = !is_product && run_ && is_known(name) && overload.find("out") == overload.npos;
+  const bool is_between = !is_product && run_ && overload.find("out") == overload.npos &&
+      std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end();
   if ((!is_product && !is_between) || is_intercepted(main_.device_type())) {
     return nullptr;
   }
@@ -165,16 +162,16 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
   }
   auto part = std::make_unique<Part>();
   part->has_out = has_out;
-  part->beside = may_join(read, out);
-  if (!part->beside) {
+  part->parallel = may_join(read, out);
+  if (!part->parallel) {
     run_.reset();
     run_.emplace(Run{c10::Event(main_.device_type()), !out});
     run_->fork.record(main_);
   }
   for (const auto& tensor : read) {
-    note(tensor, run_->read);
+    add(tensor, run_->read);
   }
-  if (part->beside || out) {
+  if (part->parallel || out) {
     part->side = sides_[run_->sides++ % sides_.size()];
     run_->fork.block(*part->side);
     c10::impl::VirtualGuardImpl(main_.device_type()).exchangeStream(*part->side);
@@ -184,14 +181,13 @@ std::unique_ptr<Branches::Part> Branches::start_product(std::vector<at::Tensor> 
 }
 
 std::unique_ptr<Branches::Part> Branches::start_between(const std::vector<at::Tensor>& read) {
-  for (const auto& tensor : read) {
-    if (tensor.storage().nbytes() > kMostBytes) {
-      ++large_;
-      return nullptr; // which ends the run
-    }
+  const auto is_large = [](const at::Tensor& tensor) { return tensor.storage().nbytes() > kMostBytes; };
+  if (std::any_of(read.begin(), read.end(), is_large)) {
+    ++large_;
+    return nullptr; // which ends the run
   }
   for (const auto& tensor : read) {
-    note(tensor, run_->read);
+    add(tensor, run_->read);
   }
   run_->on_main = true;
   inside_ = true;
@@ -215,9 +211,9 @@ void Branches::end(const at::RecordFunction& function, const Part& part) {
   // Somebody gave memory away under a tensor that lives (`untyped_storage().resize_`).
   TORCH_CHECK(
       !part.side || part.has_out || !(overlap(run_->read, output) || overlap(run_->mutated, output)),
-      "graphcache: a product was given memory that one beside it uses");
-  note(output, run_->mutated);
-  count_ += part.beside ? 1 : 0;
+      "graphcache: a product was given memory that a parallel one uses");
+  add(output, run_->mutated);
+  count_ += part.parallel ? 1 : 0;
   tips_ = tips();
 }
 
@@ -260,27 +256,14 @@ std::vector<driver::GraphNode> Branches::tips() const {
   return found;
 }
 
-Branches::Extent Branches::extent(const at::Tensor& tensor) {
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    if (tensor.size(dim) == 0) {
-      return {begin, begin};
-    }
-    last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  }
-  return {begin, begin + static_cast<uintptr_t>(last + 1) * tensor.itemsize()};
-}
-
 bool Branches::overlap(const std::vector<Extent>& extents, const at::Tensor& tensor) {
-  const auto mine = extent(tensor);
-  return std::any_of(extents.begin(), extents.end(), [&mine](const Extent& theirs) {
-    return theirs.begin < mine.end && mine.begin < theirs.end;
-  });
+  const auto extent = extent_of(tensor);
+  return std::any_of(
+      extents.begin(), extents.end(), [&extent](const Extent& other) { return other.overlaps(extent); });
 }
 
-void Branches::note(const at::Tensor& tensor, std::vector<Extent>& where) {
-  where.push_back(extent(tensor));
+void Branches::add(const at::Tensor& tensor, std::vector<Extent>& extents) {
+  extents.push_back(extent_of(tensor));
   run_->held.push_back(tensor.storage());
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "driver/driver.h"
+#include "tensors/extent.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/record_function.h>
@@ -15,14 +16,13 @@
 
 namespace graphcache {
 
-// A stream of its own, for as long as the process runs: torch hands out those of its pool twice.
+// A new stream, for as long as the process runs: torch gives those of its pool to several users.
 driver::Stream new_stream();
 
-// While it is open, products that this thread captures on `main` are captured beside one another, on
-// `sides`, if none reads or writes what another writes, and nothing comes between them but operators
-// that are known to make something new of what they are given. Whatever follows waits for all of them.
-// A product of few rows leaves most of the device idle: three of them, side by side, take little longer
-// than one.
+// While it is open, products that this thread captures on `main` are captured in parallel, on `sides`: if none
+// reads or writes memory that another writes, and nothing comes between them but operators that only make new
+// tensors of their arguments. Whatever follows waits for all of them. A product of few rows leaves most of the
+// device idle: three of them in parallel take little longer than one.
 class Branches {
  public:
   Branches(driver::Stream handle, c10::Stream main, std::vector<c10::Stream> sides);
@@ -34,20 +34,16 @@ class Branches {
   // Returns what went wrong while it was open.
   std::exception_ptr close();
 
-  // Products that run beside an earlier one.
+  // Products that run in parallel to an earlier one.
   size_t count() const { return count_; }
-  // Operators that were left in their place for their size alone.
+  // Operators that stayed in their place for their size alone.
   size_t large() const { return large_; }
 
  private:
-  struct Extent { // of memory
-    uintptr_t begin;
-    uintptr_t end;
-  };
   struct Part; // of a run: an operator
 
-  // Products with nothing unknown in between. What they read and wrote is held until something else is
-  // captured, so that nobody else is given the memory meanwhile.
+  // Products with nothing unknown in between. The tensors that they read and wrote are held until something else
+  // is captured, so that nobody else is given the memory meanwhile.
   struct Run {
     c10::Event fork;
     bool on_main; // whether any part is
@@ -67,9 +63,8 @@ class Branches {
   bool may_join(const std::vector<at::Tensor>& read, const std::optional<at::Tensor>& out) const;
   bool is_plain(const at::Tensor& tensor) const;
   std::vector<driver::GraphNode> tips() const;
-  static Extent extent(const at::Tensor& tensor);
   static bool overlap(const std::vector<Extent>& extents, const at::Tensor& tensor);
-  void note(const at::Tensor& tensor, std::vector<Extent>& where);
+  void add(const at::Tensor& tensor, std::vector<Extent>& extents); // to the run
 
   const driver::Stream handle_; // of the main stream
   const c10::Stream main_;
@@ -77,7 +72,7 @@ class Branches {
   std::optional<at::CallbackHandle> callback_;
   std::optional<Run> run_;
   std::vector<driver::GraphNode> tips_; // what the main stream waited for when the run was last added to
-  bool inside_ = false; // an operator, which others may make up
+  bool inside_ = false; // an operator, which may consist of others
   std::exception_ptr error_;
   size_t count_ = 0;
   size_t large_ = 0;

@@ -32,29 +32,38 @@ constexpr int kKernelNode = 0; // CU_GRAPH_NODE_TYPE_KERNEL
 constexpr int kCapturing = 1; // CU_STREAM_CAPTURE_STATUS_ACTIVE
 constexpr unsigned kNonBlocking = 1; // CU_STREAM_NON_BLOCKING
 
-struct Api {
-  Result (*cuGetErrorName)(Result, const char**);
-  Result (*cuGetErrorString)(Result, const char**);
-  Result (*cuCtxGetCurrent)(Context*);
-  Result (*cuCtxPushCurrent_v2)(Context);
-  Result (*cuCtxPopCurrent_v2)(Context*);
-  Result (*cuModuleLoadData)(Module*, const void*);
-  Result (*cuModuleUnload)(Module);
-  Result (*cuModuleGetFunction)(Function*, Module, const char*);
-  Result (*cuLaunchKernel)(
-      Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**);
-  Result (*cuStreamCreate)(Stream*, unsigned);
-  Result (*cuStreamIsCapturing)(Stream, int*);
-  Result (*cuStreamGetCaptureInfo_v2)(Stream, int*, uint64_t*, GraphHandle*, const GraphNode**, size_t*);
-  Result (*cuGraphGetNodes)(GraphHandle, GraphNode*, size_t*);
-  Result (*cuGraphGetRootNodes)(GraphHandle, GraphNode*, size_t*);
-  Result (*cuGraphNodeGetType)(GraphNode, int*);
-  Result (*cuGraphKernelNodeGetParams_v2)(GraphNode, KernelNodeParams*);
-  Result (*cuGraphExecKernelNodeSetParams_v2)(GraphExec, GraphNode, const KernelNodeParams*);
-  Result (*cuGraphLaunch)(GraphExec, Stream);
-};
+// Raises with the name of the entry point where the driver lacks it.
+void* symbol(const char* name);
 
-// The entry points; raises with the name of what is missing where the driver lacks one.
+#define GRAPHCACHE_ENTRY(name, ...) \
+  Result (*name)(__VA_ARGS__) = reinterpret_cast<Result (*)(__VA_ARGS__)>(symbol(#name))
+
+struct Api {
+  GRAPHCACHE_ENTRY(cuGetErrorName, Result, const char**);
+  GRAPHCACHE_ENTRY(cuGetErrorString, Result, const char**);
+  GRAPHCACHE_ENTRY(cuCtxGetCurrent, Context*);
+  GRAPHCACHE_ENTRY(cuCtxPushCurrent_v2, Context);
+  GRAPHCACHE_ENTRY(cuCtxPopCurrent_v2, Context*);
+  GRAPHCACHE_ENTRY(cuModuleLoadData, Module*, const void*);
+  GRAPHCACHE_ENTRY(cuModuleUnload, Module);
+  GRAPHCACHE_ENTRY(cuModuleGetFunction, Function*, Module, const char*);
+  GRAPHCACHE_ENTRY(
+      cuLaunchKernel,
+      Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**);
+  GRAPHCACHE_ENTRY(cuStreamCreate, Stream*, unsigned);
+  GRAPHCACHE_ENTRY(cuStreamIsCapturing, Stream, int*);
+  GRAPHCACHE_ENTRY(
+      cuStreamGetCaptureInfo_v2, Stream, int*, uint64_t*, GraphHandle*, const GraphNode**, size_t*);
+  GRAPHCACHE_ENTRY(cuGraphGetNodes, GraphHandle, GraphNode*, size_t*);
+  GRAPHCACHE_ENTRY(cuGraphGetRootNodes, GraphHandle, GraphNode*, size_t*);
+  GRAPHCACHE_ENTRY(cuGraphNodeGetType, GraphNode, int*);
+  GRAPHCACHE_ENTRY(cuGraphKernelNodeGetParams_v2, GraphNode, KernelNodeParams*);
+  GRAPHCACHE_ENTRY(cuGraphExecKernelNodeSetParams_v2, GraphExec, GraphNode, const KernelNodeParams*);
+  GRAPHCACHE_ENTRY(cuGraphLaunch, GraphExec, Stream);
+};
+#undef GRAPHCACHE_ENTRY
+
+// The entry points, looked up at the first call.
 const Api& api();
 
 // Raises a RuntimeError with the name of the status unless it is success.

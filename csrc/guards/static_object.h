@@ -1,4 +1,4 @@
-// Objects that are passed to a forward and keep tensors for it, such as a cache of keys and values.
+// Objects that are passed to a forward and hold tensors for it, such as a cache of keys and values.
 #pragma once
 
 #include "guards/guard.h"
@@ -12,12 +12,12 @@ namespace graphcache {
 // The object that the graphs of some signatures stand for at present. Known weakly, like its guard.
 class StaticObject {
  public:
-  // The guard tells whether the object still keeps what it kept.
+  // The guard holds as long as the object has the same contents.
   void bind(const pybind11::object& object, const std::shared_ptr<Guard>& guard);
   void release();
 
   bool is(PyObject* object) const;
-  // Tells whether that object may be passed to a graph; counts how often it was.
+  // Returns true if that object may be passed to a graph; counts how often it was.
   bool serves(PyObject* object);
   pybind11::object object() const; // None once it is gone
 
@@ -28,15 +28,15 @@ class StaticObject {
   std::weak_ptr<Guard> guard_;
 };
 
-// Memory that graphs were captured over, lent to one storage after another: the first owned it, later ones
-// had memory of their own, which went when theirs was moved here.
+// Memory that graphs were captured over, leased to one storage after another. The first one owned it. Later ones
+// had memory of their own, which was freed when its bytes moved here.
 class LeasedMemory {
  public:
-  // Takes the memory of a storage, and lends it back.
+  // Takes the memory of a storage, and leases it back.
   explicit LeasedMemory(const c10::Storage& storage);
 
-  // Moves the bytes of another storage of the same size here and lends it this memory: all of its views
-  // follow. Only while it is not lease.
+  // Moves the bytes of another storage of the same size here and leases this memory to it: all of its views
+  // follow. Only while the memory is not leased.
   void adopt(const c10::Storage& storage);
 
   bool is_leased() const;
@@ -49,7 +49,7 @@ class LeasedMemory {
   std::shared_ptr<void> lease_; // shared by every lease
 };
 
-// An alias of `tensor` that keeps its memory alive and, where that is lease, does not count as a use.
+// Returns an alias of `tensor` that owns its memory and does not count as a lease of it.
 at::Tensor owned(const at::Tensor& tensor);
 
 } // namespace graphcache

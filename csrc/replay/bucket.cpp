@@ -1,22 +1,8 @@
 #include "replay/bucket.h"
 
-#include <utility>
-
 namespace py = pybind11;
 
 namespace graphcache {
-
-Bucket::Bucket(
-    std::shared_ptr<const std::string> name,
-    int64_t size,
-    std::shared_ptr<Lane> lane,
-    Launch launch,
-    Result result)
-    : name(std::move(name)),
-      size(size),
-      lane(std::move(lane)),
-      result(std::move(result)),
-      launch_(std::move(launch)) {}
 
 py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream) {
   const Origin origin{name, call, batch, size};
@@ -31,22 +17,22 @@ py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int
 
 // An argument may be an output that this replay overwrites: it is read, or found expired, before.
 void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream) {
-  if (!launch_.stage) {
+  if (!launch_.copier) {
     py::list tensors;
     for (auto* const tensor : arguments.objects) {
       tensors.append(py::handle(tensor));
     }
-    launch_.fill(tensors, batch);
+    launch_.copy_in(tensors, batch);
     invalidated += lane->invalidate(origin);
     launch_.replay();
     return;
   }
-  // Whatever raises before the patch, the node lacks what was read: it must not pass for unchanged.
+  // Whatever raises before the patch, the node lacks the recorded parameters: the next call must patch it.
   const bool unpatched = std::exchange(unpatched_, true);
-  const bool changed = launch_.stage->read(arguments.tensors.data(), batch);
+  const bool changed = launch_.copier->read(arguments.tensors.data(), batch);
   invalidated += lane->invalidate(origin);
   if (!launch_.node) {
-    launch_.stage->copy();
+    launch_.copier->copy();
     launch_.replay();
     return;
   }

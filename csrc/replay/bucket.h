@@ -1,4 +1,4 @@
-// One captured size: staged, launched, and its result handed out.
+// One captured size: copies its inputs, launches its graph and returns its result.
 #pragma once
 
 #include "replay/lane.h"
@@ -9,31 +9,37 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <utility>
 
 namespace graphcache {
 
-// How a graph is reached. Without `stage`, `fill` copies the inputs by torch calls; without `node`, the
+// The way to run a graph. Without `copier`, `copy_in` copies the inputs by torch calls; without `node`, the
 // inputs are in the memory of the CPU; without `replay`, the node launches the graph.
 struct Launch {
-  std::shared_ptr<InputCopier> stage;
+  std::shared_ptr<InputCopier> copier;
   std::shared_ptr<CopyInNode> node;
-  pybind11::object fill; // (tensors, batch)
+  pybind11::object copy_in; // (tensors, batch)
   pybind11::object replay; // ()
 };
 
 class Bucket {
  public:
   Bucket(
-      std::shared_ptr<const std::string> name,
+      const std::string& name,
       int64_t size,
       std::shared_ptr<Lane> lane,
       Launch launch,
-      Result result);
+      Result result)
+      : name(std::make_shared<const std::string>(name)),
+        size(size),
+        lane(std::move(lane)),
+        result(std::move(result)),
+        launch_(std::move(launch)) {}
 
   // Serves call number `call`. The pool's lock is held, and the lane follows `stream`.
   pybind11::object run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream);
 
-  // Its staging node, if it has one.
+  // Null where its inputs are copied otherwise.
   const CopyInNode* node() const { return launch_.node.get(); }
 
   const std::shared_ptr<const std::string> name;
@@ -41,7 +47,7 @@ class Bucket {
   const std::shared_ptr<Lane> lane;
   Result result;
 
-  // Lets go of its graph: Python serves such calls eagerly from here on.
+  // Releases its graph: Python serves such calls eagerly from here on.
   void retire() { launch_ = Launch{}; retired = true; }
 
   bool retired = false;
@@ -55,7 +61,7 @@ class Bucket {
   void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);
 
   Launch launch_;
-  bool unpatched_ = true; // the node does not hold yet what the stage has read
+  bool unpatched_ = true; // the node lacks the recorded parameters
 };
 
 } // namespace graphcache

@@ -39,8 +39,8 @@ class InContext {
 CopyInKernel::CopyInKernel(const std::string& image, size_t capacity) : capacity_(capacity) {
   check(api().cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
   check(api().cuModuleLoadData(&module_, image.data()), "cuModuleLoadData");
-  check(api().cuModuleGetFunction(&function_, module_, "graphcache_copy_in"), "cuModuleGetFunction");
-  check(api().cuModuleGetFunction(&plain_, module_, "graphcache_copy_in_dense"), "cuModuleGetFunction");
+  check(api().cuModuleGetFunction(&strided_, module_, "graphcache_copy_in"), "cuModuleGetFunction");
+  check(api().cuModuleGetFunction(&dense_, module_, "graphcache_copy_in_dense"), "cuModuleGetFunction");
 }
 
 CopyInKernel::~CopyInKernel() {
@@ -49,49 +49,37 @@ CopyInKernel::~CopyInKernel() {
   }
 }
 
-CopyInNode::CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_ptr<InputCopier> stage)
-    : kernel_(std::move(kernel)), stage_(std::move(stage)) {
+CopyInNode::CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_ptr<InputCopier> copier)
+    : kernel_(std::move(kernel)), copier_(std::move(copier)) {
   TORCH_CHECK_VALUE(
-      stage_->count() <= kernel_->capacity(), "graphcache: more inputs than the kernel takes");
-  plain_.resize(kernel_->capacity());
-  staged_.resize(kernel_->capacity());
-  params_.grid[0] = stage_->blocks();
-  params_.grid[1] = static_cast<unsigned>(stage_->count());
+      copier_->copies().size() <= kernel_->capacity(), "graphcache: more inputs than the kernel takes");
+  dense_.resize(kernel_->capacity());
+  strided_.resize(kernel_->capacity());
+  params_.grid[0] = copier_->blocks();
+  params_.grid[1] = static_cast<unsigned>(copier_->copies().size());
   params_.block[0] = kThreads;
   params_.grid[2] = params_.block[1] = params_.block[2] = 1;
   params_.parameters = parameters_;
 }
 
 void CopyInNode::fill_in() {
-  if (stage_->plain(plain_)) {
-    params_.function = kernel_->plain();
-    parameters_[0] = plain_.data();
-    return;
+  const bool dense = copier_->to_dense(dense_);
+  params_.function = kernel_->function(dense);
+  parameters_[0] = dense ? static_cast<void*>(dense_.data()) : strided_.data();
+  if (!dense) {
+    std::copy(copier_->copies().begin(), copier_->copies().end(), strided_.begin());
   }
-  std::copy(stage_->staged().begin(), stage_->staged().end(), staged_.begin());
-  params_.function = kernel_->function();
-  parameters_[0] = staged_.data();
 }
 
 void CopyInNode::record(driver::Stream stream) {
-  if (stage_->count() == 0) {
+  if (copier_->copies().empty()) {
     return;
   }
   fill_in();
   const InContext here(kernel_->context());
   check(
       api().cuLaunchKernel(
-          params_.function,
-          params_.grid[0],
-          params_.grid[1],
-          1,
-          params_.block[0],
-          1,
-          1,
-          0,
-          stream,
-          parameters_,
-          nullptr),
+          params_.function, params_.grid[0], params_.grid[1], 1, kThreads, 1, 1, 0, stream, parameters_, nullptr),
       "cuLaunchKernel");
 }
 
@@ -99,7 +87,7 @@ void CopyInNode::attach(driver::GraphHandle graph, driver::GraphExec executable)
   const InContext here(kernel_->context());
   check(api().cuGraphGetNodes(graph, nullptr, &nodes_), "cuGraphGetNodes");
   executable_ = executable;
-  if (stage_->count() == 0) {
+  if (copier_->copies().empty()) {
     return;
   }
   size_t count = 0;
@@ -117,11 +105,11 @@ void CopyInNode::attach(driver::GraphHandle graph, driver::GraphExec executable)
       node_ = root;
     }
   }
-  TORCH_CHECK(node_ != nullptr, "graphcache: the captured graph does not begin with its staging node");
+  TORCH_CHECK(node_ != nullptr, "graphcache: the captured graph does not begin with the copies of its inputs");
 }
 
 void CopyInNode::patch() {
-  if (stage_->count() == 0) {
+  if (copier_->copies().empty()) {
     return;
   }
   fill_in();

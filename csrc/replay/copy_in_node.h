@@ -1,4 +1,4 @@
-// The staging node: the first kernel of a captured graph, patched before every launch.
+// The first kernel of a captured graph copies the inputs. It is patched before every launch.
 #pragma once
 
 #include "driver/driver.h"
@@ -10,39 +10,38 @@
 
 namespace graphcache {
 
-// The staging kernel in its two forms, loaded into the current context.
+// The kernel in its two forms, loaded into the current context.
 class CopyInKernel {
  public:
-  // `image`: stage_kernel.h compiled for the device, for at most `capacity` inputs.
+  // `image`: copy_in_kernel.h compiled for the device, for at most `capacity` inputs.
   CopyInKernel(const std::string& image, size_t capacity);
   ~CopyInKernel();
   CopyInKernel(const CopyInKernel&) = delete;
   CopyInKernel& operator=(const CopyInKernel&) = delete;
 
-  driver::Function function() const { return function_; }
-  driver::Function plain() const { return plain_; }
+  driver::Function function(bool dense) const { return dense ? dense_ : strided_; }
   driver::Context context() const { return context_; }
   size_t capacity() const { return capacity_; }
 
  private:
   driver::Module module_ = nullptr;
-  driver::Function function_ = nullptr;
-  driver::Function plain_ = nullptr;
+  driver::Function strided_ = nullptr;
+  driver::Function dense_ = nullptr;
   driver::Context context_ = nullptr;
   size_t capacity_;
 };
 
 class CopyInNode {
  public:
-  CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_ptr<InputCopier> stage);
+  CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_ptr<InputCopier> copier);
 
   // Launches the kernel, so that a capture on `stream` begins with it.
   void record(driver::Stream stream);
 
-  // Finds its node in the captured graph. Both must live as long as this is used.
+  // Finds this node in the captured graph. The graph and its executable must outlive the node.
   void attach(driver::GraphHandle graph, driver::GraphExec executable);
 
-  // Brings what `InputCopier::read` took down into the executable; only later launches see it.
+  // Writes the recorded parameters into the kernel node of the executable; only later launches see them.
   void patch();
 
   void launch(driver::Stream stream) const;
@@ -55,9 +54,9 @@ class CopyInNode {
   void fill_in();
 
   std::shared_ptr<const CopyInKernel> kernel_;
-  std::shared_ptr<InputCopier> stage_;
-  std::vector<DenseInputCopy> plain_; // the parameter of the kernel in its short form
-  std::vector<InputCopy> staged_; // and in its long one
+  std::shared_ptr<InputCopier> copier_;
+  std::vector<DenseInputCopy> dense_; // the parameter of the kernel in its short form
+  std::vector<InputCopy> strided_; // and in its long one
   void* parameters_[1];
   driver::KernelNodeParams params_{};
   driver::GraphNode node_ = nullptr;

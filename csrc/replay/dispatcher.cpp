@@ -29,6 +29,16 @@ int64_t current_stream(const c10::Device& device) {
   return reinterpret_cast<int64_t>(impl->getStreamNativeHandle(impl->getStream(device)));
 }
 
+std::vector<PyObject*> values_of(PyObject* args, PyObject* kwargs) {
+  auto** const first = PySequence_Fast_ITEMS(args);
+  std::vector<PyObject*> values(first, first + PyTuple_GET_SIZE(args));
+  PyObject* value = nullptr;
+  for (Py_ssize_t position = 0; kwargs != nullptr && PyDict_Next(kwargs, &position, nullptr, &value) != 0;) {
+    values.push_back(value);
+  }
+  return values;
+}
+
 } // namespace
 
 bool set_inlining(bool on) {
@@ -44,7 +54,7 @@ Bucket* Entry::find(int64_t batch) const {
       buckets.begin(), buckets.end(), batch, [](const auto& bucket, int64_t rows) {
         return bucket->size < rows;
       });
-  if (found == buckets.end() || (exact && (*found)->size != batch) || batch == 0) {
+  if (found == buckets.end() || (unpadded && (*found)->size != batch) || batch == 0) {
     return nullptr;
   }
   auto* bucket = found->get();
@@ -60,18 +70,13 @@ py::object Dispatcher::miss() {
 void Dispatcher::add(
     std::vector<Parameter> parameters,
     std::vector<Leaf> leaves,
-    std::vector<size_t> same,
+    std::vector<size_t> identities,
     py::object training,
     std::shared_ptr<Entry> entry) {
   const auto modes = Modes::now(surroundings_.device_mode);
   if (modes) {
     known_.push_back(std::make_shared<Signature>(
-        std::move(parameters),
-        std::move(leaves),
-        std::move(same),
-        std::move(training),
-        *modes,
-        std::move(entry)));
+        std::move(parameters), std::move(leaves), std::move(identities), training, *modes, std::move(entry)));
   }
 }
 
@@ -115,20 +120,24 @@ py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instanc
   Leaves leaves;
   int64_t batch = 0;
   const auto signature = find(args, kwargs, instance, leaves, batch);
-  return signature == nullptr ? miss() : run(*signature, leaves, batch);
+  if (signature == nullptr) {
+    return miss();
+  }
+  if (signature->entry->eager && (!signature->device().is_cpu() || is_set(surroundings_.emulated))) {
+    missed_ = {values_of(args, kwargs), signature->entry, batch};
+    return miss();
+  }
+  return run(*signature, leaves, batch);
 }
 
-py::object Dispatcher::why_eager(PyObject* args, PyObject* kwargs, PyObject* instance) {
-  Leaves leaves;
-  int64_t batch = 0;
-  const auto signature = find(args, kwargs, instance, leaves, batch);
-  if (signature == nullptr || !signature->entry->eager ||
-      (signature->device().is_cpu() && !is_set(surroundings_.emulated))) {
+py::object Dispatcher::eager_reason(const py::tuple& args, const py::dict& kwargs) {
+  const auto missed = std::exchange(missed_, {});
+  if (missed.entry == nullptr || missed.values != values_of(args.ptr(), kwargs.ptr())) {
     return py::none();
   }
-  signature->entry->last = calls;
-  ++batches[batch];
-  return signature->entry->eager;
+  missed.entry->last = calls;
+  ++batches[missed.batch];
+  return missed.entry->eager;
 }
 
 py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int64_t batch) {

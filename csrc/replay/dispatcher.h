@@ -1,4 +1,4 @@
-// The hot path: from the arguments of a call to its result, or to Python, which serves what misses.
+// The hot path: from the arguments of a call to its result, or to Python, which serves the misses.
 #pragma once
 
 #include "replay/bucket.h"
@@ -20,10 +20,10 @@ struct Entry {
   // cycle collector.
   std::weak_ptr<Guard> guard;
   std::shared_ptr<const MutatedMemory> mutated;
-  bool exact = false; // batches of exactly these sizes only
+  bool unpadded = false; // serves batches of exactly these sizes only
   int64_t last = 0; // the number of the last call that it served
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
-  pybind11::object eager; // why it has none and never will; null where it may
+  pybind11::object eager; // the reason why it has no graphs and never will; null where it may
 
   Bucket* find(int64_t batch) const;
 };
@@ -32,7 +32,7 @@ struct Entry {
 bool set_inlining(bool on);
 bool is_inlining();
 
-// What the hot path asks Python for.
+// The parts of Python that the hot path asks.
 struct Surroundings {
   pybind11::object disabled; // context variables
   pybind11::object emulated;
@@ -46,27 +46,34 @@ class Dispatcher {
   Dispatcher(Surroundings surroundings, bool has_training)
       : surroundings_(std::move(surroundings)), has_training_(has_training) {}
 
-  // The result of the call; or `miss()`, where Python has to serve it.
+  // Returns the result of the call; or `miss()`, where Python has to serve it.
   pybind11::object serve(PyObject* args, PyObject* kwargs, PyObject* instance);
   static pybind11::object miss();
-  // Why such a call runs eagerly for good, and counts it; None where that is not known.
-  pybind11::object why_eager(PyObject* args, PyObject* kwargs, PyObject* instance);
+  // Returns the reason why the call that was just missed runs eagerly for good, and counts the call. Returns
+  // None where no reason is known, or another call was missed meanwhile.
+  pybind11::object eager_reason(const pybind11::tuple& args, const pybind11::dict& kwargs);
 
   // Adds a signature, under today's modes.
   void add(
       std::vector<Parameter> parameters,
       std::vector<Leaf> leaves,
-      std::vector<size_t> same,
+      std::vector<size_t> identities,
       pybind11::object training,
       std::shared_ptr<Entry> entry);
   void forget(const std::shared_ptr<Entry>& entry);
-  size_t signatures() const { return known_.size(); }
 
   int64_t calls = 0;
-  std::unordered_map<int64_t, int64_t> batches; // how many calls had so many rows
+  std::unordered_map<int64_t, int64_t> batches; // calls, by rows
 
  private:
-  // The signature of a call, its tensors and its batch; null where there is none.
+  // A call that Python has to serve, eagerly, for a known reason.
+  struct Miss {
+    std::vector<PyObject*> values; // its arguments: compared, never used
+    std::shared_ptr<Entry> entry;
+    int64_t batch;
+  };
+
+  // Returns the signature of a call, and sets its tensors and its batch; null where there is none.
   std::shared_ptr<const Signature> find(
       PyObject* args, PyObject* kwargs, PyObject* instance, Leaves& leaves, int64_t& batch);
   pybind11::object run(const Signature& signature, const Leaves& leaves, int64_t batch);
@@ -75,6 +82,7 @@ class Dispatcher {
   bool has_training_;
   std::vector<std::shared_ptr<const Signature>> known_;
   size_t last_ = 0; // the signature of the last call: most likely that of the next
+  Miss missed_;
 };
 
 } // namespace graphcache

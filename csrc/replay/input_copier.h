@@ -1,4 +1,4 @@
-// Staging: from the tensors of a call to their static buffers, as data that a kernel or the CPU follows.
+// Copies the tensors of a call into static buffers: as data that a kernel or the CPU follows.
 #pragma once
 
 #include "copy_in_kernel.h"
@@ -12,7 +12,7 @@
 
 namespace graphcache {
 
-// What one static buffer takes.
+// One static buffer, and the argument that goes there.
 struct StaticInput {
   at::Tensor buffer; // of this size: dense, in whatever order of dimensions
   int64_t argument; // which tensor of a call it takes
@@ -25,32 +25,28 @@ class InputCopier {
  public:
   explicit InputCopier(std::vector<StaticInput> inputs);
 
-  // Takes down where the arguments of a call lie. True if anything differs from the last call.
-  // Raises the stored text if one of them has expired.
+  // Records the addresses of the arguments. Returns true if any differs from the last call.
+  // Raises the stored text if an argument has expired.
   bool read(const at::Tensor* const* arguments, int64_t batch);
 
-  // ExpectedBytes that a launch writes: no more than padding, where buffers are given as arguments.
+  // Bytes that a launch writes: no more than padding, where buffers are given as arguments.
   int64_t copied_bytes() const;
 
-  // Copies on the CPU what `read` took down.
+  // Copies on the CPU.
   void copy() const;
 
-  // Writes the same in the short form, if that holds it.
-  bool plain(std::vector<DenseInputCopy>& plain) const;
+  // Writes the copies in the short form. Returns false if one of them does not fit into that.
+  bool to_dense(std::vector<DenseInputCopy>& dense) const;
 
-  // How many inputs, and the blocks that a launch needs for each.
-  size_t count() const { return staged_.size(); }
-  unsigned blocks() const { return blocks_; }
-  const std::vector<InputCopy>& staged() const { return staged_; }
+  const std::vector<InputCopy>& copies() const { return copies_; } // one for each input
+  unsigned blocks() const { return blocks_; } // that a launch needs for each
 
  private:
-  // Takes down that every buffer is given already, so that a capture needs no arguments.
-  void read_nothing();
-  void read_strided(InputCopy& staged, size_t index, const at::Tensor& source, int64_t batch);
+  void read_strided(InputCopy& copy, size_t index, const at::Tensor& source, int64_t batch);
 
   std::vector<StaticInput> inputs_;
   std::vector<c10::DimVector> orders_; // of each buffer, its dimensions from the outermost
-  std::vector<InputCopy> staged_;
+  std::vector<InputCopy> copies_;
   unsigned blocks_ = 1;
 };
 

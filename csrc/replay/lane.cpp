@@ -4,6 +4,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 namespace graphcache {
 
 std::string Origin::text() const {
@@ -15,12 +17,8 @@ std::string Origin::text() const {
 }
 
 bool SharedOutputs::held() const {
-  for (const auto& storage : storages) {
-    if (storage && is_held(storage)) {
-      return true;
-    }
-  }
-  return false;
+  return std::any_of(
+      storages.begin(), storages.end(), [](const auto& storage) { return storage && is_held(storage); });
 }
 
 Invalidated SharedOutputs::invalidate(const Origin& overwritten_by) {
@@ -33,7 +31,8 @@ Invalidated SharedOutputs::invalidate(const Origin& overwritten_by) {
       materialize(storage);
       ++invalidated.copied;
     } else {
-      storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
+      expire(
+          storage,
           "graphcache: this tensor is an output of " + origin.text() +
           ", and its memory was overwritten by " + overwritten_by.text() +
           ". An output is valid until the next graph of its pool runs. Use it before that, or keep a "
@@ -54,12 +53,7 @@ Lane::~Lane() {
 }
 
 bool Lane::holds_outputs() const {
-  for (const auto& shared : live_) {
-    if (shared->held()) {
-      return true;
-    }
-  }
-  return false;
+  return std::any_of(live_.begin(), live_.end(), [](const auto& shared) { return shared->held(); });
 }
 
 Invalidated Lane::invalidate(const Origin& overwritten_by) {

@@ -1,4 +1,4 @@
-// What one lane has handed out: outputs that the next graph of the lane overwrites.
+// The shared outputs of one lane: the next graph of the lane overwrites them.
 #pragma once
 
 #include <c10/core/Storage.h>
@@ -12,7 +12,7 @@
 
 namespace graphcache {
 
-// Which call made an output, or overwrote one: for the text that a stale output raises.
+// The call that made an output, or overwrote one: for the text that a stale output raises.
 struct Origin {
   std::shared_ptr<const std::string> name; // of the forward; null: the pool went away
   int64_t call = 0;
@@ -36,8 +36,8 @@ struct Invalidated {
 
 // The storages of one result. The caller holds them through tensors that alias them.
 struct SharedOutputs {
-  std::vector<c10::Storage> storages; // null where the caller keeps it for good
-  bool copy = false; // what is held when it is overwritten moves away, instead of expiring
+  std::vector<c10::Storage> storages; // null where it is the caller's for good
+  bool copy = false; // outputs that are held when they are overwritten move out, instead of expiring
   Origin origin;
 
   bool held() const;
@@ -53,11 +53,11 @@ class Lane {
   Lane& operator=(const Lane&) = delete;
 
   bool holds_outputs() const;
-  // Tells whether somebody holds one that another thread was given: it may be in the middle of an
+  // Returns true if an output is held that another thread was given: that thread may be in the middle of an
   // operation on it, without the GIL, past the point where expiry is noticed.
   bool is_held_elsewhere() const { return thread_ != std::this_thread::get_id() && holds_outputs(); }
 
-  // Expires or moves what is still held, as its maker wants; returns how many storages that were.
+  // Expires or moves the outputs that are still held; returns how many storages that were.
   Invalidated invalidate(const Origin& overwritten_by);
   void track(std::shared_ptr<SharedOutputs> shared) {
     live_.push_back(std::move(shared));
@@ -68,7 +68,7 @@ class Lane {
 
  private:
   std::vector<std::shared_ptr<SharedOutputs>> live_;
-  std::thread::id thread_; // that was given them
+  std::thread::id thread_; // that was given the last of them
 };
 
 // One graph of a pool is dispatched at a time. Python waits for it without the GIL.

@@ -13,7 +13,8 @@
 namespace py = pybind11;
 
 namespace graphcache {
-Result::Result(Tree layout, std::vector<Output> outputs, bool copy)
+
+Result::Result(Layout layout, std::vector<Output> outputs, bool copy)
     : layout_(std::move(layout)), outputs_(std::move(outputs)), shared_(std::make_shared<SharedOutputs>()) {
   shared_->copy = copy;
   for (const auto& output : outputs_) {
@@ -76,15 +77,15 @@ py::object Result::tensor(
   const auto& output = outputs_[index];
   const auto& captured = output.tensor;
   switch (output.kind) {
-    case Output::OutsideSame:
+    case Output::External:
       return output.object;
-    case Output::ArgumentSame:
+    case Output::Argument:
       return py::reinterpret_borrow<py::object>(arguments.objects[output.argument]);
     case Output::Constant:
       return py::cast(captured.clone());
-    case Output::Outside:
+    case Output::ExternalView:
       return py::cast(view(captured, captured, captured.storage_offset()));
-    case Output::Argument: {
+    case Output::ArgumentView: {
       const auto& base = *arguments.tensors[output.argument];
       return py::cast(view(base, captured, base.storage_offset() + captured.storage_offset()));
     }
@@ -94,17 +95,17 @@ py::object Result::tensor(
       if (output.argument >= 0) {
         as_argument.emplace(arguments.tensors[output.argument]->is_inference());
       }
-      auto made = batch == size || output.batch_dims.empty()
-          ? over(
-                shared_->storages[groups_[index]],
-                metadata_[index],
-                captured.sizes(),
-                captured.strides(),
-                captured.storage_offset())
-          : cut(index, batch);
-      return py::reinterpret_steal<py::object>(to_python(std::move(made)));
+      const bool whole = batch == size || output.batch_dims.empty();
+      return py::reinterpret_steal<py::object>(
+          to_python(whole ? part(index, captured.sizes()) : cut(index, batch)));
     }
   }
+}
+
+at::Tensor Result::part(size_t index, at::IntArrayRef sizes) const {
+  const auto& whole = outputs_[index].tensor;
+  return over(
+      shared_->storages[groups_[index]], metadata_[index], sizes, whole.strides(), whole.storage_offset());
 }
 
 // With the strides that eager gives: copied, unless only outer rows were cut.
@@ -115,15 +116,10 @@ at::Tensor Result::cut(size_t index, int64_t batch) const {
   for (const auto dim : output.batch_dims) {
     sizes[dim] = batch;
   }
-  auto part = over(
-      shared_->storages[groups_[index]],
-      metadata_[index],
-      sizes,
-      whole.strides(),
-      whole.storage_offset());
+  auto cut = part(index, sizes);
   const auto order = outermost_first(whole.strides());
   if (is_dense(sizes, whole.strides(), order) || !is_dense(whole.sizes(), whole.strides(), order)) {
-    return part;
+    return cut;
   }
   c10::DimVector strides(sizes.size());
   int64_t run = 1;
@@ -131,7 +127,7 @@ at::Tensor Result::cut(size_t index, int64_t batch) const {
     strides[*dim] = run;
     run *= std::max<int64_t>(sizes[*dim], 1);
   }
-  return at::empty_strided(sizes, strides, part.options()).copy_(part);
+  return at::empty_strided(sizes, strides, cut.options()).copy_(cut);
 }
 
 } // namespace graphcache

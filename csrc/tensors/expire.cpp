@@ -4,30 +4,16 @@
 #include <c10/util/Exception.h>
 
 namespace graphcache {
-namespace {
-
-c10::StorageImpl* storage_of(const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(
-      tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
-  return tensor.storage().unsafeGetStorageImpl();
-}
-
-} // namespace
 
 // Despite the name that torch gave it, the call below frees nothing: it sets a flag and a text, so
 // kernels in flight are unaffected and every view of the storage raises from here on.
-void expire(const at::Tensor& tensor, const std::string& message) {
-  storage_of(tensor)->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
-}
-
-bool is_expired(const at::Tensor& tensor) {
-  storage_of(tensor);
-  return is_expired(tensor.storage());
+void expire(const c10::Storage& storage, const std::string& message) {
+  storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
 }
 
 bool is_expired(const c10::Storage& storage) {
   try {
-    storage.unsafeGetStorageImpl()->data(); // no version of torch that we support tells the flag
+    storage.unsafeGetStorageImpl()->data(); // no version of torch that we support shows the flag
     return false;
   } catch (const c10::Error&) {
     return true;

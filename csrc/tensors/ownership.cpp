@@ -8,15 +8,9 @@
 
 namespace graphcache {
 
-int64_t storage_key(const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(
-      tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
-  return reinterpret_cast<int64_t>(tensor.storage().unsafeGetStorageImpl());
-}
-
 bool is_held(const c10::Storage& storage) {
-  // Asking for `untyped_storage()` leaves a Python object on the storage: one reference of its own,
-  // which says nothing unless somebody holds that object.
+  // `untyped_storage()` leaves a Python object on the storage: one reference of its own, which counts only
+  // where somebody holds that object.
   auto* object = storage.unsafeGetStorageImpl()->pyobj_slot()->load_pyobj();
   if (object == nullptr) {
     return storage.use_count() > 1;

@@ -3,6 +3,7 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -10,16 +11,19 @@ namespace graphcache {
 namespace {
 
 // The mark of a weak storage: only ours carry this deleter, and it deletes nothing.
-void keep(void* /*memory*/) {}
+void delete_nothing(void* /*memory*/) {}
 
-// Not by a stream: in a build that links libstdc++ statically, streaming a number crashes, since the
-// locale belongs to torch's copy of the library.
-template <typename Number>
-std::string text(Number number) {
-  return std::to_string(number);
-}
+// Numbers go into texts by this and not by a stream: in a build that links libstdc++ statically, streaming one
+// crashes, since the locale belongs to torch's copy of the library.
+using std::to_string;
 
 } // namespace
+
+const c10::Storage& storage_of(const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
+  return tensor.storage();
+}
 
 c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbytes) {
   // mutable_data raises the stored text if `owner` has expired
@@ -27,7 +31,7 @@ c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbyte
   return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(),
       nbytes,
-      c10::DataPtr(memory, memory, &keep, owner.device()),
+      c10::DataPtr(memory, memory, &delete_nothing, owner.device()),
       /*allocator=*/nullptr,
       /*resizable=*/false));
 }
@@ -57,6 +61,7 @@ at::Tensor over(
   return tensor;
 }
 
+// Raises a TypeError for a tensor that is more than one block of memory.
 void check_weakable(const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(
       tensor.layout() == c10::kStrided && tensor.has_storage(),
@@ -76,17 +81,12 @@ std::vector<at::Tensor> weak_refs(const std::vector<at::Tensor>& tensors) {
   for (const auto& tensor : tensors) {
     check_weakable(tensor);
     auto* owner = tensor.storage().unsafeGetStorageImpl();
-    const c10::Storage* found = nullptr;
-    for (const auto& [known, storage] : made) {
-      if (known == owner) {
-        found = &storage;
-      }
-    }
-    if (found == nullptr) {
-      found = &made.emplace_back(owner, weak_storage(tensor.storage(), 0, tensor.storage().nbytes())).second;
+    auto found = std::find_if(made.begin(), made.end(), [&](const auto& one) { return one.first == owner; });
+    if (found == made.end()) {
+      found = made.emplace(found, owner, weak_storage(tensor.storage(), 0, tensor.storage().nbytes()));
     }
     weak.push_back(
-        over(*found, Metadata(tensor), tensor.sizes(), tensor.strides(), tensor.storage_offset()));
+        over(found->second, Metadata(tensor), tensor.sizes(), tensor.strides(), tensor.storage_offset()));
   }
   return weak;
 }
@@ -99,7 +99,7 @@ at::Tensor alias(
     const at::Tensor& like) {
   TORCH_CHECK_VALUE(
       sizes.size() == strides.size(),
-      "graphcache: " + text(sizes.size()) + " sizes but " + text(strides.size()) + " strides");
+      "graphcache: " + to_string(sizes.size()) + " sizes but " + to_string(strides.size()) + " strides");
   int64_t last = offset; // in elements, the furthest one that the view reaches
   bool empty = false;
   bool negative = offset < 0;
@@ -111,8 +111,8 @@ at::Tensor alias(
   const auto bytes = static_cast<int64_t>(tensor.storage().nbytes());
   TORCH_CHECK_VALUE(
       !negative && (empty || (last + 1) * static_cast<int64_t>(like.element_size()) <= bytes),
-      "graphcache: a view of elements " + text(offset) + " to " + text(last) +
-          " does not fit in a storage of " + text(bytes) + " bytes");
+      "graphcache: a view of elements " + to_string(offset) + " to " + to_string(last) +
+          " does not fit in a storage of " + to_string(bytes) + " bytes");
   return over(tensor.storage(), Metadata(like), sizes, strides, offset);
 }
 
@@ -120,8 +120,8 @@ at::Tensor carve(const c10::Storage& storage, int64_t offset, int64_t nbytes) {
   const auto whole = static_cast<int64_t>(storage.nbytes());
   TORCH_CHECK_VALUE(
       offset >= 0 && nbytes >= 0 && nbytes <= whole - offset,
-      "graphcache: bytes " + text(offset) + " to " + text(offset + nbytes) + " of a storage of " +
-          text(whole));
+      "graphcache: bytes " + to_string(offset) + " to " + to_string(offset + nbytes) + " of a storage of " +
+          to_string(whole));
   auto bytes = at::detail::make_tensor<c10::TensorImpl>(
       weak_storage(storage, offset, nbytes),
       c10::DispatchKeySet(at::TensorOptions(storage.device()).computeDispatchKey()),
@@ -131,8 +131,8 @@ at::Tensor carve(const c10::Storage& storage, int64_t offset, int64_t nbytes) {
 }
 
 bool is_weak(const c10::Storage& storage) {
-  // Without the checks: an expired storage refuses its pointer, but its deleter still tells.
-  return storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() == &keep;
+  // Without the checks: an expired storage refuses its pointer, but its deleter stays.
+  return storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() == &delete_nothing;
 }
 
 } // namespace graphcache

@@ -1,4 +1,4 @@
-// What the native helper offers to Python, one group a source file.
+// Tensors and their storages: weak ones, expired ones, and who owns them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,10 @@
 
 namespace graphcache {
 
+// Raises a TypeError for a tensor without one.
+const c10::Storage& storage_of(const at::Tensor& tensor);
+
 // weak.cpp: tensors that alias memory which they do not own.
-void check_weakable(const at::Tensor& tensor);
 std::vector<at::Tensor> weak_refs(const std::vector<at::Tensor>& tensors);
 at::Tensor alias(
     const at::Tensor& tensor,
@@ -23,7 +25,7 @@ at::Tensor carve(const c10::Storage& storage, int64_t offset, int64_t nbytes);
 c10::Storage weak_storage(const c10::Storage& owner, size_t offset, size_t nbytes);
 bool is_weak(const c10::Storage& storage);
 
-// What a tensor is besides its source.
+// The properties of a tensor besides its memory.
 struct Metadata {
   explicit Metadata(const at::Tensor& like);
   c10::DispatchKeySet keys;
@@ -38,17 +40,15 @@ at::Tensor over(
     at::IntArrayRef strides,
     int64_t offset);
 
-// expire.cpp: tensors whose data may not be touched any more.
-void expire(const at::Tensor& tensor, const std::string& message);
-bool is_expired(const at::Tensor& tensor);
+// expire.cpp: storages whose data may not be touched any more.
+void expire(const c10::Storage& storage, const std::string& message);
 bool is_expired(const c10::Storage& storage);
 
-// ownership.cpp: who else holds a storage, and memory of its own for a weak one.
-int64_t storage_key(const at::Tensor& tensor);
+// ownership.cpp: other holders of a storage, and memory of its own for a weak one.
 bool is_held(const c10::Storage& storage);
 void materialize(const c10::Storage& storage);
 
-// recovery.cpp: what a failed capture leaves behind.
+// capture/recovery.cpp: ends a failed capture.
 void end_host_capture(uint64_t pool_first, uint64_t pool_second);
 
 } // namespace graphcache

@@ -1,4 +1,4 @@
-// How one input reaches its static buffer. Compiled twice: by the C++ compiler for emulation, and by
+// The copy of one input into its static buffer. Compiled twice: by the C++ compiler for emulation, and by
 // NVRTC, as text, for the first node of every captured graph. So it includes nothing.
 #pragma once
 
@@ -29,7 +29,7 @@ struct alignas(16) InputCopy {
   int batch_dim; // -1: no padding
   unsigned batch; // rows that the source has
   int element;
-  int unit; // that divides every length and address: what one thread copies at a time
+  int unit; // bytes that one thread copies at a time; divides every length and address
   int edge; // padded rows repeat the last one
 };
 
@@ -45,7 +45,7 @@ struct DenseInputCopy {
   int unit;
 };
 
-// Where the bytes at `position` of the static buffer come from; null: they stay.
+// Returns the source of the bytes at `position` of the static buffer; null: they stay.
 GRAPHCACHE_INLINE const char* origin(const InputCopy& input, long long position) {
   if (input.dims == 0) {
     const char* source = input.source;
@@ -87,12 +87,9 @@ GRAPHCACHE_INLINE const char* origin(const InputCopy& input, long long position)
 
 #ifdef __CUDACC__
 
-struct Staged {
-  InputCopy inputs[GRAPHCACHE_CAPACITY];
-};
-
-struct Plain {
-  DenseInputCopy inputs[GRAPHCACHE_CAPACITY];
+template <typename Copy>
+struct Inputs {
+  Copy inputs[GRAPHCACHE_CAPACITY];
 };
 
 template <typename Unit>
@@ -112,8 +109,8 @@ __device__ __forceinline__ void copy_unit(const char* from, char* to, int unit) 
 
 // A row of blocks for each input. No loop is unrolled: the first call waits for the compiler.
 
-extern "C" __global__ void graphcache_copy_in_dense(const __grid_constant__ Plain plain) {
-  const DenseInputCopy& input = plain.inputs[blockIdx.y];
+extern "C" __global__ void graphcache_copy_in_dense(const __grid_constant__ Inputs<DenseInputCopy> dense) {
+  const DenseInputCopy& input = dense.inputs[blockIdx.y];
   const unsigned long long step = (unsigned long long)gridDim.x * kThreads * input.unit;
   unsigned long long position = (blockIdx.x * kThreads + threadIdx.x) * (unsigned long long)input.unit;
 #pragma unroll 1
@@ -131,8 +128,8 @@ extern "C" __global__ void graphcache_copy_in_dense(const __grid_constant__ Plai
   }
 }
 
-extern "C" __global__ void graphcache_copy_in(const __grid_constant__ Staged staged) {
-  const InputCopy& input = staged.inputs[blockIdx.y];
+extern "C" __global__ void graphcache_copy_in(const __grid_constant__ Inputs<InputCopy> strided) {
+  const InputCopy& input = strided.inputs[blockIdx.y];
   const long long step = (long long)gridDim.x * kThreads * input.unit;
   long long position = (blockIdx.x * kThreads + threadIdx.x) * (long long)input.unit;
 #pragma unroll 1

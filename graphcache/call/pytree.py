@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphcache import _C
+
 # Of exactly these types: an instance of a subclass may have attributes, which no comparison sees.
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis))
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -240,21 +242,24 @@ def _assemble(layout: Node, items: list[Any]) -> Any:
     return defaultdict(extra, pairs) if kind is defaultdict else kind(pairs)
 
 
-def native(layout: Any, kept: Sequence[Any] = ()) -> tuple[Any, ...]:
-    """Returns a layout as `graphcache._C` takes it: (kind, type, keys, children, extra, assemble).
+def native(layout: Any, static_objects: Sequence[Any] = ()) -> _C.Layout:
+    """Returns a layout for native code.
 
     Args:
         layout: see `flatten`.
-        kept: what stands for each object that keeps tensors.
+        static_objects: the native counterpart of each slot.
     """
     if layout is TENSOR:
-        return 0, None, (), (), None, None
+        return _C.Layout.tensor()
     if isinstance(layout, Constant):
-        return 1, layout.kind, (), (), layout.value, None
+        return _C.Layout.constant(layout.value)
     if isinstance(layout, ObjectRef):
-        return 8, None, (), (), kept[layout.number], None
-    kind, keys, children, extra = layout
-    codes = {list: 2, tuple: 3, dict: 4, OrderedDict: 7, defaultdict: 7}
-    code = codes.get(kind, 5 if keys is None else 6)
-    parts = tuple(native(child, kept) for child in children)
-    return code, kind, _keys(layout), parts, extra, partial(_assemble, layout)
+        return _C.Layout.static_object(static_objects[layout.number])
+    kind, keys, extra = layout.kind, layout.keys, layout.extra
+    parts = [native(child, static_objects) for child in layout.children]
+    assemble = partial(_assemble, layout)
+    if keys is None:
+        return _C.Layout.sequence(kind, parts, assemble)
+    if dataclasses.is_dataclass(kind):
+        return _C.Layout.fields(layout.kind, parts, keys, extra, assemble)
+    return _C.Layout.mapping(kind, parts, _keys(layout), extra, assemble)

@@ -66,29 +66,33 @@ class Signature:
         self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
-    def native(self, call: BoundCall) -> tuple[list[Any], list[Any]]:
-        """Returns what `graphcache._C.Dispatcher.add` takes: the parameters and the leaves."""
+    def native(self, call: BoundCall) -> tuple[list[_C.Parameter], list[_C.Leaf]]:
+        """Returns the parameters and the leaves of a call for `graphcache._C.Dispatcher.add`."""
         positions = {name: index for index, name in enumerate(self.positional)}
         parameters = []
         for name, layout in zip(call.layout.keys, call.layout.children, strict=True):
             extra = name.startswith("*")
-            position = len(positions) + int(name[1:]) if extra else positions.get(name, -1)
-            default = self.defaults.get(name, _REQUIRED)
-            parameters.append(
-                (
-                    position,
-                    None if extra or name in self.by_position_only else name,
-                    None if default is _REQUIRED else (default,),
-                    native(layout, call.static_objects()),
-                )
+            parameter = _C.Parameter(
+                layout=native(layout, call.static_objects()),
+                position=len(positions) + int(name[1:]) if extra else positions.get(name, -1),
+                name=None if extra or name in self.by_position_only else name,
             )
+            if (default := self.defaults.get(name, _REQUIRED)) is not _REQUIRED:
+                parameter.set_default(default)
+            parameters.append(parameter)
         leaves = []
         for tensor, name, leaf in zip(call.tensors, call.paths, call.roles, strict=True):
             dim = self._dim(tensor, name)
-            carries = dim is not None and tensor.shape[dim] == call.batch
-            weak = leaf.role is WHOLE and _nbytes(tensor) > COPY_LIMIT
-            role = (BATCHED, WHOLE, BOUND).index(leaf.role)
-            leaves.append((role, -1 if dim is None else dim, carries, weak, leaf.order or (), tensor))
+            leaves.append(
+                _C.Leaf(
+                    role=leaf.role,
+                    batch_dim=-1 if dim is None else dim,
+                    carries_batch=dim is not None and tensor.shape[dim] == call.batch,
+                    must_be_weak=leaf.role is WHOLE and _nbytes(tensor) > COPY_LIMIT,
+                    order=leaf.order or (),
+                    example=tensor,
+                )
+            )
         return parameters, leaves
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

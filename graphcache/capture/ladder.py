@@ -164,17 +164,17 @@ def _bucket(
     exact_only: bool,
 ) -> Bucket:
     by_driver = graph.node is not None and not plan.trace.draws_random
+    copy_in = TorchInputCopier(static, plan.call, size, plan.options.pad).copy_in
     native = _C.Bucket(
-        plan.name,
-        size,
-        lane.native,
-        copier,
-        graph.node,
-        TorchInputCopier(static, plan.call, size, plan.options.pad).copy_in,
-        None if by_driver else graph.replay,
-        pytree.native(result.layout, plan.call.static_objects()),
-        [output.native() for output in result.outputs],
-        plan.options.stale == "copy",
+        name=plan.name,
+        size=size,
+        lane=lane.native,
+        launch=_C.Launch(copier, graph.node, copy_in, None if by_driver else graph.replay),
+        result=_C.Result(
+            pytree.native(result.layout, plan.call.static_objects()),
+            [output.native() for output in result.outputs],
+            copy=plan.options.stale == "copy",
+        ),
     )
     native.time_at = AFTER
     launch = "torch" if copier is None else "copies" if graph.node is None else "node"

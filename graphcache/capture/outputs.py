@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphcache import _C
+
 
 class Geometry(NamedTuple):
     """The shape, strides and address of a tensor."""
@@ -49,15 +51,18 @@ class Output:
         """Return True if another replay of the lane overwrites the output."""
         return self.argument is None and not self.external
 
-    def native(self) -> tuple[int, Tensor, int]:
-        """Returns it as `graphcache._C.Bucket` takes it: (kind, tensor, argument)."""
+    def native(self) -> _C.Output:
+        """Returns this output for native code."""
+        kinds, argument = _C.OutputKind, self.argument
         if self.constant:
-            return 5, self.tensor, -1
-        if self.argument is not None:
-            return 4 if self.same else 3, self.tensor, self.argument
-        if self.external:
-            return 2 if self.same else 1, self.tensor, -1
-        return 0, self.tensor, -1 if self.copied is None else self.copied
+            kind = kinds.CONSTANT
+        elif argument is not None:
+            kind = kinds.ARGUMENT if self.same else kinds.ARGUMENT_VIEW
+        elif self.external:
+            kind = kinds.EXTERNAL if self.same else kinds.EXTERNAL_VIEW
+        else:
+            kind, argument = kinds.POOL, self.copied
+        return _C.Output(kind, self.tensor, -1 if argument is None else argument)
 
     def compare(self, size: int, other: Geometry, other_size: int) -> str | None:
         """Finds the dimensions that carry the batch, by comparison with another size.

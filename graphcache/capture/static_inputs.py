@@ -57,17 +57,19 @@ def native_input_copier(static: list[Tensor], call: BoundCall, pad: Pad) -> _C.I
         call: see `TorchInputCopier`.
         pad: see `TorchInputCopier`.
     """
-    fills = [fill_of(pad, call.paths[index]) for index, _ in call.copied_in()]
-    return _C.InputCopier(
-        static,
-        [index for index, _ in call.copied_in()],
-        [
-            -1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim
-            for _, leaf in call.copied_in()
-        ],
-        [_sixteen_bytes(fill, tensor) for fill, tensor in zip(fills, static, strict=True)],
-        [fill == "edge" for fill in fills],
-    )
+    inputs = []
+    for buffer, (index, leaf) in zip(static, call.copied_in(), strict=True):
+        fill = fill_of(pad, call.paths[index])
+        inputs.append(
+            _C.StaticInput(
+                buffer=buffer,
+                argument=index,
+                batch_dim=-1 if leaf.role is not BATCHED or leaf.dim is None else leaf.dim,
+                fill=_sixteen_bytes(fill, buffer),
+                edge=fill == "edge",
+            )
+        )
+    return _C.InputCopier(inputs)
 
 
 def _sixteen_bytes(fill: Fill, like: Tensor) -> bytes:

@@ -57,7 +57,7 @@ class GraphCache:
     ) -> Any:
         """Serves one call that `native` did not."""
         self.native.calls += 1
-        if (why := self.native.why_eager(args, kwargs, instance)) is not None:
+        if (why := self.native.eager_reason(args, kwargs)) is not None:
             return self._eager(why, function, args, kwargs)
         try:
             check_surroundings(instance)

@@ -206,7 +206,7 @@ def test_static_input_passed_as_input_is_unchanged(backend: Backend) -> None:
 
 def test_a_static_input_that_is_given_is_not_read() -> None:
     buffer = torch.arange(6).view(3, 2)
-    stage = _C.InputCopier([buffer], [0], [0], [bytes(16)], [False])
+    stage = _C.InputCopier([_C.StaticInput(buffer, 0, 0, bytes(16), False)])
     stage.read([buffer], 3)
     assert stage.copied_bytes() == 0
     stage.read([buffer.clone()], 3)
@@ -217,7 +217,7 @@ def test_a_static_input_that_is_given_is_not_read() -> None:
 
 def test_unchanged_kernel_parameters_are_not_patched() -> None:
     buffer, x = torch.zeros(3, 2), torch.ones(3, 2)
-    stage = _C.InputCopier([buffer], [0], [0], [bytes(16)], [False])
+    stage = _C.InputCopier([_C.StaticInput(buffer, 0, 0, bytes(16), False)])
     assert stage.read([x], 3)
     assert not stage.read([x], 3)
     assert stage.read([x[:2]], 2)
@@ -230,9 +230,9 @@ def test_unchanged_kernel_parameters_are_not_patched() -> None:
 
 def test_a_stage_refuses_what_it_could_not_fill() -> None:
     with pytest.raises(ValueError, match="16 bytes"):
-        _C.InputCopier([torch.zeros(2)], [0], [0], [b"1"], [False])
+        _C.InputCopier([_C.StaticInput(torch.zeros(2), 0, 0, b"1", False)])
     with pytest.raises(ValueError, match="not dense"):
-        _C.InputCopier([torch.zeros(4, 4)[::2]], [0], [0], [bytes(16)], [False])
+        _C.InputCopier([_C.StaticInput(torch.zeros(4, 4)[::2], 0, 0, bytes(16), False)])
 
 
 def test_a_call_that_raised_leaves_nothing_of_its_inputs(backend: Backend) -> None:
