@@ -602,7 +602,7 @@ class Dispatcher:
     def forget(self, entry: Entry) -> None:
         """Removes the signatures that an entry serves."""
 
-    def eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns why the call that was just missed runs eagerly for good, and counts the call.
 
         Returns None where no reason is known, and for any other call than that one.

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from graphcache import _C
 from graphcache.call.object_args import ObjectArg
 from graphcache.call.pytree import ObjectRef, rebuild
 
-BATCHED, WHOLE, BOUND = "batched", "whole", "bound"
+BATCHED, WHOLE, BOUND = _C.Role.BATCHED, _C.Role.WHOLE, _C.Role.BOUND
 
 
 class Leaf(NamedTuple):
@@ -20,7 +21,7 @@ class Leaf(NamedTuple):
         order: dimensions by descending stride, None if that is 0, 1, 2, …
     """
 
-    role: str
+    role: _C.Role
     dim: int | None
     order: tuple[int, ...] | None
 

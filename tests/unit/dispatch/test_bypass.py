@@ -377,3 +377,46 @@ def test_a_transformer_encoder_with_a_padding_mask(backend: Backend) -> None:
             assert torch.allclose(got, eager(model, x, src_key_padding_mask=mask), atol=1e-4)
     assert any("a nested tensor is made at" in why for why in reasons(model))
     assert torch.overrides.has_torch_function is torch._C._has_torch_function
+
+
+def eager_for_good(backend: Backend) -> tuple[Callable[..., Any], Tensor]:
+    """A forward that can't be captured, after the calls that find that out, and its argument."""
+    graphed, x = cuda_graphed(lambda x, scale=1.0: x * x.sum().item() * scale), backend.randn(3, 4)
+    with pytest.warns(GraphCacheWarning, match="can't be captured"):
+        graphed(x)
+    return graphed, x
+
+
+def test_known_eager_call_is_matched_once(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The miss hands its reason over: neither the matcher nor Python reads the call again."""
+    graphed, x = eager_for_good(backend)
+    cache = graphed._cache()
+    monkeypatch.setattr(cache.store, "signature", None)
+    for _ in range(3):
+        assert close(graphed(x), x * x.sum().item())
+    assert close(graphed(x=x), x * x.sum().item())
+    told = graphed.cache_info()
+    assert told.calls == told.misses == 5
+    assert told.batches == {3: 5}
+    assert cache.native.eager_reason((x,), {}) is None  # taken once
+
+
+def test_eager_reason_of_other_calls_is_not_given(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphed, x = eager_for_good(backend)
+    dispatcher = graphed._cache().native
+    given: list[tuple[Any, Any]] = [((x.clone(),), {}), ((x, x), {}), ((), {"x": x.clone()}), ((x,), {})]
+    reasons = []
+
+    def unserved(
+        *_: Any,
+    ) -> None:  # in place of Python's way: the native matcher has just missed the call
+        reasons.append(dispatcher.eager_reason(*given[len(reasons)]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(graphed), "_unserved_call", unserved)
+        for _ in given:
+            graphed(x)
+    assert reasons[:3] == [None, None, None]
+    assert reasons[3] is not None
