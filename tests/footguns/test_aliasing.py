@@ -263,7 +263,7 @@ CHANGED: dict[str, tuple[Callable[[Tensor, Any], Tensor], Callable[[Tensor], Any
     "list": (lambda x, other: other.append(2) or x * 2, lambda x: [1], "other"),
     "field": (changes(count=2), SimpleBatch, "other"),
     "attribute": (changes(scale=2.0), Scaled, r"other has attributes .*\(scale\)"),
-    "tensor": (changes(scale=2.0), lambda x: x.clone(), r"other is a tensor with attributes \(scale\)"),
+    "tensor": (changes(scale=2.0), lambda x: x.clone(), r"other has attributes \(scale\)"),
     "shape": (transposes, lambda x: x[:, :3].clone(), "the shape of a tensor"),
 }
 
