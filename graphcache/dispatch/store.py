@@ -184,7 +184,7 @@ class Store:
         try:
             now = self.signature.read(call.args, call.kwargs, call.key[1], self.mutated)
         except Bypass as reason:
-            raise CaptureError(error.format(reason), reason=Reason.CHANGES_ARGUMENT) from None
+            raise CaptureError(error.format(reason.detail), reason=Reason.CHANGES_ARGUMENT) from None
         layouts = zip(call.layout.keys, call.layout.children, now.layout.children, strict=True)
         changed = [name for name, before, after in layouts if before != after]
         if not changed:

@@ -202,6 +202,10 @@ class Bypass(Exception):
         reason: the kind of the reason.
         detail: what follows the meaning of the kind, after a colon; or nothing.
         text: what stands in place of the meaning and the detail.
+
+    Attributes:
+        why: the text, with the kind of the reason.
+        detail: the detail; the whole text where there is none.
     """
 
     def __init__(self, reason: Reason | str, detail: str = "", *, text: str = "") -> None:
@@ -209,4 +213,5 @@ class Bypass(Exception):
         if isinstance(reason, str):
             text = reason
         self.why = EagerReason(kind, text or text_of(kind, detail))
+        self.detail = detail or str(self.why)
         super().__init__(self.why)
