@@ -238,7 +238,7 @@ def api() -> str:
     names = sorted(graphcache.__all__, key=lambda name: (name != "cuda_graphed", name))
     lines = [API, *(f"- [{name}](#{name.lower()})" for name in names)]
     lines += ["- [A graphed forward](#a-graphed-forward)"]
-    stub = Stub(Path(graphcache._C.__file__).with_suffix(".pyi"))
+    stub = Stub(Path(graphcache._C.__file__).with_name("_native.pyi"))
     for name in names:
         lines += ["", f"## {name}", "", *entry(name, getattr(graphcache, name), stub)]
     lines += ["", "## A graphed forward", "", "A decorated forward or function also has these methods."]

@@ -29,7 +29,7 @@ bool is_finalizing() {
 
 } // namespace
 
-// What CPython calls, before the change is made: no Python object is touched here, and nothing raised.
+// CPython calls this before the change is made: no Python object is touched here, and nothing raised.
 struct DictWatcher {
   static int notify(PyDict_WatchEvent event, PyObject* dict, PyObject* /*key*/, PyObject* /*value*/) {
     const auto found = groups().find(dict);

@@ -33,7 +33,7 @@ py::object reference_to(PyObject* object) {
     return py::reinterpret_steal<py::object>(reference);
   }
   PyErr_Clear();
-  // What the cycle collector does not know of (a dtype, a device) refers to nothing: kept as well.
+  // An object that the cycle collector does not know (a dtype, a device) refers to nothing: held as well.
   return PyObject_IS_GC(object) ? py::object() : py::reinterpret_borrow<py::object>(object);
 }
 

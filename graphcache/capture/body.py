@@ -34,7 +34,7 @@ class Body:
             raise CaptureError(str(error), reason=Reason.RESULT_TYPE) from None
         own = []
         for tensor in tensors:
-            output = self._lies_outside(tensor, arguments)
+            output = self._origin(tensor, arguments)
             if output is None:
                 own.append(tensor)
             elif isinstance(output, int):
@@ -51,7 +51,7 @@ class Body:
         ]
         return Result(self._layout, outputs)
 
-    def _lies_outside(self, tensor: Tensor, arguments: list[Tensor]) -> Output | int | None:
+    def _origin(self, tensor: Tensor, arguments: list[Tensor]) -> Output | int | None:
         key, geometry = _C.storage_key(tensor), Geometry.of(tensor)
         for index, argument in enumerate(arguments):
             if tensor is argument:

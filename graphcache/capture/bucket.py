@@ -56,8 +56,8 @@ class Bucket:
     result: Result
     native: _C.Bucket
     launch: str
-    exact_only: bool
     resources: list[Any]
+    exact_only: bool = False
     timing: Timing = field(default_factory=Timing)
 
     @property

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def capture(plan: CapturePlan) -> Captured:
     buckets: list[Bucket] = []
     if reason is None:
         try:
-            buckets = capture_or_warm_up(plan, plan.sizes, exact_only=False)
+            buckets = capture_or_warm_up(plan, plan.sizes)
             reason = find_batch_dims(buckets, batch, plan.trace.layout, plan.trace.tensors)
         except CaptureError as error:
             if plan.sizes == (batch,):
@@ -69,7 +70,7 @@ def capture(plan: CapturePlan) -> Captured:
         complete = plan.options.sizes is not None or len(buckets) < len(plan.sizes)
     if reason is not None:
         logger.info("%s is captured at exact sizes: %s", plan.name, reason)
-        buckets = capture_or_warm_up(plan, [batch], exact_only=True)
+        buckets = [replace(each, exact_only=True) for each in capture_or_warm_up(plan, [batch])]
         if not buckets:
             raise CaptureError(f"batch {batch} does not fit into memory", reason=Reason.OUT_OF_MEMORY)
         if buckets[0].result.layout != plan.trace.layout:
@@ -87,7 +88,7 @@ def capture(plan: CapturePlan) -> Captured:
     return Captured(buckets, reason, complete, seconds)
 
 
-def capture_ladder(plan: CapturePlan, sizes: Sequence[int], *, exact_only: bool) -> list[Bucket]:
+def capture_ladder(plan: CapturePlan, sizes: Sequence[int]) -> list[Bucket]:
     """Captures one graph per size, largest first, into one lane of the pool.
 
     The largest size takes the memory; as its outputs are weak references, all of that is free again
@@ -112,9 +113,7 @@ def capture_ladder(plan: CapturePlan, sizes: Sequence[int], *, exact_only: bool)
                 logger.warning("graphcache: %s: size %d does not fit into memory", plan.name, size)
                 lane = plan.pool.lane_after(lane)
                 continue
-            buckets.append(
-                _bucket(plan, size, lane, graph, static, copier, body.result(weak), exact_only)
-            )
+            buckets.append(_bucket(plan, size, lane, graph, static, copier, body.result(weak)))
     loaded = loaded_kernels.loaded() if buckets else []
     for bucket in buckets:
         bucket.resources.extend(loaded)
@@ -161,7 +160,6 @@ def _bucket(
     static: list[Tensor],
     copier: _C.InputCopier | None,
     result: Result,
-    exact_only: bool,
 ) -> Bucket:
     by_driver = graph.node is not None and not plan.trace.draws_random
     copy_in = TorchInputCopier(static, plan.call, size, plan.options.pad).copy_in
@@ -179,10 +177,10 @@ def _bucket(
     native.time_at = AFTER
     launch = "torch" if copier is None else "copies" if graph.node is None else "node"
     resources = [graph, *(plan.trace.constants or {}).values()]
-    return Bucket(size, lane, static, result, native, launch, exact_only, resources)
+    return Bucket(size, lane, static, result, native, launch, resources)
 
 
-def capture_or_warm_up(plan: CapturePlan, sizes: Sequence[int], *, exact_only: bool) -> list[Bucket]:
+def capture_or_warm_up(plan: CapturePlan, sizes: Sequence[int]) -> list[Bucket]:
     """Captures the ladder; where that fails, warms every size up for real and tries once more.
 
     A library that initialises itself, or tunes a kernel, at a size that it has not seen stops a
@@ -193,14 +191,14 @@ def capture_or_warm_up(plan: CapturePlan, sizes: Sequence[int], *, exact_only: b
     """
     if not plan.trace.compiled:
         try:
-            return capture_ladder(plan, sizes, exact_only=exact_only)
+            return capture_ladder(plan, sizes)
         except CaptureError:  # ours: it knows what can't be captured
             raise
         except Exception as error:
             logger.debug("%s: warming up, as its capture failed", plan.name, exc_info=error)
     try:
         _warm_up(plan, sizes)
-        return capture_ladder(plan, sizes, exact_only=exact_only)
+        return capture_ladder(plan, sizes)
     except CaptureError:
         raise
     except Exception as error:

@@ -63,10 +63,10 @@ class Sample:
                 (leaf.dim, tensor.clone()) if leaf.role is BATCHED and leaf.dim is not None else None
                 for tensor, leaf in zip(call.tensors, call.roles, strict=True)
             ]
-            self._beside = [tensor.clone() for tensor in _whole(call)]
+            self._whole = [tensor.clone() for tensor in _whole(call)]
 
-    def tells(self, call: BoundCall, pad: Pad) -> bool:
-        """Tells whether rows differ, or differ from padding: then a dependence on them can show."""
+    def can_show(self, call: BoundCall, pad: Pad) -> bool:
+        """Return True if rows differ, or differ from padding: then a dependence on them can show."""
         return self._are_unlike(call, "edge") or self._are_unlike(call, pad) or self._can_be_halved()
 
     def _are_unlike(self, call: BoundCall, pad: Pad) -> bool:
@@ -89,7 +89,7 @@ class Sample:
         """Returns arguments of `size` rows, the first of which are those of `call`."""
         with _plainly(call):
             # What goes with other values beside it, such as offsets, may be no valid row here.
-            fits = all(map(torch.equal, self._beside, _whole(call)))
+            fits = all(map(torch.equal, self._whole, _whole(call)))
             earlier = self if fits else Sample(call)
             tails = [earlier, Sample(call), *earlier._extremes(call)]
             if not self._are_unlike(call, "edge"):
@@ -158,12 +158,12 @@ def first_rows(result: Any, outputs: Sequence[Output], batch: int) -> list[Tenso
 
 
 def same(eager: Any, padded: Any) -> bool:
-    """Tells whether two results agree: exactly for integers, within rounding for floating point."""
-    mine: list[Tensor] = []
-    theirs: list[Tensor] = []
-    if flatten(eager, mine, []) != flatten(padded, theirs, []):
+    """Return True if two results agree: exactly for integers, within rounding for floating point."""
+    expected: list[Tensor] = []
+    found: list[Tensor] = []
+    if flatten(eager, expected, []) != flatten(padded, found, []):
         return False
-    return all(_close(a, b) for a, b in zip(mine, theirs, strict=True))
+    return all(map(_close, expected, found))
 
 
 def _close(eager: Tensor, padded: Tensor) -> bool:
@@ -274,7 +274,7 @@ class PaddingCheck:
         """
         # All of this first: an argument may be an output that the replays below overwrite.
         sample, self._sample = self._sample or Sample(call), Sample(call)
-        tells = sample.tells(call, pad)
+        can_show = sample.can_show(call, pad)
         outputs = bucket.result.outputs
         expected = [t.clone() for t in first_rows(tensors, outputs, call.batch)]
         padded = [
@@ -285,7 +285,7 @@ class PaddingCheck:
             if not same(expected, rows):
                 return "its rows depend on each other"
             del rows  # held, it would be invalidated by the next
-        if tells:
+        if can_show:
             bucket.native.check_budget, self._alike = self.interval, 0
             self.interval *= 4
             return None

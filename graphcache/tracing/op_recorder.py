@@ -119,7 +119,7 @@ class OpRecorder(DispatchMode):
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
                 self.block(Reason.HOST_RANDOM, "from the generator of the CPU")
             for tensor in self._bytes.changed(self.mutated):
-                self._note_mutated_unseen(tensor)
+                self._note_mutated_past_operators(tensor)
             if self._saved is not None:
                 self._saved.restore()
                 self._set_random_state(before)
@@ -163,7 +163,7 @@ class OpRecorder(DispatchMode):
         """Records a storage that no operation read: cuDNN takes over the one of all its weights."""
         key = _C.storage_key(tensor)
         if key in there and key not in self.made and key not in self._inputs:
-            self._hold(key, tensor)
+            self._add_external(key, tensor)
 
     @cached_property
     def _storages_before(self) -> set[int]:
@@ -185,7 +185,7 @@ class OpRecorder(DispatchMode):
             return
         self._reached[id(tensor)] = ref(tensor)
         if key not in self._inputs:
-            self._hold(key, tensor)
+            self._add_external(key, tensor)
 
     def note_addressed(self, tensor: Tensor) -> None:
         """Records a tensor that a kernel past torch's operators is about to be given."""
@@ -201,7 +201,7 @@ class OpRecorder(DispatchMode):
         self._inputs.add(_C.storage_key(tensor))
         self._known[id(tensor)] = ref(tensor)
 
-    def _hold(self, key: int, tensor: Tensor) -> None:
+    def _add_external(self, key: int, tensor: Tensor) -> None:
         if key not in self.external:
             self.external[key] = _C.alias(
                 tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset())
@@ -214,11 +214,11 @@ class OpRecorder(DispatchMode):
             if self._saved is not None:
                 self._saved.save(tensor)
 
-    def _note_mutated_unseen(self, tensor: Tensor) -> None:
+    def _note_mutated_past_operators(self, tensor: Tensor) -> None:
         key = _C.storage_key(tensor)
         self.mutated.add(key)
         if key not in self._inputs:
-            self._hold(key, tensor)
+            self._add_external(key, tensor)
         if self.device.type == "cpu":
             self.block(Reason.NOT_EMULATED, "it writes to memory past torch's operators")
 

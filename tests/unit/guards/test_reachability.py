@@ -33,7 +33,7 @@ from graphcache.tracing.python_snapshot import Snapshot
 
 
 class Leaf:
-    """What is changed deep down."""
+    """An object that is changed deep down."""
 
     def __init__(self) -> None:
         self.number = 1.0

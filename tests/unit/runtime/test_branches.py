@@ -337,7 +337,7 @@ def test_memory_that_was_given_away_stops_the_capture(device: Cuda) -> None:
             results[1].untyped_storage().resize_(0)
             x @ a
 
-    with pytest.raises(RuntimeError, match="memory that one beside it uses"):
+    with pytest.raises(RuntimeError, match="memory that a parallel one uses"):
         capture()
 
 
