@@ -1,6 +1,6 @@
 """Count the instructions of a replayed call, emulated, with valgrind's callgrind.
 
-    python -m benchmarks.callgrind
+    python -m benchmarks.programs.callgrind
 
 A small module is called N and 2 N times in one process, and the difference is divided by N: so start-up,
 capture and the way into callgrind cancel out. Needs `valgrind` with its headers, and a C compiler.
