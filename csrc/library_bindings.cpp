@@ -20,5 +20,6 @@
 #include "replay/dispatcher.cpp"
 #include "replay/lane.cpp"
 #include "replay/result.cpp"
+#include "replay/stale_outputs.cpp"
 #include "tensors/ownership.cpp"
 #include "tensors/python_tensor.cpp"

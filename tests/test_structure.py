@@ -217,3 +217,10 @@ def test_docs_link_tests_that_exist() -> None:
     for name, path in links:
         source = (docs / path).read_text()
         assert f"def {name}(" in source or path.endswith(f"/{name}.py"), name
+
+
+def test_every_native_source_is_in_one_translation_unit() -> None:
+    units = [path.read_text() for path in (ROOT / "csrc").glob("*.cpp")]
+    included = [name for text in units for name in re.findall(r'#include "(\S+\.cpp)"', text)]
+    sources = [str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").glob("*/*.cpp")]
+    assert sorted(included) == sorted(sources)

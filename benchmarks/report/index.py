@@ -62,6 +62,11 @@ def _cycles(figures: Figures) -> str:
     return f"{readings} after {figures['count']:,} captures"
 
 
+def _against(figures: Figures) -> str:
+    worst = max(each["ratio"] for each in figures["calls"].values())
+    return f"{worst:.3f} of the host time before, at most"
+
+
 def _weak_refs(figures: Figures) -> str:
     return f"{figures['weak_reserved_bytes'] / figures['strong_reserved_bytes']:.2f} of the memory"
 
@@ -96,6 +101,7 @@ HEADLINES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "zoo": ("models of torch, transformers, torchvision and timm", _zoo),
     "fuzz": ("random lives of graphed modules beside eager twins", _fuzz),
     "cycles": ("memory that captures and drops leave behind", _cycles),
+    "against": ("a replayed call of two commits", _against),
     "weak_refs": ("weak against strong references to outputs", _weak_refs),
     "char_decode": ("decoding a character model", _rates("tokens_per_second")),
     "plain_module": (

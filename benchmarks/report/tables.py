@@ -68,6 +68,19 @@ def memcheck(figures: dict[str, Any]) -> str:
     return f"{which[figures['part']]} under `compute-sanitizer --tool memcheck`.\n\n" + table(rows)
 
 
+def against(figures: dict[str, Any]) -> str:
+    """Host time of a replayed call of two commits."""
+    rows = [("call", "before", "now", "ratio")]
+    for name, each in figures["calls"].items():
+        host = (f"{each[arm]:.2f} us" for arm in ("other_us", "here_us"))
+        rows.append((name, *host, f"{each['ratio']:.3f}"))
+    text = (
+        f"Host time of a replayed call: commit {figures['other'][:12]} and this one, processes in "
+        "turns; the ratio is the median of the rounds."
+    )
+    return text + "\n\n" + table(rows)
+
+
 def fuzz(figures: dict[str, Any]) -> str:
     """Counts of the differential fuzzer."""
     kinds: Counter[str] = Counter()
@@ -232,6 +245,7 @@ SECTIONS = {
     "zoo": zoo,
     "fuzz": fuzz,
     "cycles": cycles,
+    "against": against,
     **example_tables.SECTIONS,
     **comparison.SECTIONS,
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graphcache import _C
 from graphcache.call.bound_call import BOUND, BoundCall
-from graphcache.capture.sizes import default_sizes
+from graphcache.capture.default_sizes import default_sizes
 from graphcache.config import Options, Pad
 from graphcache.errors import CaptureError, describe
 from graphcache.guards.guards import Guards

@@ -6,7 +6,7 @@ from typing import Any
 
 from graphcache import _C
 from graphcache.capture.bucket import Bucket
-from graphcache.capture.sizes import padded_size
+from graphcache.capture.default_sizes import padded_size
 from graphcache.capture.verify import PaddingCheck
 from graphcache.guards.guards import Guards
 from graphcache.guards.static_objects import Slot

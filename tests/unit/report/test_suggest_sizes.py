@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import GraphCacheError, OptionError, cuda_graphed
-from graphcache.capture.sizes import padded_size
+from graphcache.capture.default_sizes import padded_size
 from graphcache.report.suggest_sizes import best_sizes, interpolated
 from tests.helpers import Backend, close, eager
 from tests.models import MLP

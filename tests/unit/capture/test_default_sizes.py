@@ -1,6 +1,6 @@
 """The default sizes, and the size that a batch is padded to."""
 
-from graphcache.capture.sizes import default_sizes, padded_size
+from graphcache.capture.default_sizes import default_sizes, padded_size
 from graphcache.config import check_sizes
 
 

@@ -1,4 +1,4 @@
-"""Chooses the sizes to capture, and the size that serves a batch."""
+"""The sizes that are captured by default, and the size that serves a batch."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
