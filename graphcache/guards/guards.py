@@ -19,8 +19,15 @@ from torch.nn.modules import module as nn_module
 from graphcache import _C
 from graphcache.guards.reachability import (
     ABSENT,
+    ATTRIBUTES,
+    CLASS,
+    DICT,
+    EXTRA,
+    ITEMS,
+    LIST,
     LONGEST,
-    Kind,
+    MODULE,
+    SCOPE,
     Members,
     Source,
     Walker,
@@ -161,25 +168,25 @@ class _GuardBuilder(Walker):
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
         kind, container, items, label = members
-        if kind is Kind.SCOPE:
+        if kind is SCOPE:
             items = named_in(container, self._users_names)
-        elif kind in (Kind.MODULE, Kind.ATTRIBUTES, Kind.CLASS, Kind.EXTRA):
+        elif kind in (MODULE, ATTRIBUTES, CLASS, EXTRA):
             items = [item for item in items if self.counts(item[0])]
-        members = members._replace(items=items)
-        is_long = kind is not Kind.SCOPE and len(items) > LONGEST
-        if kind in (Kind.SCOPE, Kind.ITEMS, Kind.EXTRA):
+        members = Members(kind, container, items, label)
+        is_long = kind is not SCOPE and len(items) > LONGEST
+        if kind in (SCOPE, ITEMS, EXTRA):
             self._add_sources(members, plain=not is_long)
-        elif kind in (Kind.DICT, Kind.LIST) and is_long:
+        elif kind in (DICT, LIST) and is_long:
             if isinstance(container, set):
                 return ()
             self._add_sources(members, plain=False)
-        elif kind is Kind.LIST:
+        elif kind is LIST:
             self.native.add_items(container, label)
-        elif kind is Kind.ATTRIBUTES and hasattr(type(container), "__weakref__"):
+        elif kind is ATTRIBUTES and hasattr(type(container), "__weakref__"):
             self.native.add_object(container, label)
-        elif kind in (Kind.DICT, Kind.ATTRIBUTES, Kind.CLASS):
-            table: Any = attributes_of(container) if kind is Kind.ATTRIBUTES else container
-            self.native.add_dict(table, label, named=kind is not Kind.DICT, held=held)
+        elif kind in (DICT, ATTRIBUTES, CLASS):
+            table: Any = attributes_of(container) if kind is ATTRIBUTES else container
+            self.native.add_dict(table, label, named=kind is not DICT, held=held)
         return members.reachable()
 
     def _add_sources(self, members: Members, *, plain: bool) -> None:

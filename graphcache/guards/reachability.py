@@ -95,12 +95,10 @@ class Kind(Enum):
     LOOSE = auto()  # can be replaced, which is not noticed: the defaults of a function
     SCOPE = auto()  # the globals of a Python module, of which only those that are named count
 
-    def is_held(self, held: bool) -> bool:
-        """Return True if a guard compares the container of such members before the members."""
-        return self not in (Kind.LIST, Kind.LOOSE) and (held or self is not Kind.FIXED)
 
-
-_BY_NAME = (Kind.DICT, Kind.ATTRIBUTES, Kind.MODULE, Kind.TABLE, Kind.CLASS, Kind.EXTRA)
+# Before Python 3.12, to get a member of an Enum takes five times as long.
+DICT, LIST, ATTRIBUTES, MODULE, TABLE, CLASS, TYPE, EXTRA, ITEMS, FIXED, LOOSE, SCOPE = Kind
+_BY_NAME = (DICT, ATTRIBUTES, MODULE, TABLE, CLASS, EXTRA)
 
 
 class Members(NamedTuple):
@@ -125,29 +123,30 @@ class Members(NamedTuple):
 
     def label_of(self, key: Any) -> str:
         """Returns the name of one member."""
-        if key is None and self.kind is not Kind.DICT:
+        if key is None and self.kind is not DICT:
             return self.label
-        if self.kind is Kind.DICT or type(key) is int:
+        if self.kind is DICT or type(key) is int:
             return f"{self.label}[{key!r}]"
-        return f"{self.label}.{getattr(key, '__name__', key)}".lstrip(".")
+        name = key if type(key) is str else getattr(key, "__name__", key)
+        return f"{self.label}.{name}" if self.label else str(name)
 
     def reachable(self) -> list[tuple[str, Any]]:
         """Returns the members that may have members themselves, each with its name."""
         found = [
             (self.label_of(key), item)
             for key, item in self.items
-            if not is_plain(item) and not (self.kind is Kind.MODULE and key in OF_MODULE)
+            if not issubclass(type(item), _PLAIN) and not (self.kind is MODULE and key in OF_MODULE)
         ]
-        if self.kind is Kind.DICT:
+        if self.kind is DICT:
             found += [(self.label, key) for key, _ in self.items if not is_plain(key)]
         return found
 
     def changed(self) -> Iterable[str]:
         """Returns the names of members that are not the same objects any more."""
         now, named = _items(self.kind, self.container), self.kind in _BY_NAME
-        if len(now) == len(self.items) and all(
-            a[1] is b[1] and (a[0] is b[0] or not named) for a, b in zip(now, self.items, strict=True)
-        ):
+        pairs = zip(now, self.items, strict=False)
+        same = (a is b and (k is n or not named) for (k, a), (n, b) in pairs)
+        if len(now) == len(self.items) and all(same):
             return ()
         if not named:
             return (self.label,)
@@ -169,7 +168,8 @@ class Walker:
 
     def __init__(self) -> None:
         # Held, so that no other object gets an address that was visited.
-        self._visited: dict[tuple[int, Kind | None], tuple[int, Any]] = {}
+        self._visited: dict[int, tuple[int, Any]] = {}
+        self._types: dict[int, int] = {}
 
     def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
         """Takes a value, and returns True if its members are to be found.
@@ -197,39 +197,43 @@ class Walker:
 
     def walk_class(self, kind: type) -> None:
         """Walks over a class and its bases, also where they are a library's."""
-        self._follow(list(self._through([Members(Kind.TYPE, kind, [], "")], DEPTH, held=True)))
+        self._follow(self._reached(Members(TYPE, kind, [], ""), DEPTH, held=True))
 
     def _follow(self, pending: list[tuple[Any, str, int, bool]]) -> None:
         while pending:
             value, label, depth, held = pending.pop()
-            value = _unwrapped(value)
+            if type(value) in ProxyTypes:
+                value = _unwrapped(value)
             if issubclass(type(value), nn.Module):
                 depth = DEPTH + 1
             elif issubclass(type(value), Tensor):
                 depth = max(depth, 2)
             is_new = depth > 0 and self._is_new(value, depth)
             if self.enter(value, label, depth, is_new) and is_new:
-                found = list(self._through(members_of(value, label), depth - 1, held))
+                groups = members_of(value, label)
+                found = [each for group in groups for each in self._reached(group, depth - 1, held)]
                 pending += reversed(found)
 
-    def _through(
-        self, groups: Iterable[Members], depth: int, held: bool
-    ) -> Iterator[tuple[Any, str, int, bool]]:
-        for members in groups:
-            kind, container = members.kind, members.container
-            if kind is Kind.TYPE:
-                if self.follows_classes and self._is_new(container, depth, kind):
-                    yield from self._through(classes_of(container), depth, held)
-            elif kind is not Kind.CLASS or self._is_new(container, depth):
-                for label, item in self.take(members, held):
-                    yield item, label, DEPTH if kind is Kind.SCOPE else depth, kind.is_held(held)
+    def _reached(self, members: Members, depth: int, held: bool) -> list[tuple[Any, str, int, bool]]:
+        kind, container = members.kind, members.container
+        if kind is TYPE:
+            if not self.follows_classes or self._types.get(id(container), 0) >= depth:
+                return []
+            self._types[id(container)] = depth
+            classes = classes_of(container)
+            return [each for group in classes for each in self._reached(group, depth, held)]
+        if kind is CLASS and not self._is_new(container, depth):
+            return []
+        depth = DEPTH if kind is SCOPE else depth
+        held_now = kind is not LIST and kind is not LOOSE and (held or kind is not FIXED)
+        return [(item, label, depth, held_now) for label, item in self.take(members, held)]
 
-    def _is_new(self, value: Any, depth: int, kind: Kind | None = None) -> bool:
-        """Returns True if the value was not searched as deep before."""
-        key = id(value), kind
-        if self._visited.get(key, (0,))[0] >= depth:
+    def _is_new(self, value: Any, depth: int) -> bool:
+        """Return True if the value was not searched as deep before."""
+        known = self._visited.get(id(value))
+        if known is not None and known[0] >= depth:
             return False
-        self._visited[key] = depth, value
+        self._visited[id(value)] = depth, value
         return True
 
 
@@ -260,28 +264,28 @@ def members_of(value: Any, label: str) -> Iterator[Members]:
     """Yields all members of a value, kind by kind; the class of the value included."""
     kind = type(value)  # not isinstance: proxies and mocks claim to be what they are not
     if issubclass(kind, nn.Module):
-        yield Members.of(Kind.MODULE, value, label)
+        yield Members.of(MODULE, value, label)
         for table in map(vars(value).get, _TABLES):
             if isinstance(table, dict):  # a scripted module has others
-                yield Members.of(Kind.TABLE, table, label)
+                yield Members.of(TABLE, table, label)
         yield from _slots_and_class(value, label)
     elif issubclass(kind, _PLAIN) or is_opaque(kind.__module__):
         return
     elif issubclass(kind, ModuleType):
         if not is_opaque(value.__name__):
-            yield Members(Kind.SCOPE, vars(value), [], label)  # there may be thousands
+            yield Members(SCOPE, vars(value), [], label)  # there may be thousands
     elif issubclass(kind, type):
         if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
             yield from classes_of(value)
             if kind is not type:
-                yield Members(Kind.TYPE, kind, [], label)
+                yield Members(TYPE, kind, [], label)
     elif issubclass(kind, (FunctionType, Tensor)):
-        yield Members.of(Kind.EXTRA, vars(value), label)
+        yield Members.of(EXTRA, vars(value), label)
         if kind is FunctionType:
             defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-            yield Members(Kind.LOOSE, value, [(None, item) for item in defaults], label)
+            yield Members(LOOSE, value, [(None, item) for item in defaults], label)
     elif (behind := _behind(value)) is not None:
-        yield Members(Kind.FIXED, value, [(None, item) for item in behind], label)
+        yield Members(FIXED, value, [(None, item) for item in behind], label)
     else:
         yield from _of_object(value, label)
 
@@ -289,24 +293,24 @@ def members_of(value: Any, label: str) -> Iterator[Members]:
 def _of_object(value: Any, label: str) -> Iterator[Members]:
     kind = type(value)
     if issubclass(kind, (dict, list, set)):
-        yield Members.of(Kind.DICT if issubclass(kind, dict) else Kind.LIST, value, label)
+        yield Members.of(DICT if issubclass(kind, dict) else LIST, value, label)
     elif issubclass(kind, (deque, ContextVar)):
-        yield Members.of(Kind.ITEMS, value, label)
+        yield Members.of(ITEMS, value, label)
     elif issubclass(kind, (tuple, frozenset)):
-        yield Members.of(Kind.FIXED, value, label)
+        yield Members.of(FIXED, value, label)
     if kind in (dict, list, set, tuple, frozenset, deque):
         return
     has_attributes = attributes_of(value) is not None
     if has_attributes:
-        yield Members.of(Kind.ATTRIBUTES, value, label)
+        yield Members.of(ATTRIBUTES, value, label)
     if has_attributes or slots_of(value):
         yield from _slots_and_class(value, label)
 
 
 def _slots_and_class(value: Any, label: str) -> Iterator[Members]:
     if slots := slots_of(value):
-        yield Members(Kind.ITEMS, value, slots, label)
-    yield Members(Kind.TYPE, type(value), [], label)
+        yield Members(ITEMS, value, slots, label)
+    yield Members(TYPE, type(value), [], label)
 
 
 def classes_of(kind: type) -> Iterator[Members]:
@@ -314,7 +318,7 @@ def classes_of(kind: type) -> Iterator[Members]:
     for base in kind.__mro__:
         if base.__flags__ & HEAP_TYPE:
             (table, *_) = gc.get_referents(vars(base))  # the dict behind the read-only view
-            yield Members.of(Kind.CLASS, table, base.__qualname__)
+            yield Members.of(CLASS, table, base.__qualname__)
 
 
 def _behind(value: Any) -> list[Any] | None:
@@ -332,12 +336,12 @@ def _behind(value: Any) -> list[Any] | None:
 
 def _items(kind: Kind, container: Any) -> list[tuple[Any, Any]]:
     """Returns the members of a container, each with its key."""
-    if kind in (Kind.CLASS, Kind.EXTRA):
+    if kind is CLASS or kind is EXTRA:
         # Without Python's own: annotations lead to docs, which are made when somebody asks for them.
         return [item for item in list(container.items()) if item[0][:2] != "__"]
-    if kind is Kind.MODULE:
+    if kind is MODULE:
         return list(vars(container).items())
-    if kind is Kind.ATTRIBUTES:
+    if kind is ATTRIBUTES:
         return list((attributes_of(container) or {}).items())
     if isinstance(container, dict):
         return list(dict.items(container))
@@ -346,7 +350,7 @@ def _items(kind: Kind, container: Any) -> list[tuple[Any, Any]]:
             return [(None, container.get())]  # perhaps its default
         except LookupError:
             return []
-    if kind is Kind.ITEMS and not isinstance(container, deque):
+    if kind is ITEMS and not isinstance(container, deque):
         return slots_of(container)
     return list(enumerate(container))
 

@@ -23,7 +23,7 @@ from graphcache.call.bound_call import BoundCall
 from graphcache.call.object_args import ObjectArg
 from graphcache.call.pytree import EXACT_TENSORS, Constant, NotATree, constant
 from graphcache.guards.guards import Guards
-from graphcache.guards.reachability import HEAP_TYPE, Kind, Members, Walker, attributes_of
+from graphcache.guards.reachability import DICT, HEAP_TYPE, Members, Walker, attributes_of
 from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass
 
@@ -87,7 +87,7 @@ class _Shape(Walker):
         return part is type(value)
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
-        for key, _ in members.items if members.kind is Kind.DICT else ():
+        for key, _ in members.items if members.kind is DICT else ():
             known = constant(key)
             if known is None:
                 raise NotATree(f"{members.label} has a key of type {type(key).__qualname__}")

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from graphcache.guards.reachability import (
     ABSENT,
+    FIXED,
     LONGEST,
+    LOOSE,
+    MODULE,
+    SCOPE,
+    TABLE,
     Kind,
     Members,
     Source,
@@ -23,7 +28,7 @@ from graphcache.guards.reachability import (
 )
 
 _BY_OTHER_CODE = (operator.attrgetter, operator.methodcaller)
-_UNCHANGING = (Kind.FIXED, Kind.LOOSE)
+_UNCHANGING = (FIXED, LOOSE)
 
 
 class Snapshot(Walker):
@@ -74,10 +79,10 @@ class Snapshot(Walker):
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
         """Adds members, unless there are too many."""
-        if members.kind is Kind.SCOPE:
+        if members.kind is SCOPE:
             self._scopes.append(members)
             return self._named(members, self._names)
-        if len(members.items) > LONGEST and members.kind not in (Kind.MODULE, Kind.TABLE):
+        if len(members.items) > LONGEST and members.kind not in (MODULE, TABLE):
             return ()
         if members.kind not in _UNCHANGING:
             self._members.setdefault((members.kind, id(members.container)), members)
