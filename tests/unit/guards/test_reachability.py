@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -362,6 +363,32 @@ def test_long_containers_are_searched_for_objects_only() -> None:
         assert snapshot_of(value).changed() == []
 
 
+def test_objects_in_long_containers_may_not_be_replaced() -> None:
+    leaf = Leaf()  # lives on elsewhere
+    value: list[Any] = [leaf, *range(LONGEST)]
+    guards = guards_of(value)
+    value[1] = -1
+    assert guards.check(grad=False)
+    value[0] = Leaf()
+    assert not guards.check(grad=False)
+    assert guards.explain(grad=False) == "root[0]"
+
+
+def test_long_sets_are_not_searched() -> None:
+    value = {Leaf() for _ in range(LONGEST + 1)}
+    guards = guards_of(value)
+    next(iter(value)).number = 2.0
+    assert guards.check(grad=False)
+
+
+def test_attributes_of_tensors_are_searched_deep_down() -> None:
+    leaf = Leaf()
+    value = [[[[tensor_with(leaf)]]]]
+    guards = guards_of(value)
+    leaf.number = 2.0
+    assert not guards.check(grad=False)
+
+
 def test_a_deep_tree_of_modules_needs_no_deep_stack() -> None:
     deepest = module = nn.Sequential()
     for _ in range(900):
@@ -377,6 +404,7 @@ def test_a_module_behind_a_weak_proxy_is_guarded() -> None:
     assert guards.check(grad=False)
     module.weight = nn.Parameter(torch.zeros(2, 2))
     assert not guards.check(grad=False)
+    assert guards.explain(grad=False) == "root.weight"
 
 
 def test_a_weak_proxy_of_what_is_gone_does_no_harm() -> None:
@@ -504,6 +532,19 @@ def test_shapes_of_like_objects_are_equal() -> None:
 def test_shapes_tell_keys_that_are_equal_apart() -> None:
     shapes = {read_object(state(held={key: 0}), "a").shape for key in (1, True, 1.0)}  # type: ignore[union-attr]
     assert len(shapes) == 3
+
+
+def test_shapes_tell_keys_of_one_name_apart() -> None:
+    keys = [next(iter(Enum("Color", "RED"))) for _ in range(2)]
+    shapes = {read_object(state(held={key: 0}), "a").shape for key in keys}  # type: ignore[union-attr]
+    assert len(shapes) == 2
+
+
+def test_shapes_tell_which_object_comes_again() -> None:
+    first, second = [1], [1]
+    lists = ([first, second, first], [first, second, second])
+    shapes = {read_object(state(held=held), "a").shape for held in lists}  # type: ignore[union-attr]
+    assert len(shapes) == 2
 
 
 @pytest.mark.parametrize(
