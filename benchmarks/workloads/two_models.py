@@ -3,8 +3,8 @@
     python -m benchmarks.workloads.two_models
 
 Greedy speculative decoding: a draft of one layer guesses four tokens of each row; a target of six layers
-reads them at once, keeps as many as it would have written itself, and adds one. Graphed, both use the
-global pool of the device; done once more with a `GraphPool` for each, they take more memory. The tokens
+reads them at once, keeps as many as it would have written itself, and adds one. Graphed, both use
+one pool; done once more with a `GraphPool` for each, they take more memory. The tokens
 must be those that the target writes alone, eagerly. At the end is shown what becomes of an output that
 is held while the other model runs. Weights are random, and the draft is the first layer of the target.
 Without a GPU the graphs are emulated.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import program
-from graphcache import GraphPool, cuda_graphed, default_pool, is_expired
+from graphcache import GraphPool, cuda_graphed, is_expired
 
 VOCAB, DIM, HEADS, LAYERS = 256, 64, 4, 6
 PROMPT, GUESSES = 8, 4  # tokens
@@ -68,8 +68,8 @@ class Decoder(nn.Module):
 Pair = tuple[Decoder, Decoder]  # a draft and its target
 
 
-def graphed(pair: Pair, pools: Sequence[GraphPool | None] = (None, None)) -> Pair:
-    """Returns graphed copies, in the global pool or in those given."""
+def graphed(pair: Pair, pools: Sequence[GraphPool]) -> Pair:
+    """Returns graphed copies in these pools."""
     draft, target = (
         cuda_graphed(copy.deepcopy(model), sizes=SIZES, pool=pool)
         for model, pool in zip(pair, pools, strict=True)
@@ -105,7 +105,7 @@ def speculate(pair: Pair, prompts: Tensor, end: int) -> tuple[Tensor, int]:
     return texts[:, :end], calls
 
 
-def hold(pair: Pair, prompts: Tensor, want: Tensor) -> dict[str, bool]:
+def hold(pair: Pair, pool: GraphPool, prompts: Tensor, want: Tensor) -> dict[str, bool]:
     """Returns which outputs of the draft, which should be `want`, survive a call of the target."""
     draft, target = pair
     cloned = draft(prompts).clone()  # is kept for as long as you like
@@ -113,7 +113,7 @@ def hold(pair: Pair, prompts: Tensor, want: Tensor) -> dict[str, bool]:
     target(prompts)  # its graph writes to the same memory
     expired = is_expired(held)
     del held
-    draft = cuda_graphed(copy.deepcopy(draft), sizes=SIZES, stale="copy")
+    draft = cuda_graphed(copy.deepcopy(draft), sizes=SIZES, stale="copy", pool=pool)
     draft(prompts)  # is captured
     held = draft(prompts)
     address = held.data_ptr()
@@ -134,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     draft = copy.deepcopy(target)
     draft.layers = draft.layers[:1]
     plain, own_pools = (draft, target), (GraphPool(device), GraphPool(device))
+    pool = GraphPool(device)  # not the global one: others of this process may use that
 
     with torch.inference_mode(), program.graphs(device):
         want = alone(target, prompts, end)
-        shared, apart = graphed(plain), graphed(plain, own_pools)
+        shared, apart = graphed(plain, (pool, pool)), graphed(plain, own_pools)
         (got, calls), (again, _) = (speculate(pair, prompts, end) for pair in (shared, apart))
         forwards: dict[str, Any] = {"draft": shared[0].forward, "target": shared[1].forward}
         replays = {name: forward.cache_info().hits for name, forward in forwards.items()}
@@ -147,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "identical": int(((got == want) & (again == want))[:, PROMPT:].sum()),
             "target_calls": calls,
             "replays": replays,
-            "lanes": len(default_pool(device).lanes),
-            "pool_bytes_shared": default_pool(device).memory().reserved,
+            "lanes": len(pool.lanes),
+            "pool_bytes_shared": pool.memory().reserved,
             "pool_bytes_apart": sum(pool.memory().reserved for pool in own_pools),
         }
-        figures |= (shown := hold(shared, prompts, draft(prompts)))
+        figures |= (shown := hold(shared, pool, prompts, draft(prompts)))
         if device.type == "cuda":
             one, other = (partial(speculate, pair, prompts, end) for pair in (plain, shared))
             figures["tokens_per_second"] = program.rates(one, other, figures["tokens"], REPEATS)
