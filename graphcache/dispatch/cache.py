@@ -89,20 +89,15 @@ class GraphCache:
         """
         entry = self._entry(forward, call)
         if entry is None or (bucket := entry.bucket(call.batch)) is None:
-            return self._first_call(forward, call)
+            return first_call(self.store, forward, call, exactly=False, restore=False)
         check_bucket(entry, bucket, call)
         if call.batch != bucket.size and bucket.native.check_budget <= 0:
             if entry.padding.is_ambiguous(call) and not self.store.signature.names_batch(call):
-                return self._first_call(forward, call, exactly=True)
+                return first_call(self.store, forward, call, exactly=True, restore=False)
             return self._compare(forward, call, entry, bucket)
         if bucket.native.replays >= bucket.native.time_at:
             return self._time(forward, call, entry, bucket)
         return bucket.replay(call, self.native.calls)
-
-    def _first_call(self, forward: Forward, call: BoundCall, *, exactly: bool = False) -> Any:
-        result = first_call(self.store, forward, call, exactly=exactly, restore=False)
-        self.store.counts.eager[EagerReason(Reason.FIRST_CALL)] += 1
-        return result
 
     def _entry(self, forward: Forward, call: BoundCall) -> Entry | None:
         """Returns the entry that serves `call`; None if there is none, or no more.

@@ -16,7 +16,7 @@ from graphcache.capture.verify import check_first_replay, retraced_as_captured
 from graphcache.dispatch.bypass import check_no_profiler
 from graphcache.dispatch.store import Store
 from graphcache.errors import CaptureError
-from graphcache.report.reasons import Bypass, Reason
+from graphcache.report.reasons import EagerReason, Reason
 from graphcache.runtime.torch_state import uncollected
 from graphcache.tracing.trace import Forward, Trace, trace_forward
 
@@ -26,14 +26,14 @@ def first_call(store: Store, forward: Forward, call: BoundCall, *, exactly: bool
     """Runs the forward eagerly, once, and captures it; exactly for this batch, or restoring state."""
     check_no_profiler()
     trace = trace_forward(forward, call, restore=restore)
+    if not restore:
+        store.counts.eager[EagerReason(Reason.FIRST_CALL)] += 1
     try:
         plan = make_plan(store, forward, call, trace, exactly=exactly)
         captured = capture(plan)
         verify(store, plan, captured)
-    except Bypass:
-        pass  # a later call of the signature is another first one
     except Exception as error:  # whatever it is, the caller has a result, and gets it
-        store.bypass_for_good(call, forward.instance, error)
+        store.handle_error(call, forward.instance, error)
     else:
         store.publish(plan, captured, held=trace.made(call))
     return trace.result

@@ -254,12 +254,14 @@ class Store:
                 "pad={'argument': value}.",
             )
 
-    def bypass_for_good(self, call: BoundCall, instance: Any, error: Exception) -> None:
-        """Runs a signature eagerly from here on, with one warning.
+    def handle_error(self, call: BoundCall, instance: Any, error: Exception) -> None:
+        """Runs a signature eagerly from here on, with one warning; a `Bypass` only lets it wait.
 
         Raises:
             CaptureError: with `fallback=False`.
         """
+        if isinstance(error, Bypass):
+            return  # a later call of the signature is another first one
         expected = isinstance(error, (CaptureError, NotATree))
         why = str(error) if expected else f"{type(error).__name__}: {error}"
         reason = error.reason if isinstance(error, CaptureError) else Reason.CAPTURE_FAILED
