@@ -21,7 +21,9 @@ class Body:
         self._static = static
         self._reached = {id(tensor) for tensor in plan.trace.reached}
         self._layout: Any = None
-        self._outputs: list[Output | int | None] = []  # an argument's position: a copy of a view of it
+        self._outputs: list[
+            Output | int
+        ] = []  # of one in the pool, the argument that it copies a view of
 
     def __call__(self) -> list[Tensor]:
         """Runs the forward, and returns the output tensors that lie in memory of the graph."""
@@ -32,43 +34,42 @@ class Body:
             self._layout = flatten(result, tensors, [], other=self._plan.call.object_ref)
         except NotATree as error:
             raise CaptureError(str(error), reason=Reason.RESULT_TYPE) from None
-        own = []
-        for tensor in tensors:
-            output = self._origin(tensor, arguments)
-            if output is None:
-                own.append(tensor)
-            elif isinstance(output, int):
-                own.append(tensor.clone())  # the next call overwrites the static input it lies in
-            self._outputs.append(output)
-        return own
+        self._outputs = [self._origin(tensor, arguments) for tensor in tensors]
+        # The next call overwrites the static input that a view lies in.
+        return [
+            tensor if copied < 0 else tensor.clone()
+            for tensor, copied in zip(tensors, self._outputs, strict=True)
+            if isinstance(copied, int)
+        ]
 
     def result(self, weak: list[Tensor]) -> Result:
         """Returns the result, with the tensors of the graph's memory replaced by `weak`."""
         rest = iter(weak)
-        outputs = [
-            output if isinstance(output, Output) else _in_pool(next(rest), output)
-            for output in self._outputs
-        ]
-        return Result(self._layout, outputs)
+        return Result(
+            self._layout,
+            [
+                Output(made := next(rest), Geometry.of(made), _C.OutputKind.POOL, output)
+                if isinstance(output, int)
+                else output
+                for output in self._outputs
+            ],
+        )
 
-    def _origin(self, tensor: Tensor, arguments: list[Tensor]) -> Output | int | None:
-        key, geometry = _C.storage_key(tensor), Geometry.of(tensor)
+    def _origin(self, tensor: Tensor, arguments: list[Tensor]) -> Output | int:
+        """Returns an output outside the pool; of one in it, the argument that it views, or -1."""
+        kinds, key, geometry = _C.OutputKind, _C.storage_key(tensor), Geometry.of(tensor)
         for index, argument in enumerate(arguments):
             if tensor is argument:
-                return Output(_C.weak_ref(tensor), geometry, argument=index, same=True)
+                return Output(_C.weak_ref(tensor), geometry, kinds.ARGUMENT, index)
             if key == _C.storage_key(argument):
                 if self._plan.call.roles[index].role is not BOUND:
                     return index
                 offset = int(tensor.storage_offset()) - int(argument.storage_offset())
-                base = _C.weak_ref(tensor)
-                view = _C.alias(base, tensor.shape, tensor.stride(), offset)
-                return Output(view, geometry, argument=index)
+                view = _C.alias(_C.weak_ref(tensor), tensor.shape, tensor.stride(), offset)
+                return Output(view, geometry, kinds.ARGUMENT_VIEW, index)
         if key in self._plan.trace.external:
-            return Output(tensor, geometry, external=True, same=id(tensor) in self._reached)
-        if tensor.device != self._plan.pool.device:  # a constant on the host
-            return Output(tensor, geometry, external=True, same=True, constant=True)
-        return None
-
-
-def _in_pool(weak: Tensor, copied: int | None) -> Output:
-    return Output(weak, Geometry.of(weak), copied=copied)
+            is_same = id(tensor) in self._reached
+            return Output(tensor, geometry, kinds.EXTERNAL if is_same else kinds.EXTERNAL_VIEW)
+        return (
+            -1 if tensor.device == self._plan.pool.device else Output(tensor, geometry, kinds.CONSTANT)
+        )

@@ -30,39 +30,24 @@ class Output:
     Attributes:
         tensor: the captured tensor: weak in memory of the pool, the tensor itself in external memory.
         geometry: its geometry in the capture.
-        argument: position of the argument that the output is or views; None for memory of the graph.
-        same: True if the output is that very argument; then the caller's own object is returned.
-        external: True if the output lies in external memory, such as that of a parameter or buffer.
-        constant: True for a constant on the host, of which the caller gets a copy.
-        copied: position of the argument that eager returns a view of, where this is a copy.
+        kind: its origin.
+        argument: position of the argument that it is or views, or that it is a copy of a view of; or -1.
         batch_dims: the dimensions that carry the batch; None until two sizes were compared.
     """
 
     tensor: Tensor
     geometry: Geometry
-    argument: int | None = None
-    same: bool = False
-    external: bool = False
-    constant: bool = False
-    copied: int | None = None
+    kind: _C.OutputKind
+    argument: int = -1
     batch_dims: tuple[int, ...] | None = None
 
     def is_weak(self) -> bool:
         """Return True if another replay of the lane overwrites the output."""
-        return self.argument is None and not self.external
+        return self.kind is _C.OutputKind.POOL
 
     def native(self) -> _C.Output:
         """Returns this output for native code."""
-        kinds, argument = _C.OutputKind, self.argument
-        if self.constant:
-            kind = kinds.CONSTANT
-        elif argument is not None:
-            kind = kinds.ARGUMENT if self.same else kinds.ARGUMENT_VIEW
-        elif self.external:
-            kind = kinds.EXTERNAL if self.same else kinds.EXTERNAL_VIEW
-        else:
-            kind, argument = kinds.POOL, self.copied
-        return _C.Output(kind, self.tensor, -1 if argument is None else argument)
+        return _C.Output(self.kind, self.tensor, self.argument)
 
     def compare(self, size: int, other: Geometry, other_size: int) -> str | None:
         """Finds the dimensions that carry the batch, by comparison with another size.
@@ -73,7 +58,8 @@ class Output:
         if not self.is_weak():
             self.batch_dims = ()
             # External memory does not move with the size; a view that moves is of another part.
-            moved = not self.same and other != self.geometry
+            is_view = self.kind in (_C.OutputKind.ARGUMENT_VIEW, _C.OutputKind.EXTERNAL_VIEW)
+            moved = is_view and other != self.geometry
             return "an output views other memory outside at another batch" if moved else None
         shape = self.tensor.shape
         if len(other.shape) != len(shape):
