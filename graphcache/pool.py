@@ -3,8 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable, Iterable
-from functools import cache, partial, reduce
-from operator import add
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -169,7 +168,8 @@ class GraphPool:
 
     def memory(self) -> PoolMemory:
         """Returns the bytes that the pool has reserved, and the bytes of them in use."""
-        return reduce(add, (lane.arena.memory() for lane in self.lanes), PoolMemory(0, 0))
+        found = [lane.arena.memory() for lane in self.lanes]
+        return PoolMemory(sum(each.reserved for each in found), sum(each.allocated for each in found))
 
     def use_here(self, tensors: list[Tensor]) -> None:
         """Orders this call after the last replays, and uses `tensors` on the current stream."""

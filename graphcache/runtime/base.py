@@ -1,8 +1,11 @@
-"""The protocols of a runtime: what a device must offer for graphs to be captured and replayed there."""
+"""The base of a runtime: what a device must offer for graphs to be captured and replayed there.
+
+The defaults are those of a device without streams, kernels and times: of emulation on the CPU.
+"""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +26,8 @@ class PoolMemory(NamedTuple):
     reserved: int
     allocated: int
 
-    def __add__(self, other: object) -> "PoolMemory":
-        if not isinstance(other, PoolMemory):
-            return NotImplemented
-        return PoolMemory(self.reserved + other.reserved, self.allocated + other.allocated)
 
-
-class Graph(Protocol):
+class Graph:
     """A captured graph.
 
     Attributes:
@@ -42,11 +40,12 @@ class Graph(Protocol):
         """Runs the captured operations on the current stream, over the captured addresses."""
 
 
-class Arena(Protocol):
+class Arena:
     """One allocator pool: memory that a capture frees is used again by the next capture."""
 
     def memory(self) -> PoolMemory:
         """Returns the bytes that the pool holds now."""
+        raise NotImplementedError
 
     def follow_stream(self) -> int:
         """Makes the current stream wait for the last replay if that ran on another one.
@@ -54,36 +53,43 @@ class Arena(Protocol):
         Returns:
             The handle of the current stream.
         """
+        return 0
 
 
-class Stopwatch(Protocol):
+class Stopwatch:
     """Times the work of the device inside a block, without waiting for that work."""
 
     def __enter__(self) -> object: ...
     def __exit__(self, *_: object) -> None: ...
     def is_done(self) -> bool:
         """Return True if the device has come to the end of the block."""
+        return True
 
     def seconds(self) -> float | None:
         """Returns the time of a block that is done; None where times mean nothing."""
 
 
-class Runtime(Protocol):
-    """The operations that a device must offer."""
+class Runtime:
+    """The operations that a device must offer.
+
+    Attributes:
+        name: the name that `cache_info()` gives.
+        new_arena: opens an allocator pool on a device.
+    """
 
     name: str
+    new_arena: Callable[[torch.device], Arena]
 
     def stopwatch(self, device: torch.device) -> Stopwatch:
         """Returns a stopwatch for the current stream of `device`."""
-
-    def new_arena(self, device: torch.device) -> Arena:
-        """Opens an allocator pool on `device`."""
+        return Stopwatch()
 
     def use_here(self, tensors: list[Tensor]) -> None:
         """Delays the reuse of the tensors' memory until the current stream is done with it."""
 
     def ladder(self, device: torch.device) -> AbstractContextManager[None]:
         """Surrounds the captures of all sizes with the preparations that they share."""
+        return nullcontext()
 
     def prepare(self, copier: _C.InputCopier, device: torch.device) -> _C.CopyInKernel | None:
         """Returns the kernel of a copy-in node; None where this device needs none.
@@ -91,6 +97,7 @@ class Runtime(Protocol):
         Raises:
             RuntimeError: where this device needs such a kernel and does not offer one.
         """
+        return None
 
     def capture(
         self,
@@ -111,6 +118,7 @@ class Runtime(Protocol):
             Exception: the error of `body`, or of the driver. The process is in good order, but nothing
                 more may be captured into `arena`.
         """
+        raise NotImplementedError
 
 
 def runtime_for(device: torch.device) -> Runtime:

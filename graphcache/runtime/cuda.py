@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.runtime.base import PoolMemory, Result
+from graphcache.runtime.base import Arena, Graph, PoolMemory, Result, Runtime, Stopwatch
 from graphcache.runtime.branches import Branching, Streams
 from graphcache.runtime.nvrtc import copy_in_kernel
 from graphcache.runtime.torch_state import uncollected
@@ -51,7 +51,7 @@ def _handle(pool: torch.cuda.MemPool) -> Any:
     return pool.id  # torch types what it gives and what it takes here differently
 
 
-class CudaArena:
+class CudaArena(Arena):
     """A private pool of torch's caching allocator, and the streams whose captures allocate from it.
 
     Each arena has a stream, because the allocator reuses blocks per stream. Also, the cuBLAS workspace
@@ -110,7 +110,7 @@ class CudaArena:
         return int(current.cuda_stream)
 
 
-class CudaStopwatch:
+class CudaStopwatch(Stopwatch):
     """Two events on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
@@ -133,7 +133,7 @@ class CudaStopwatch:
 
 
 @dataclass(eq=False)  # compared by identity
-class CudaGraph:
+class CudaGraph(Graph):
     """A graph of torch, its copy-in node, and the number of products that run beside others."""
 
     graph: torch.cuda.CUDAGraph
@@ -159,10 +159,11 @@ class _Ladder(threading.local):
     branching = Branching()
 
 
-class CudaRuntime:
+class CudaRuntime(Runtime):
     """Captures and replays on CUDA; see `graphcache.runtime.base.Runtime`."""
 
     name = "cuda"
+    new_arena = CudaArena
 
     def __init__(self) -> None:
         self._ladder = _Ladder()
@@ -175,10 +176,6 @@ class CudaRuntime:
         """Delays the reuse of the tensors' memory until the current stream is done with it."""
         for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-    def new_arena(self, device: torch.device) -> CudaArena:
-        """Opens a private pool."""
-        return CudaArena(device)
 
     @contextmanager
     def ladder(self, device: torch.device) -> Iterator[None]:

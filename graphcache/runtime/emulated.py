@@ -4,15 +4,14 @@ The rules and the hazards are those of CUDA graphs. Outputs live in memory that 
 Addresses and Python values are frozen. An operation that needs a value on the host can't be captured.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.runtime.base import Result
+from graphcache.runtime.base import Graph, Result, Runtime
 from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
 from graphcache.runtime.op_info import mutated_by, obstacle, take_apart, tensors_in
@@ -37,10 +36,10 @@ class _Operation(NamedTuple):
     targets: list[tuple[int, Tensor]]  # which of the results is new, and the memory it goes to
 
 
-class EmulatedGraph:
+class EmulatedGraph(Graph):
     """The operations of one capture, in order."""
 
-    node: _C.CopyInNode | None = None  # copies on the CPU take its place
+    node = None  # copies on the CPU take its place
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
@@ -59,42 +58,11 @@ class EmulatedGraph:
                     copy_memory(target, results[position])
 
 
-class EmulatedStopwatch:
-    """Times nothing, because the speed of an emulation means nothing."""
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-    def is_done(self) -> bool:
-        """Returns True."""
-        return True
-
-    def seconds(self) -> None:
-        """Returns None."""
-
-
-class EmulatedRuntime:
+class EmulatedRuntime(Runtime):
     """Captures and replays on the CPU; see `graphcache.runtime.base.Runtime`."""
 
     name = "emulated"
-
-    def use_here(self, tensors: list[Tensor]) -> None:
-        """Does nothing: the CPU has no streams."""
-
-    def stopwatch(self, device: torch.device) -> EmulatedStopwatch:
-        """Returns a stopwatch that shows nothing."""
-        return EmulatedStopwatch()
-
-    def new_arena(self, device: torch.device) -> EmulatedArena:
-        """Opens an arena."""
-        return EmulatedArena()
-
-    @contextmanager
-    def ladder(self, device: torch.device) -> Iterator[None]:
-        """Does nothing: emulated captures share no preparations."""
-        yield
-
-    def prepare(self, copier: _C.InputCopier, device: torch.device) -> None:
-        """Returns None: the copier runs on the CPU, without a kernel."""
+    new_arena = EmulatedArena
 
     def capture(
         self,

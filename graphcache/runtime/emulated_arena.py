@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.runtime.base import PoolMemory
+from graphcache.runtime.base import Arena, PoolMemory
 
 _ALIGNMENT = 512  # bytes, as in torch's CUDA allocator
 
 
-class EmulatedArena:
+class EmulatedArena(Arena):
     """A best-fit allocator; a block is free once nobody holds its storage.
 
     A block that one capture frees is used again by the next, while graphs go on writing to its address.
     The private pools of torch's CUDA allocator behave in this way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.segments: list[Tensor] = []
         self._blocks: list[tuple[int, int, int, Tensor]] = []  # segment, offset, nbytes, owner
 
@@ -45,10 +45,6 @@ class EmulatedArena:
             sum(segment.numel() for segment in self.segments),
             sum(nbytes for _, _, nbytes, _ in self._blocks),
         )
-
-    def follow_stream(self) -> int:
-        """Returns 0: a CPU has one order."""
-        return 0
 
     def _sweep(self) -> None:
         self._blocks = [block for block in self._blocks if _C.is_held(block[3])]
