@@ -70,11 +70,14 @@ def _owner_of(function: Callable[..., Any]) -> Any:
 class _Inspectable:
     """The methods of a wrapped forward, named as `functools` names those of a cached function."""
 
-    def _cache(self) -> GraphCache:
-        raise NotImplementedError
+    _self_caches: _Caches
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
+        """Returns the function that a call runs, and the instance that it is bound to, or None."""
         raise NotImplementedError
+
+    def _cache(self) -> GraphCache:
+        return self._self_caches.of(*self._wrapped_call())
 
     def cache_info(self) -> CacheInfo:
         """Returns the counts of captures, replays and eager calls; see `CacheInfo`."""
@@ -127,17 +130,17 @@ class _Inspectable:
 class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
     """The bound `module.forward` of a class whose forward is decorated."""
 
-    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
-        return self.__wrapped__, self._self_instance
+    @property
+    def _self_caches(self) -> _Caches:  # type: ignore[override]
+        return self._self_parent._self_caches  # type: ignore[no-any-return]
 
-    def _cache(self) -> GraphCache:
+    def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         if self._self_instance is None:
             raise OptionError(
                 f"graphcache: {self.__wrapped__.__qualname__} has graphs for each instance; ask one "
                 "of them: module.forward.cache_info()"
             )
-        caches: _Caches = self._self_parent._self_caches
-        return caches.of(self.__wrapped__, self._self_instance)
+        return self.__wrapped__, self._self_instance
 
 
 class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
@@ -164,10 +167,6 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
         return self.__wrapped__, _owner_of(self.__wrapped__)
-
-    def _cache(self) -> GraphCache:
-        caches: _Caches = self._self_caches
-        return caches.of(*self._wrapped_call())
 
     def __reduce_ex__(self, protocol: Any) -> str:
         return str(self.__qualname__)  # by name, as functions are pickled
@@ -204,12 +203,13 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
     def __init__(
         self,
         module: nn.Module,
-        function: Callable[..., Any],
+        own: Callable[..., Any] | None,
         options: Options,
         *,
         compiled: bool = False,
     ) -> None:
         reference, caches = weakref.ref(module), _Caches(options)
+        function = class_forward(type(module)) if own is None else own
         # A forward that somebody else put on the instance is called as it is.
         is_method = compiled or function is class_forward(type(module))
 
@@ -271,10 +271,6 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             self.__wrapped__ = function
         return function
 
-    def _cache(self) -> GraphCache:
-        caches: _Caches = self._self_caches
-        return caches.of(*self._wrapped_call())
-
     def compiled_with(self, options: dict[str, Any]) -> "InstanceForward | None":
         """Returns a graphed forward over compiled code of the same function, counted with this one.
 
@@ -310,15 +306,12 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         own = None if self._self_is_method else self.__wrapped__
-        return _restore, (self.__self__, own, self._self_caches.options)
+        return InstanceForward, (self.__self__, own, self._self_caches.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InstanceForward":
+        _, (module, own, options) = self.__reduce_ex__(0)
         # The copy of the module is in `memo` by now: it was made before its attributes.
-        module = copy.deepcopy(self.__self__, memo)
-        function = self.__wrapped__
-        if not self._self_is_method:
-            function = copy.deepcopy(function, memo)
-        return InstanceForward(module, function, self._self_caches.options)
+        return InstanceForward(*copy.deepcopy((module, own), memo), options)
 
 
 def _is_alone(forward: InstanceForward, owner: Any) -> bool:
@@ -387,8 +380,3 @@ def class_forward(kind: type) -> Callable[..., Any]:
     """Returns the forward of a class without its wrapper."""
     forward = kind.forward  # type: ignore[attr-defined]
     return forward.__wrapped__ if isinstance(forward, GraphedForward) else forward
-
-
-def _restore(module: nn.Module, own: Callable[..., Any] | None, options: Options) -> InstanceForward:
-    function = class_forward(type(module)) if own is None else own
-    return InstanceForward(module, function, options)
