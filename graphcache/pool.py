@@ -101,21 +101,16 @@ def _before_fork() -> None:
         pool.lock.__enter__()
 
 
-def _after_fork_in_parent() -> None:
+def _after_fork(unlock: Callable[[_C.PoolLock], None]) -> None:
     while _locked_for_fork:
-        _locked_for_fork.pop().lock.__exit__()
-
-
-def _after_fork_in_child() -> None:
-    while _locked_for_fork:
-        _locked_for_fork.pop().lock.renew()
+        unlock(_locked_for_fork.pop().lock)
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
+        after_in_parent=partial(_after_fork, _C.PoolLock.__exit__),
+        after_in_child=partial(_after_fork, _C.PoolLock.renew),
     )
 
 

@@ -6,7 +6,6 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -37,22 +36,19 @@ class _Caches:
     def of(self, function: Callable[..., Any], instance: Any) -> GraphCache:
         """Returns the cache of `instance`, or of the function itself where there is none."""
         owner = self if instance is None else instance
-        if id(owner) not in self.by_id:
-            # Not finalize: nothing has to run at exit, where CUDA may be gone already.
-            discard = partial(_discard, self.by_id, id(owner))
+        by_id, key = self.by_id, id(owner)
+        if key not in by_id:
             cache = GraphCache(function, _name(function, instance), self.options, instance)
-            self.by_id[id(owner)] = weakref.ref(owner, discard), cache, cache.native.capsule
-        return self.by_id[id(owner)][1]
+            # Not finalize: nothing has to run at exit, where CUDA may be gone already.
+            reference = weakref.ref(owner, lambda _: by_id.pop(key, None))
+            by_id[key] = reference, cache, cache.native.capsule
+        return by_id[key][1]
 
     def lookup_key(self, instance: Any) -> tuple[Any, ...]:
         """Returns the key by which native code finds the cache of a forward bound to `instance`."""
         if instance is None:
             return self.by_id, id(self), None
         return self.by_id, id(instance), weakref.ref(instance)
-
-
-def _discard(caches: dict[int, Any], key: int, _: Any) -> None:
-    caches.pop(key, None)
 
 
 def _name(function: Callable[..., Any], instance: Any) -> str:

@@ -5,7 +5,6 @@ mode in which Inductor makes CUDA graphs. Those copy each input and check each t
 The graphs of this library need one launch, and the kernels are the same.
 """
 
-import copy
 import weakref
 from typing import Any
 
@@ -57,10 +56,7 @@ class CompiledCall:
         return forward.compiled_with(without_graphs(config.to_dict())) or compiled
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return CompiledCall, (self._module(),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledCall":
-        return CompiledCall(copy.deepcopy(self._module(), memo))  # type: ignore[arg-type]
+        return CompiledCall, (self._module(),)  # for `copy.deepcopy`, too
 
 
 def _is_hooked(module: nn.Module) -> bool:
