@@ -1,9 +1,10 @@
 """Checks the keywords of `cuda_graphed`, and holds the switches that change every graphed call."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from graphcache.errors import OptionError
@@ -94,56 +95,56 @@ class Options(NamedTuple):
         Raises:
             OptionError: for an option that makes no sense.
         """
-        if self.stale not in ("error", "copy"):
-            raise OptionError(f"graphcache: stale={self.stale!r}; give one of error, copy")
+        bind: Any = self.bind
+        names = (bind,) if isinstance(bind, str) or not isinstance(bind, Iterable) else tuple(bind)
+        gain = self.min_gain
+        _require("stale", self.stale, self.stale in ("error", "copy"), "give one of error, copy")
+        _require(
+            "batch_dim",
+            self.batch_dim,
+            self.batch_dim is not None
+            and _all_fit(self.batch_dim, lambda dim: dim is None or type(dim) is int),
+            "give the number of a dimension, for all arguments or in a dictionary by argument name, "
+            "where None stands for no batch",
+        )
+        _require(
+            "pad",
+            self.pad,
+            self.pad is None
+            or _all_fit(self.pad, lambda fill: fill == "edge" or isinstance(fill, (int, float))),
+            "a padded row holds a number, or 'edge' (the last row again), for all arguments or in a "
+            "dictionary by argument name",
+        )
+        _require(
+            "bind",
+            bind,
+            all(isinstance(name, str) for name in names),
+            "give the names of arguments, such as bind=('x',)",
+        )
+        _require(
+            "min_gain",
+            gain,
+            gain is None or (isinstance(gain, (int, float)) and 0 <= gain < 1),
+            "give the share of eager's time that a graph has to save, such as 0.05, or None to keep all "
+            "graphs",
+        )
         return self._replace(
-            batch_dim=_check_dims(self.batch_dim),
+            batch_dim=copy(self.batch_dim),
             sizes=None if self.sizes is None else check_sizes(self.sizes),
-            pad=_check_pad(self.pad),
-            bind=_check_bind(self.bind),
-            min_gain=_check_min_gain(self.min_gain),
+            bind=names,
         )
 
 
-def _check_pad(pad: Any) -> Pad:
-    names, fills = (list(pad), list(pad.values())) if isinstance(pad, dict) else ([], [pad])
-    if not all(isinstance(name, str) for name in names) or not all(
-        (fill is None and pad is None) or fill == "edge" or isinstance(fill, (int, float))
-        for fill in fills
-    ):
-        raise OptionError(
-            f"graphcache: pad={pad!r}; a padded row holds a number, or 'edge' (the last row "
-            "again), for all arguments or in a dictionary by argument name"
-        )
-    return pad  # type: ignore[no-any-return]
+def _require(option: str, value: Any, is_valid: bool, advice: str) -> None:
+    if not is_valid:
+        raise OptionError(f"graphcache: {option}={value!r}; {advice}")
 
 
-def _check_bind(bind: Any) -> tuple[str, ...]:
-    names = (bind,) if isinstance(bind, str) or not isinstance(bind, Iterable) else tuple(bind)
-    if not all(isinstance(name, str) for name in names):
-        raise OptionError(f"graphcache: bind={bind!r}; give the names of arguments, such as bind=('x',)")
-    return names
-
-
-def _check_dims(batch_dim: Any) -> BatchDim:
-    by_name = isinstance(batch_dim, dict)
-    dims = [dim for dim in batch_dim.values() if dim is not None] if by_name else [batch_dim]
-    names = batch_dim if by_name else ()
-    if not all(type(dim) is int for dim in dims) or not all(isinstance(name, str) for name in names):
-        raise OptionError(
-            f"graphcache: batch_dim={batch_dim!r}; give the number of a dimension, for all arguments or "
-            "in a dictionary by argument name, where None stands for no batch"
-        )
-    return dict(batch_dim) if by_name else batch_dim
-
-
-def _check_min_gain(min_gain: Any) -> float | None:
-    if min_gain is not None and not (isinstance(min_gain, (int, float)) and 0 <= min_gain < 1):
-        raise OptionError(
-            f"graphcache: min_gain={min_gain!r}; give the share of eager's time that a graph has to "
-            "save, such as 0.05, or None to keep all graphs"
-        )
-    return min_gain
+def _all_fit(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Return True if `value` fits; of a dictionary by argument name, each entry has to fit."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and fits(entry) for name, entry in value.items())
+    return fits(value)
 
 
 def top_name(path: str) -> str:
