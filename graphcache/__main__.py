@@ -22,29 +22,26 @@ def doctor() -> int:
         ("allocator", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default")),
         *((name, os.environ.get(name, "not set")) for name in _SWITCHES),
     ]
-    works = True
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in (*devices, torch.device("cpu")):
+    equal = {device: _try(device) for device in (*devices, torch.device("cpu"))}
+    for device, is_equal in equal.items():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "emulated graphs"
-        equal = _try(device)
-        works = works and equal
-        rows.append((str(device), f"{name}: replays {'equal' if equal else 'DIFFER FROM'} eager"))
+        rows.append((str(device), f"{name}: replays {'equal' if is_equal else 'DIFFER FROM'} eager"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-    return 0 if works else 1
+    return 0 if all(equal.values()) else 1
 
 
 _SWITCHES = tuple(f"GRAPHCACHE_{name}" for name in ("DISABLE", "EMULATE", "PORTABLE", "LINEAR"))
 
 
 def _try(device: torch.device) -> bool:
-    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
-    plain = module.to(device).forward
+    plain = _module(device).forward
     graphed = graphcache.cuda_graphed(plain, sizes=(2, 4), pool=graphcache.GraphPool(device))
     with graphcache.emulate(), torch.no_grad():
         for batch in (4, 3, 3, 1, 2):
-            x = torch.randn(batch, 16, device=device)
+            x = torch.randn(batch, 256, device=device)
             if not torch.allclose(graphed(x), plain(x), rtol=1e-3, atol=1e-4):
                 return False
     return bool(graphed.cache_info().hits == 2)  # type: ignore[attr-defined]
@@ -74,31 +71,30 @@ def bench(calls: int = 500) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     plain = _module(device)
-    arms = {"eager": plain, "graphcache": graphcache.cuda_graphed(copy.deepcopy(plain), sizes=(4, 16))}
+    arms = plain, graphcache.cuda_graphed(copy.deepcopy(plain), sizes=(4, 16))
     print(f"{torch.cuda.get_device_name(device)}: 4 layers of 256; medians of {calls} calls")
     print("batch  host us: eager  graphcache   latency us: eager  graphcache")
     with torch.inference_mode():
         for batch in (4, 11, 16):
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+            times: list[list[tuple[float, float]]] = [[] for _ in arms]
             for _ in range(calls + 10):
                 x = torch.randn(batch, 256, device=device)
                 results = []
-                for name, module in arms.items():
+                for module, pairs in zip(arms, times, strict=True):
                     torch.cuda.synchronize(device)
                     start = perf_counter()
                     results.append(module(x))
                     host = perf_counter() - start
                     torch.cuda.synchronize(device)
-                    times[name].append((host * 1e6, (perf_counter() - start) * 1e6))
-                eager, graphed = results
-                if not torch.allclose(graphed, eager, rtol=1e-3, atol=1e-4):
+                    pairs.append((host * 1e6, (perf_counter() - start) * 1e6))
+                if not torch.allclose(results[0], results[1], rtol=1e-3, atol=1e-4):
                     print(f"graphcache: batch {batch} DIFFERS FROM eager", file=sys.stderr)
                     return 1
-                del results, eager, graphed  # the next call would expire a held output
-            columns = (zip(*pairs[10:], strict=True) for pairs in times.values())
-            (host, latency), (graphed_host, graphed_latency) = (map(median, each) for each in columns)
-            row = f"{host:>15.1f} {graphed_host:>11.1f} {latency:>19.1f} {graphed_latency:>11.1f}"
-            print(f"{batch:>5} {row}")
+                del results  # the next call would expire a held output
+            medians = (median(column) for pairs in times for column in zip(*pairs[10:], strict=True))
+            # Each arm gives its host time and its latency; the columns are in another order.
+            row = "{0:>5} {1:>15.1f} {3:>11.1f} {2:>19.1f} {4:>11.1f}"
+            print(row.format(batch, *medians))
     return 0
 
 

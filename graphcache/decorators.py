@@ -15,25 +15,9 @@ from graphcache.pool import GraphPool
 from graphcache.runtime.source_lines import warn
 from graphcache.wrappers import GraphedForward, InstanceForward, class_forward, has_compiled_call
 
-T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@overload
-def cuda_graphed(
-    target: M,
-    *,
-    batch_dim: BatchDim = ...,
-    sizes: Iterable[int] | None = ...,
-    pad: Pad = ...,
-    bind: Iterable[str] = ...,
-    stale: Stale = ...,
-    pool: GraphPool | None = ...,
-    fallback: bool = ...,
-    progress: bool | None = ...,
-    min_gain: float | None = ...,
-) -> M: ...
 @overload
 def cuda_graphed(
     target: F,
@@ -61,7 +45,7 @@ def cuda_graphed(
     fallback: bool = ...,
     progress: bool | None = ...,
     min_gain: float | None = ...,
-) -> Callable[[T], T]: ...
+) -> Callable[[F], F]: ...
 def cuda_graphed(
     target: Any = None,
     *,
