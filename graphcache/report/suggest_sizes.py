@@ -45,30 +45,6 @@ class Suggestion:
         return text
 
 
-def suggest(
-    batches: Mapping[int, int], sizes: Sequence[int], count: int, seconds: Mapping[int, float]
-) -> Suggestion:
-    """Returns the best `count` sizes, and their cost beside that of today's sizes.
-
-    Args:
-        batches: the number of calls by their number of rows; not empty.
-        sizes: today's sizes, ascending.
-        count: the number of sizes to return.
-        seconds: the times of replays at the sizes that were timed.
-    """
-    timed = len(seconds) > 1
-    microseconds = {size: time * 1e6 for size, time in seconds.items()}
-    cost = interpolated(microseconds) if timed else float
-    best = best_sizes(batches, count, cost)
-    return Suggestion(
-        best,
-        "us" if timed else "rows",
-        expected=_mean_cost(batches, best, cost),
-        now=_mean_cost(batches, sizes, cost),
-        uncovered=sum(calls for rows, calls in batches.items() if rows > sizes[-1]),
-    )
-
-
 def _mean_cost(batches: Mapping[int, int], sizes: Sequence[int], cost: Callable[[int], float]) -> float:
     total = sum(
         calls * cost(next((size for size in sizes if size >= rows), rows))
@@ -164,5 +140,13 @@ def suggestion(
             f"graphcache: {name} is captured at exactly the sizes that it is called with, so there are "
             f"none to choose: {no_padding_reasons[0]}"
         )
-    seconds = {size: each.replay for size, each in info.times.items() if each.replay is not None}
-    return suggest(info.batches, info.sizes, count, seconds)
+    us = {size: each.replay * 1e6 for size, each in info.times.items() if each.replay is not None}
+    cost = interpolated(us) if len(us) > 1 else float
+    best = best_sizes(info.batches, count, cost)
+    return Suggestion(
+        best,
+        "us" if len(us) > 1 else "rows",
+        expected=_mean_cost(info.batches, best, cost),
+        now=_mean_cost(info.batches, info.sizes, cost),
+        uncovered=sum(calls for rows, calls in info.batches.items() if rows > info.sizes[-1]),
+    )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from graphcache import _C
 from graphcache.runtime.base import Graph, Result, Runtime
@@ -128,28 +129,14 @@ class _Recorder(DispatchMode):
                 copy_memory(target, tensor)
                 targets.append((position, self._weakly(target)))
         if (targets or mutated_by(func, args, kwargs)) and func not in _ALLOCATIONS:
-            self.graph.operations.append(
-                _Operation(func, self._weakly(args), self._weakly(kwargs), targets)
-            )
-        return _substitute(result, placed)
+            weak_args = tree_map_only(Tensor, self._weakly, args)
+            weak_kwargs = tree_map_only(Tensor, self._weakly, kwargs)
+            self.graph.operations.append(_Operation(func, weak_args, weak_kwargs, targets))
+        return tree_map_only(Tensor, lambda tensor: placed.get(id(tensor), tensor), result)
 
-    def _weakly(self, tree: Any) -> Any:
-        """Returns `tree` with weak tensors, which pin no block of the arena."""
-        if isinstance(tree, Tensor):
-            if not self._arena.owns(tree):
-                self.graph.external[_C.storage_key(tree)] = _C.owned(tree)
-            with torch.inference_mode(False):
-                return _C.weak_ref(tree)
-        if isinstance(tree, (list, tuple)):
-            return type(tree)(self._weakly(item) for item in tree)
-        if isinstance(tree, dict):
-            return {key: self._weakly(item) for key, item in tree.items()}
-        return tree
-
-
-def _substitute(tree: Any, placed: dict[int, Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return placed.get(id(tree), tree)
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_substitute(item, placed) for item in tree)
-    return tree
+    def _weakly(self, tensor: Tensor) -> Tensor:
+        """Returns a weak tensor, which pins no block of the arena."""
+        if not self._arena.owns(tensor):
+            self.graph.external[_C.storage_key(tensor)] = _C.owned(tensor)
+        with torch.inference_mode(False):
+            return _C.weak_ref(tensor)

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from graphcache.report.reasons import Reason
 from graphcache.runtime.op_info import Obstacle
 from graphcache.runtime.source_lines import is_library
-from graphcache.runtime.torch_patches import without_mode
+from graphcache.runtime.torch_patches import HiddenMode
 
 _NUMBERS = (bool, int, float, complex)
 _LISTS = (list, tuple, torch.Size)
@@ -43,22 +42,6 @@ _READS = {
     Tensor.__format__: '`print(f"{tensor}")`',
     Tensor.__dlpack__: "`.__dlpack__()`",
 }
-
-
-class HiddenMode(TorchFunctionMode):
-    """A mode that torch does not find when it asks for active modes: a first call runs as eager does."""
-
-    def __enter__(self) -> Any:
-        _hiding.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        _hiding.__exit__(*error)
-
-
-_hiding = without_mode(HiddenMode)
 
 
 class HostReads(HiddenMode):

@@ -143,18 +143,17 @@ def obstacle(
             return Obstacle(Reason.TWO_DEVICES, f"{func} copies between {source} and {target}")
     if all(tensor.device != device for tensor in tensors_in(args, kwargs)):
         return None
-    if func in _READ_OPS:
-        return Obstacle(Reason.READS_VALUE, _READ_OPS[func])
+    if func in _READ_OPS or torch.Tag.data_dependent_output in func.tags:
+        return Obstacle(Reason.READS_VALUE, _READ_OPS.get(func, f"{func}"))
     if func.overloadpacket in _FFTS:
-        plan = "runs by a plan that torch.backends.cuda.cufft_plan_cache may drop"
-        return Obstacle(Reason.FFT_PLAN, f"{func} {plan}")
+        return Obstacle(
+            Reason.FFT_PLAN, f"{func} runs by a plan that torch.backends.cuda.cufft_plan_cache may drop"
+        )
     if func is _aten.index.Tensor and any(map(_is_mask, args[1])):
         return Obstacle(Reason.VALUE_DEPENDENT_SHAPE, f"`tensor[mask]` ({func})")
     # One value becomes masked_fill, which needs no count of the mask on the host.
     if func in _INDEX_PUTS and args[2].numel() != 1 and any(map(_is_mask, args[1])):
         return Obstacle(Reason.VALUE_DEPENDENT_SHAPE, f"`tensor[mask] = values` ({func})")
-    if torch.Tag.data_dependent_output in func.tags:
-        return Obstacle(Reason.READS_VALUE, f"{func}")
     if torch.Tag.dynamic_output_shape in func.tags and func is not _aten.index.Tensor:
         return Obstacle(Reason.VALUE_DEPENDENT_SHAPE, f"{func}")
     return None

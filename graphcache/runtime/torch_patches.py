@@ -72,17 +72,26 @@ class Patch:
 as_in_a_capture = Patch(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
-def without_mode(kind: type[TorchFunctionMode]) -> Patch:
-    """Returns a patch that hides modes of `kind` from code that asks whether a mode is active.
+class HiddenMode(TorchFunctionMode):
+    """A mode that torch does not find when it asks for active modes: a first call runs as eager does.
 
     nn.MultiheadAttention and nn.Transformer leave their fast path under a mode.
     """
 
-    def answer(args: Any) -> Any:
-        if not isinstance(torch.overrides._get_current_function_mode(), kind):
-            return patch.before(args)
-        with torch.overrides._pop_mode_temporarily():
-            return answer(args)
+    def __enter__(self) -> Any:
+        _hiding.__enter__()
+        return super().__enter__()
 
-    patch = Patch(torch.overrides, "has_torch_function", answer)
-    return patch
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _hiding.__exit__(*error)
+
+
+def _has_torch_function(args: Any) -> Any:
+    if not isinstance(torch.overrides._get_current_function_mode(), HiddenMode):
+        return _hiding.before(args)
+    with torch.overrides._pop_mode_temporarily():
+        return _has_torch_function(args)
+
+
+_hiding = Patch(torch.overrides, "has_torch_function", _has_torch_function)
