@@ -216,10 +216,8 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             owner = reference()
             if is_compiling():
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
-            called = owner if compiled else _called_module()
-            if called is None:
-                _check_not_shared(vars(owner).get("forward"), owner, "missed")
-            elif called is not owner:
+            called = owner if compiled else _meant(vars(owner).get("forward"), owner, "missed")
+            if called is not owner:
                 wrapped = class_forward(type(called)) if is_method else wrapped
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
             wrapped = itself()._current_forward(owner)  # type: ignore[union-attr]
@@ -310,11 +308,13 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         return InstanceForward(*copy.deepcopy((module, own), memo), options)
 
 
-def _is_alone(forward: InstanceForward, owner: Any) -> bool:
+def _meant(forward: Any, owner: Any, caller: str) -> Any:
+    """Returns the module that is called; see `_check_not_shared` where the frames do not show it."""
     called = _called_module()
     if called is None:
-        _check_not_shared(forward, owner, "served")
-    return called is None or called is owner
+        _check_not_shared(forward, owner, caller)
+        return owner
+    return called
 
 
 def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
@@ -362,7 +362,9 @@ def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Call
 
 # Calls that graphs serve never reach wrapt, which needs a microsecond to find the wrapped function.
 _C.serve_calls(GraphedForward)
-_C.serve_instance_calls(InstanceForward, _is_alone)
+_C.serve_instance_calls(
+    InstanceForward, lambda forward, owner: _meant(forward, owner, "served") is owner
+)
 _C.serve_bound_calls(_BoundForward)
 
 

@@ -17,7 +17,7 @@ from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
 from graphcache.runtime.op_info import mutated_by, obstacle, take_apart, tensors_in
 from graphcache.runtime.torch_patches import DispatchMode, as_in_a_capture
-from graphcache.runtime.torch_state import SavedState, uncompiled
+from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncompiled
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (
@@ -78,9 +78,9 @@ class EmulatedRuntime(Runtime):
         arena and the random generator are put back afterwards.
         """
         recorder = _Recorder(arena)
-        segments = [segment.clone() for segment in arena.segments]
         try:
             with (
+                restored_afterwards(arena.segments),
                 torch.random.fork_rng(devices=[]),
                 uncompiled(),
                 as_in_a_capture,
@@ -90,8 +90,6 @@ class EmulatedRuntime(Runtime):
                 result = body()
         finally:
             recorder.saved.restore()
-            for segment, before in zip(arena.segments, segments, strict=False):
-                segment.copy_(before)
         return recorder.graph, result
 
 

@@ -186,7 +186,7 @@ def test_a_call_of_compiled_code_is_of_its_module(backend: Backend) -> None:
             call(x=x)
         finally:
             sys.setprofile(before)
-        return "_is_alone" in called
+        return "_meant" in called
 
     assert asks(model.forward)
     assert not asks(model.get_compiled_call())
