@@ -109,8 +109,9 @@ def cuda_graphed(
     """
     if pool is not None and not isinstance(pool, GraphPool):
         raise OptionError(f"graphcache: pool={pool!r}; give a GraphPool")
-    given = (batch_dim, sizes, pad, bind, stale, pool, fallback, progress, min_gain)
-    options = Options._make(given).checked()
+    options = Options._make(
+        (batch_dim, sizes, pad, bind, stale, pool, fallback, progress, min_gain)
+    ).checked()
     if target is None:
         return lambda target: _decorate(target, options)
     return _decorate(target, options)

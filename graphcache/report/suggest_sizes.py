@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from graphcache.errors import GraphCacheError, OptionError
 from graphcache.report.cache_info import CacheInfo
@@ -68,36 +68,32 @@ def best_sizes(batches: Mapping[int, int], count: int, cost: Callable[[int], flo
     rows = sorted(batches)
     calls = list(accumulate(batches[size] for size in rows))
     costs = list(accumulate(map(cost, rows), max))
-    least = [calls[last] * costs[last] for last in range(len(rows))]
-    before: list[list[int]] = []
+    best = [_Choice(calls[last] * costs[last], (rows[last],)) for last in range(len(rows))]
     for _ in range(1, min(count, len(rows))):
-        least, chosen = _with_one_more(least, calls, costs)
-        before.append(chosen)
-    last = len(rows) - 1
-    sizes = [rows[last]]
-    for chosen in reversed(before):
-        last = chosen[last]
-        sizes.append(rows[last])
-    return tuple(reversed(sizes))
+        best = _with_one_more(best, calls, costs)
+    return best[-1].sizes
 
 
-def _with_one_more(
-    least: list[float], calls: list[int], costs: list[float]
-) -> tuple[list[float], list[int]]:
-    """Returns, for each largest size, the least cost with one more size below, and that size."""
-    now, chosen = [inf] * len(least), [0] * len(least)
-    pending = [(1, len(least), 0, len(least))]
+class _Choice(NamedTuple):
+    cost: float
+    sizes: tuple[int, ...]  # ascending
+
+
+def _with_one_more(best: list[_Choice], calls: list[int], costs: list[float]) -> list[_Choice]:
+    """Returns the best choice for each largest size, with one more size below it."""
+    found = [_Choice(inf, choice.sizes) for choice in best]
+    pending = [(1, len(best), 0, len(best))]
     while pending:
         start, stop, lowest, highest = pending.pop()
-        if start >= stop:
-            continue
-        last = (start + stop) // 2
-        now[last], chosen[last] = min(
-            (least[below] + (calls[last] - calls[below]) * costs[last], below)
-            for below in range(lowest, min(last, highest + 1))
-        )
-        pending += (start, last, lowest, chosen[last]), (last + 1, stop, chosen[last], highest)
-    return now, chosen
+        if start < stop:
+            last = (start + stop) // 2
+            cost, below = min(
+                (best[below].cost + (calls[last] - calls[below]) * costs[last], below)
+                for below in range(lowest, min(last, highest + 1))
+            )
+            found[last] = _Choice(cost, (*best[below].sizes, best[last].sizes[-1]))
+            pending += (start, last, lowest, below), (last + 1, stop, below, highest)
+    return found
 
 
 def interpolated(seconds: Mapping[int, float]) -> Callable[[int], float]:

@@ -49,20 +49,20 @@ def _user_frame() -> FrameType:
 def user_line() -> str:
     """Returns `file:line, in function` of the innermost user code."""
     frame = _user_frame()
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+    return _line(frame, frame.f_lineno)
+
+
+def _line(frame: FrameType, number: int) -> str:
+    return f"{frame.f_code.co_filename}:{number}, in {frame.f_code.co_name}"
 
 
 def user_line_of(error: BaseException) -> str:
     """Returns `file:line, in function` of the user code that raised `error`, or else of torch's."""
-    of_torch = of_user = None
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        line = f"{code.co_filename}:{number}, in {code.co_name}"
-        if not code.co_filename.startswith(_NOT_THE_USERS):
-            of_user = line
-        elif code.co_filename.startswith(_TORCH):
-            of_torch = line
-    return of_user or of_torch or "an unknown line"
+    frames = list(traceback.walk_tb(error.__traceback__))
+    of_user = [each for each in frames if not each[0].f_code.co_filename.startswith(_NOT_THE_USERS)]
+    of_torch = [each for each in frames if each[0].f_code.co_filename.startswith(_TORCH)]
+    innermost = (of_user or of_torch)[-1:]
+    return _line(*innermost[0]) if innermost else "an unknown line"
 
 
 def warn(text: str) -> None:
