@@ -117,20 +117,20 @@ def cuda_graphed(
     return _decorate(target, options)
 
 
-def _check_names(options: Options, function: Callable[..., Any]) -> None:
-    """Raises `OptionError` if an option names an argument that `function` does not take."""
+def _checked(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """Returns `function`; raises `OptionError` if an option names an argument that it does not take."""
     parameters = parameters_of(function)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     pads = options.pad if isinstance(options.pad, dict) else {}
     dims = options.batch_dim if isinstance(options.batch_dim, dict) else {}
     for option, names in (("batch_dim", dims), ("pad", pads), ("bind", options.bind)):
         for name in names:
-            if top_name(name) not in parameters:
+            if top_name(name) not in parameters and not takes_any:
                 raise OptionError(
                     f"graphcache: {option} names {name!r}, and "
                     f"{getattr(function, '__qualname__', function)} takes {', '.join(parameters)}"
                 )
+    return function
 
 
 def _decorate(target: Any, options: Options) -> Any:
@@ -140,12 +140,10 @@ def _decorate(target: Any, options: Options) -> Any:
             "Module that it was made of, as it was before torch.jit"
         )
     if isinstance(target, nn.Module):
-        own = vars(target).get("forward", None)
-        if isinstance(own, InstanceForward):
-            own = own.__wrapped__  # decorated again: the new options count
-        function = own if own is not None else class_forward(type(target))
-        _check_names(options, function)
-        target.forward = InstanceForward(target, function, options)
+        own = vars(target).get("forward", class_forward(type(target)))
+        # Decorated again, the new options count.
+        function = own.__wrapped__ if isinstance(own, InstanceForward) else own
+        target.forward = InstanceForward(target, _checked(function, options), options)
         transformers.attach(target)
         if has_compiled_call(target):
             warn(
@@ -159,8 +157,7 @@ def _decorate(target: Any, options: Options) -> Any:
                 f"graphcache: {target.__qualname__} has no forward to decorate; decorate the function "
                 "that you want graphed"
             )
-        function = class_forward(target)
-        _check_names(options, function)
+        function = _checked(class_forward(target), options)
         target.forward = GraphedForward(function, options)  # type: ignore[attr-defined]
         return target
     if not callable(target) or isinstance(target, (staticmethod, classmethod)):
@@ -168,7 +165,5 @@ def _decorate(target: Any, options: Options) -> Any:
             f"graphcache: can't decorate {target!r}; give a function, a forward, a Module class or a "
             "Module. Options are given by name: cuda_graphed(batch_dim=0)"
         )
-    if isinstance(target, GraphedForward):
-        target = target.__wrapped__
-    _check_names(options, target)
-    return GraphedForward(target, options)
+    function = target.__wrapped__ if isinstance(target, GraphedForward) else target
+    return GraphedForward(_checked(function, options), options)

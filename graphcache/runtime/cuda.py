@@ -21,6 +21,14 @@ RESERVE = 256 << 20  # bytes of the device that graphs leave alone; 1 % of it, i
 _IDLE_STREAMS: dict[torch.device, list[Streams]] = {}
 
 
+def _current_after(last: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream:
+    """Returns the current stream, which waits for `last` if that is another one."""
+    current = torch.cuda.current_stream(device)
+    if last is not None and last != current:
+        current.wait_stream(last)
+    return current
+
+
 class _Turn:
     """Orders the graphs of a device that draw random numbers, on whatever stream each of them runs.
 
@@ -35,10 +43,7 @@ class _Turn:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        current = torch.cuda.current_stream(self._device)
-        if self._last is not None and self._last != current:
-            current.wait_stream(self._last)
-        self._last = current
+        self._last = _current_after(self._last, self._device)
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
@@ -67,7 +72,6 @@ class CudaArena(Arena):
             # workspaces are cleared, the next capture allocates one in this pool.
             idle = _IDLE_STREAMS.setdefault(device, [])
             self.streams = idle.pop() if idle else Streams(device)
-            self.stream = self.streams.main
             weakref.finalize(self, idle.append, self.streams).atexit = False
             torch._C._cuda_clearCublasWorkspaces()
             self._last = torch.cuda.current_stream(device)
@@ -81,8 +85,8 @@ class CudaArena(Arena):
         """
         graph = torch.cuda.CUDAGraph()
         scratch = torch.zeros(1, device=self.device)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream), self.turn:
+        self.streams.main.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.streams.main), self.turn:
             graph.capture_begin(pool=_handle(self.pool), capture_error_mode="thread_local")
             scratch.zero_()
             graph.capture_end()
@@ -103,11 +107,8 @@ class CudaArena(Arena):
 
     def follow_stream(self) -> int:
         """Makes the current stream wait for the last replay if that ran on another one."""
-        current = torch.cuda.current_stream(self.device)
-        if current != self._last:
-            current.wait_stream(self._last)
-            self._last = current
-        return int(current.cuda_stream)
+        self._last = _current_after(self._last, self.device)
+        return int(self._last.cuda_stream)
 
 
 class CudaStopwatch(Stopwatch):
@@ -209,11 +210,11 @@ class CudaRuntime(Runtime):
         branching = self._ladder.branching
         # The handle of a node lives as long as the graph that it was captured into.
         graph = torch.cuda.CUDAGraph(keep_graph=node is not None)
-        arena.stream.wait_stream(torch.cuda.current_stream(arena.device))
+        arena.streams.main.wait_stream(torch.cuda.current_stream(arena.device))
         # The outer context brings the thread back to its stream even if ending the capture raises.
         with (
             torch.cuda.device(arena.device),
-            torch.cuda.stream(arena.stream),
+            torch.cuda.stream(arena.streams.main),
             arena.turn,
         ):
             # A driver that offers no copy-in node is not asked for branches either.
@@ -222,7 +223,7 @@ class CudaRuntime(Runtime):
             graph.capture_begin(pool=_handle(arena.pool), capture_error_mode="thread_local")
             try:
                 if node is not None:
-                    node.record(arena.stream.cuda_stream)
+                    node.record(arena.streams.main.cuda_stream)
                 with branches or nullcontext():
                     result = body()
             except BaseException:

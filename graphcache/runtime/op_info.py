@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import CaptureError
@@ -50,8 +50,7 @@ def tensors_in(*trees: Any) -> Iterator[Tensor]:
 
 def overrides_dispatch(tensor: Tensor) -> bool:
     """Return True if the type of `tensor` is a subclass with a `__torch_dispatch__` of its own."""
-    dispatch = type(tensor).__torch_dispatch__
-    return type(tensor) not in (Tensor, nn.Parameter) and dispatch != Tensor.__torch_dispatch__
+    return type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__
 
 
 @cache
