@@ -325,10 +325,9 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
         owner: the module that the forward was made for.
         caller: names the calling code, which holds the same number of references at each call.
     """
-    if not isinstance(forward, InstanceForward):
-        return
-    known = forward._self_known_counts
-    if sys.getrefcount(forward) == known.get(caller):
+    if not isinstance(forward, InstanceForward) or (
+        sys.getrefcount(forward) == forward._self_known_counts.get(caller)
+    ):
         return
     for holder in gc.get_referrers(forward):
         if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
@@ -337,7 +336,7 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
                 "copy of its module shares it: which of the two is meant can't be told. Call the "
                 "module, or copy it with copy.deepcopy"
             )
-    known[caller] = sys.getrefcount(forward)
+    forward._self_known_counts[caller] = sys.getrefcount(forward)
 
 
 def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:

@@ -116,8 +116,10 @@ class CacheInfo:
             ("saved by weak references", _readable(self.saved_bytes)),
             *(("note", note) for note in self.notes),
         ]
-        head = ("size", "replays", "padded rows", "replay us", "eager us", "saved")
-        rows = [head, *map(self._row, sorted({*self.sizes, *self.replays}))]
+        rows = [
+            ("size", "replays", "padded rows", "replay us", "eager us", "saved"),
+            *map(self._row, sorted({*self.sizes, *self.replays})),
+        ]
         shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or len(rows) == 1]
         table = _aligned(list(zip(*shown, strict=True)), left=0)
         return "\n".join([*_aligned(facts, left=2), "", *table])

@@ -67,9 +67,12 @@ class HostReads(HiddenMode):
                 self.found(Obstacle(Reason.HOST_COPY, f"`torch.{func.__name__}(…, device=…)`"))
         elif func in _READS and args[0].device == self._device:
             self.found(Obstacle(Reason.READS_VALUE, _READS[func]))
-        elif func is Tensor.data_ptr and args[0].device == self._device:
-            if not is_library(sys._getframe(1).f_code.co_filename):
-                self.addressed(args[0])
+        elif (
+            func is Tensor.data_ptr
+            and args[0].device == self._device
+            and not is_library(sys._getframe(1).f_code.co_filename)
+        ):
+            self.addressed(args[0])
         elif func is Tensor.to and args[0].device == self._device and _names_the_host(args, kwargs):
             self.found(Obstacle(Reason.READS_VALUE, "`.to('cpu')`"))
         return func(*args, **kwargs)

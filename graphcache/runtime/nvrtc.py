@@ -39,21 +39,20 @@ def copy_in_kernel(device: torch.device, inputs: int) -> _C.CopyInKernel:
 def _loaded(device: torch.device, capacity: int) -> _C.CopyInKernel:
     _C.check_driver()
     major, minor = torch.cuda.get_device_capability(device)
-    options = (f"--gpu-architecture=sm_{major}{minor}", f"-DGRAPHCACHE_CAPACITY={capacity}")
+    options = f"--gpu-architecture=sm_{major}{minor}".encode(), b"-DGRAPHCACHE_CAPACITY=%d" % capacity
     return _C.CopyInKernel(_compile(_SOURCE.read_bytes(), options), capacity)
 
 
-def _compile(source: bytes, options: tuple[str, ...]) -> bytes:
+def _compile(source: bytes, options: tuple[bytes, ...]) -> bytes:
     try:
         nvrtc = torch.cuda._utils._get_gpu_rtc_library()
     except (OSError, AttributeError) as error:
         raise CompileError(f"no NVRTC: {error}") from error
     program = ctypes.c_void_p()
-    given = [option.encode() for option in options]
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"copy_in.cu", 0, None, None))
     try:
-        arguments = (ctypes.c_char_p * len(given))(*given)
-        if nvrtc.nvrtcCompileProgram(program, len(given), arguments) != 0:
+        arguments = (ctypes.c_char_p * len(options))(*options)
+        if nvrtc.nvrtcCompileProgram(program, len(options), arguments) != 0:
             raise CompileError(_read(nvrtc, program, "ProgramLog").decode(errors="replace"))
         return _read(nvrtc, program, "CUBIN")
     finally:
