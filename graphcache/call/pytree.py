@@ -4,10 +4,10 @@
 has a few us.
 """
 
-import dataclasses
 import enum
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property, partial
 from inspect import getattr_static
 from typing import Any, NamedTuple
@@ -30,32 +30,17 @@ class NotATree(TypeError):
     """A value that is neither a tensor, nor a plain constant, nor a container of such."""
 
 
-class _TensorMark:
-    """Stands for a tensor in a layout."""
-
-    def __repr__(self) -> str:
-        return "tensor"
+TENSOR = "tensor"  # stands for a tensor in a layout
 
 
-TENSOR = _TensorMark()
-
-
-class Constant(NamedTuple):
+@dataclass(frozen=True)
+class Constant:
     """A value that a graph bakes in; values of different types differ, such as 1, 1.0 and True."""
 
     kind: type
     text: Any
-    value: Any
-
-    # Without `value`: the text tells -0.0 from 0.0, and range(0, 3, 2) from range(0, 4, 2).
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and self[:2] == other[:2]
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self[:2])
+    # Not compared: the text tells -0.0 from 0.0, and range(0, 3, 2) from range(0, 4, 2).
+    value: Any = field(compare=False)
 
 
 class Node(NamedTuple):
@@ -68,6 +53,10 @@ class Node(NamedTuple):
     keys: tuple[Any, ...] | None
     children: tuple[Any, ...]
     extra: Any = None
+
+    def plain_keys(self) -> list[Any]:
+        """Returns the keys themselves, or the names of the fields."""
+        return [key.value if isinstance(key, Constant) else key for key in self.keys or ()]
 
 
 class ObjectRef(NamedTuple):
@@ -111,20 +100,15 @@ def _key(key: Any) -> Any:
     kind = type(key)
     if kind is str:
         return key
-    if kind in (tuple, frozenset):
-        return Constant(kind, kind(_key(part) for part in key), key)
-    if _is_namedtuple(kind):
-        return Constant(kind, tuple(_key(part) for part in key), key)
-    if dataclasses.is_dataclass(kind) and not isinstance(key, type):
-        fields = dataclasses.fields(key)
-        return Constant(kind, tuple(_key(getattr(key, field.name)) for field in fields), key)
+    if kind is frozenset:
+        return Constant(kind, frozenset(map(_key, key)), key)
+    if kind is tuple or _is_namedtuple(kind):
+        return Constant(kind, tuple(map(_key, key)), key)
+    if is_dataclass(kind):
+        return Constant(kind, tuple(_key(getattr(key, each.name)) for each in fields(kind)), key)
     if kind.__module__ == "numpy" and kind.__name__ != "void" and hasattr(key, "item"):
         return Constant(kind, (key.dtype.str, constant(key.item())), key)
     return constant(key) or Constant(kind, id(key), key)
-
-
-def _keys(layout: Node) -> list[Any]:
-    return [key.value if isinstance(key, Constant) else key for key in layout.keys or ()]
 
 
 def attributes_besides(value: Any, fields: Sequence[str]) -> list[str]:
@@ -164,53 +148,44 @@ def flatten(
     Raises:
         NotATree: for an object that a graph can neither read from nor bake in.
     """
-
-    def part(item: Any, path: str) -> Any:
-        return flatten(item, leaves, names, path, other, depth - 1)
-
-    def check(fields: Sequence[str]) -> None:
-        if besides := attributes_besides(value, fields):
-            raise NotATree(
-                f"{name or 'the result'} has attributes that are no fields ({', '.join(besides)}), of "
-                f"type {kind.__module__}.{kind.__qualname__}"
-            )
-
     kind = type(value)
     if kind in EXACT_TENSORS:
         leaves.append(value)
         names.append(name)
         return TENSOR
-    plain = constant(value)
-    if plain is not None:
+    if (plain := constant(value)) is not None:
         return plain
     if depth == 0:
         where = name.partition("[")[0] or "the result"
         raise NotATree(f"{where} has more than {MAX_DEPTH} containers in each other, or contains itself")
+    keys: tuple[Any, ...] | None = None
+    field_names: tuple[str, ...] = ()
+    extra: Any = None
     if kind in (list, tuple) or _is_namedtuple(kind):
-        if kind not in (list, tuple):
-            check(())
-        items = tuple(part(item, f"{name}[{index}]") for index, item in enumerate(value))
-        return Node(kind, None, items)
-    if dataclasses.is_dataclass(kind):
+        items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    elif is_dataclass(kind):
         # transformers' ModelOutput is a dictionary too, of those fields that are not None
         extra = tuple(value.keys()) if isinstance(value, dict) else None
-        fields = tuple(field.name for field in dataclasses.fields(value))
-        check(fields)
-        items = tuple(part(getattr(value, field, None), f"{name}.{field}") for field in fields)
-        return Node(kind, fields, items, extra)
-    if kind in (dict, OrderedDict, defaultdict):
+        keys = field_names = tuple(each.name for each in fields(kind))
+        items = [(f"{name}.{each}", getattr(value, each, None)) for each in field_names]
+    elif kind in (dict, OrderedDict, defaultdict):
         extra = value.default_factory if kind is defaultdict else None
-        if kind is OrderedDict:
-            check(())
-        items = tuple(part(item, f"{name}[{key!r}]") for key, item in value.items())
-        return Node(kind, tuple(map(_key, value)), items, extra)
-    found = other(value, name) if other is not None else None
-    if found is not None:
+        keys = tuple(map(_key, value))
+        items = [(f"{name}[{key!r}]", item) for key, item in value.items()]
+    elif other is not None and (found := other(value, name)) is not None:
         return found
-    if kind is slice:
+    elif kind is slice:
         raise NotATree(f"{name or 'the result'} is a slice of something that is no constant")
-    what = "a tensor subclass" if isinstance(value, Tensor) else "an object"
-    raise NotATree(f"{name or 'the result'} is {what} of type {kind.__module__}.{kind.__qualname__}")
+    else:
+        what = "a tensor subclass" if isinstance(value, Tensor) else "an object"
+        raise NotATree(f"{name or 'the result'} is {what} of type {kind.__module__}.{kind.__qualname__}")
+    if besides := attributes_besides(value, field_names):
+        raise NotATree(
+            f"{name or 'the result'} has attributes that are no fields ({', '.join(besides)}), of "
+            f"type {kind.__module__}.{kind.__qualname__}"
+        )
+    children = [flatten(item, leaves, names, path, other, depth - 1) for path, item in items]
+    return Node(kind, keys, tuple(children), extra)
 
 
 def rebuild(layout: Any, leaves: Iterator[Any], objects: Sequence[Any] = ()) -> Any:
@@ -226,20 +201,18 @@ def rebuild(layout: Any, leaves: Iterator[Any], objects: Sequence[Any] = ()) -> 
 
 def _assemble(layout: Node, items: list[Any]) -> Any:
     kind: Any = layout.kind
-    keys, extra = _keys(layout), layout.extra
     if layout.keys is None:
         return kind._make(items) if _is_namedtuple(kind) else kind(items)
-    if dataclasses.is_dataclass(kind):
-        new: Any = kind.__new__
-        made: Any = new(layout.kind)
-        for key, item in zip(keys, items, strict=True):
-            object.__setattr__(made, key, item)  # also where the dataclass is frozen
-        if extra is not None:
-            for key in extra:
-                OrderedDict.__setitem__(made, key, getattr(made, key))
-        return made
-    pairs = zip(keys, items, strict=True)
-    return defaultdict(extra, pairs) if kind is defaultdict else kind(pairs)
+    pairs = zip(layout.plain_keys(), items, strict=True)
+    if not is_dataclass(kind):
+        return defaultdict(layout.extra, pairs) if kind is defaultdict else kind(pairs)
+    new: Any = kind.__new__
+    made = new(kind)
+    for key, item in pairs:
+        object.__setattr__(made, key, item)  # also where the dataclass is frozen
+    for key in layout.extra or ():
+        OrderedDict.__setitem__(made, key, getattr(made, key))
+    return made
 
 
 def native(layout: Any, static_objects: Sequence[Any] = ()) -> _C.Layout:
@@ -255,11 +228,9 @@ def native(layout: Any, static_objects: Sequence[Any] = ()) -> _C.Layout:
         return _C.Layout.constant(layout.value)
     if isinstance(layout, ObjectRef):
         return _C.Layout.static_object(static_objects[layout.number])
-    kind, keys, extra = layout.kind, layout.keys, layout.extra
     parts = [native(child, static_objects) for child in layout.children]
     assemble = partial(_assemble, layout)
-    if keys is None:
-        return _C.Layout.sequence(kind, parts, assemble)
-    if dataclasses.is_dataclass(kind):
-        return _C.Layout.fields(layout.kind, parts, keys, extra, assemble)
-    return _C.Layout.mapping(kind, parts, _keys(layout), extra, assemble)
+    if layout.keys is None:
+        return _C.Layout.sequence(layout.kind, parts, assemble)
+    make = _C.Layout.fields if is_dataclass(layout.kind) else _C.Layout.mapping
+    return make(layout.kind, parts, layout.plain_keys(), layout.extra, assemble)
