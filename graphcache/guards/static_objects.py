@@ -33,8 +33,6 @@ DEPTH = 8  # containers and objects inside one that are looked at
 _POINTER = 8  # bytes
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 
-BeforeMove = Callable[[list[Tensor]], None]
-
 
 def read_object(value: Any, name: str) -> ObjectArg | None:
     """Reads all that an object holds; returns None for a value that is no such object.
@@ -143,7 +141,7 @@ class Slot:
         """Return True if the object of the slot is gone."""
         return self.native.object is None
 
-    def adopt(self, passed: ObjectArg, device: torch.device, before: BeforeMove) -> bool:
+    def adopt(self, passed: ObjectArg, pool: GraphPool) -> bool:
         """Gives the object the memory that graphs know; returns False where another object uses that.
 
         Raises:
@@ -157,7 +155,7 @@ class Slot:
         if any(_C.is_weak(tensor) for tensor in passed.tensors):
             raise NotATree(f"{passed.name} holds an output of a graph; put a .clone() into it")
         self._guards = None  # it held the tensors of the last object
-        if self._memory is not None and not self._move(passed, device, before):
+        if self._memory is not None and not self._move(passed, pool):
             self.native.release()
             return False
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
@@ -167,8 +165,8 @@ class Slot:
         self.native.bind(passed.value, self._guards.native)
         return True
 
-    def _move(self, passed: ObjectArg, device: torch.device, before: BeforeMove) -> bool:
-        pairs = list(zip(self._memory or (), _storages(passed.tensors, device), strict=True))
+    def _move(self, passed: ObjectArg, pool: GraphPool) -> bool:
+        pairs = zip(self._memory or (), _storages(passed.tensors, pool.device), strict=True)
         foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_leased_to(tensor)]
         if any(memory.is_leased() for memory, _ in foreign):
             return False
@@ -180,7 +178,8 @@ class Slot:
                 f"{passed.name} is another object at each call, each used once; pass its tensors as "
                 "arguments of their own"
             )
-        before([tensor for _, tensor in foreign])
+        # Graphs may still read the memory that is written to, on a stream that the caller has left.
+        pool.use_here([tensor for _, tensor in foreign])
         for memory, tensor in foreign:
             memory.adopt(tensor)
         return True
@@ -208,33 +207,21 @@ def with_slots(call: BoundCall, pool: GraphPool) -> BoundCall:
     """
     if not call.objects:
         return call
-    slots = _SLOTS.setdefault(pool, Slots(partial(_before_move, weakref.ref(pool))))
+    slots = _SLOTS.setdefault(pool, Slots())
     try:
-        found = tuple(slots.of(passed, pool.device) for passed in call.objects)
+        found = tuple(slots.of(passed, pool) for passed in call.objects)
     except NotATree as error:
         raise Bypass(str(error)) from None
     return call._replace(slots=found, key=(*call.key, *found))
 
 
-def _before_move(pool: "weakref.ref[GraphPool]", tensors: list[Tensor]) -> None:
-    # Graphs may still read the memory that is written to, on a stream that the caller has left.
-    found = pool()
-    if found is not None:
-        found.use_here(tensors)
-
-
 class Slots:
-    """The slots of one pool, by the shape of their objects; each lives as long as graphs use it.
+    """The slots of one pool, by the shape of their objects; each lives as long as graphs use it."""
 
-    Args:
-        before: called before the contents of tensors are moved, with these.
-    """
-
-    def __init__(self, before: BeforeMove) -> None:
-        self._before = before
+    def __init__(self) -> None:
         self._by_shape: dict[Any, weakref.WeakSet[Slot]] = {}
 
-    def of(self, passed: ObjectArg, device: torch.device) -> Slot:
+    def of(self, passed: ObjectArg, pool: GraphPool) -> Slot:
         """Returns a slot for the object: its own, an empty one that it moves into, or a new one.
 
         Raises:
@@ -242,10 +229,10 @@ class Slots:
         """
         slots = list(self._by_shape.get(passed.shape, ()))
         for slot in sorted(slots, key=lambda slot: not slot.native.holds(passed.value)):
-            if slot.adopt(passed, device, self._before):
+            if slot.adopt(passed, pool):
                 return slot
         slot = Slot()
-        slot.adopt(passed, device, self._before)
+        slot.adopt(passed, pool)
         self._by_shape = {shape: slots for shape, slots in self._by_shape.items() if slots}
         self._by_shape.setdefault(passed.shape, weakref.WeakSet()).add(slot)
         return slot
