@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from traceback import walk_stack
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from graphcache.guards.guards import ReadSet
 from graphcache.guards.reachability import ABSENT, OF_MODULE, SPECIAL, Source, code_in, is_opaque
+from graphcache.report.reasons import Reason
 from graphcache.runtime.source_lines import is_library, is_ours
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.tracing.bytecode import NamesInCode
@@ -30,7 +32,14 @@ _COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
 _ASKS = as_in_a_capture.before.__code__
 # Their kernels may run on streams of their own, which no capture is told of.
 _LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
+_FOREIGN = "it {}: such kernels may run on a stream that no capture sees"
+_SEEDS = ("manual_seed", "seed", "set_state", "graphsafe_set_state")
+_DRAWS = "it draws random numbers of Python's or numpy's, which a graph freezes"
 _HAND_OVER = ("_to_dlpack", "_to_dlpack_versioned")
+_COMPILED_WITH_GRAPHS = (
+    "torch.compile makes CUDA graphs of it (mode='reduce-overhead' or 'max-autotune'), which no graph "
+    "can hold; compile it with mode='default' or 'max-autotune-no-cudagraphs'"
+)
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
@@ -45,10 +54,8 @@ class PythonRecorder:
     Attributes:
         code: the forward, and classes and functions in the arguments.
         asks: whether the forward asks if a capture is under way.
-        captures: whether `torch.compile` makes CUDA graphs of some of it.
         compiled: whether `torch.compile` compiled some of it.
-        launches: how it makes others launch kernels, or None.
-        seeded: the method by which it sets the state of a generator of torch, or None.
+        blocker: the first thing that no graph can hold, and its kind; or None.
     """
 
     def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
@@ -59,13 +66,10 @@ class PythonRecorder:
         self._dynamic = False
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
-        self.seeded: str | None = None
-        self.launches: str | None = None
-        self.asks = self.compiled = self.captures = False
-        self._drawn = False
+        self.asks = self.compiled = False
+        self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
         self._snapshot = Snapshot()
-        self._random = _host_random()
         for root in (instance, *self.code):
             self._snapshot.walk(root, "")
 
@@ -80,12 +84,17 @@ class PythonRecorder:
 
         Finalizers and gc.callbacks that run just now would be taken for code of the forward.
         """
-        before = sys.getprofile()
+        profile, random_before = sys.getprofile(), _host_random()
         sys.setprofile(self._called)
         try:
             yield
         finally:
-            sys.setprofile(before)
+            sys.setprofile(profile)
+            if any(a is not None and a != b for a, b in zip(random_before, _host_random(), strict=True)):
+                self._block(Reason.HOST_RANDOM, _DRAWS)
+
+    def _block(self, reason: Reason, text: str) -> None:
+        self.blocker = self.blocker or (text, reason)
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "c_call":
@@ -102,7 +111,8 @@ class PythonRecorder:
         elif code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
             self.compiled = True
             config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
-            self.captures = self.captures or bool(config.get("triton.cudagraphs"))
+            if config.get("triton.cudagraphs"):
+                self._block(Reason.COMPILED_WITH_GRAPHS, _COMPILED_WITH_GRAPHS)
         if code in self._ran:
             return
         self._ran.add(code)
@@ -130,19 +140,21 @@ class PythonRecorder:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         self._note_launcher(getattr(function, "__module__", None) or type(owner).__module__)
         if name in _HAND_OVER:
-            self.launches = self.launches or "hands memory over by DLPack"
-        if isinstance(owner, torch.Generator):
-            if name in ("manual_seed", "seed", "set_state", "graphsafe_set_state"):
-                self.seeded = name
-        elif type(owner).__module__.startswith(("random", "numpy.random")) and name != "getstate":
+            self._block(Reason.FOREIGN_KERNELS, _FOREIGN.format("hands memory over by DLPack"))
+        if isinstance(owner, torch.Generator) and name in _SEEDS:
+            self._block(Reason.SEEDS_GENERATOR, f"it sets the state of a random generator ({name})")
+        if (
+            type(owner).__module__.startswith(("random", "numpy.random"))
+            and name != "getstate"
             # A kernel that is compiled at its first call draws the names of temporary files.
-            self._drawn = self._drawn or all(
-                frame.f_code.co_filename != tempfile.__file__ for frame in _frames_from(caller)
-            )
+            and all(frame.f_code.co_filename != tempfile.__file__ for frame, _ in walk_stack(caller))
+        ):
+            self._block(Reason.HOST_RANDOM, _DRAWS)
 
     def _note_launcher(self, module: Any) -> None:
-        if self.launches is None and f"{module}.".startswith(_LAUNCHERS):
-            self.launches = f"calls {str(module).partition('.')[0]}"
+        if f"{module}.".startswith(_LAUNCHERS):
+            library = str(module).partition(".")[0]
+            self._block(Reason.FOREIGN_KERNELS, _FOREIGN.format(f"calls {library}"))
 
     def _sources(self) -> Iterator[Source]:
         """Yields the sources of globals, imports and closures of the code that ran."""
@@ -194,24 +206,13 @@ class PythonRecorder:
             if (code, name) in held and not any(now is before for now in held[code, name])
         }
 
-    def drew_on_the_host(self) -> bool:
-        """Return True if Python or numpy drew random numbers, which a graph would freeze."""
-        before, now = self._random, _host_random()
-        return self._drawn or before[0] != now[0] or (before[1] is not None and before[1] != now[1])
-
 
 def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:
     """Return True if a closure variable is of a call that is under way inside the forward."""
-    callers = takewhile(lambda caller: not is_ours(caller), _frames_from(frame.f_back))
+    callers = takewhile(lambda caller: not is_ours(caller[0]), walk_stack(frame.f_back))
     return any(
-        name in caller.f_code.co_cellvars and caller.f_locals.get(name) is value for caller in callers
+        name in caller.f_code.co_cellvars and caller.f_locals.get(name) is value for caller, _ in callers
     )
-
-
-def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _cells(codes: list[CodeType]) -> Iterator[tuple[FunctionType, CellType, str]]:

@@ -19,11 +19,6 @@ from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder
 
-COMPILED_WITH_GRAPHS = (
-    "torch.compile makes CUDA graphs of it (mode='reduce-overhead' or 'max-autotune'), which no graph "
-    "can hold; compile it with mode='default' or 'max-autotune-no-cudagraphs'"
-)
-
 
 class Forward(NamedTuple):
     """A forward and the instance that it is bound to; None where it is a plain function."""
@@ -129,7 +124,7 @@ def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
         blocker=blocker
         or ops.blocker
         or _result_blocker(tensors, (*call.tensors, *reached), ops.external)
-        or _python_blocker(python),
+        or python.blocker,
         python_mutations=mutations,
         leak=leak,
         read_set=python.read_set(),
@@ -155,19 +150,4 @@ def _result_blocker(
             continue
         text = f"it returns a tensor {what}, which no graph makes ({describe(tensor)})"
         return text, Reason.RESULT_TENSOR
-    return None
-
-
-def _python_blocker(python: PythonRecorder) -> tuple[str, Reason] | None:
-    if python.captures:
-        return COMPILED_WITH_GRAPHS, Reason.COMPILED_WITH_GRAPHS
-    if python.launches:
-        text = f"it {python.launches}: such kernels may run on a stream that no capture sees"
-        return text, Reason.FOREIGN_KERNELS
-    if python.seeded:
-        text = f"it sets the state of a random generator ({python.seeded})"
-        return text, Reason.SEEDS_GENERATOR
-    if python.drew_on_the_host():
-        text = "it draws random numbers of Python's or numpy's, which a graph freezes"
-        return text, Reason.HOST_RANDOM
     return None
