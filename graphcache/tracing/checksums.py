@@ -15,19 +15,13 @@ _WORD = 8  # bytes
 
 
 class Checksums:
-    """Sums over the storages of some tensors, to be compared later.
+    """Sums over the storages of some tensors, to be compared later."""
 
-    Args:
-        tensors: those whose storages are summed up; storages that no longer can be read are left out.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         self._before: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        for tensor in tensors:
-            self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Sums up the storage of one more tensor, unless that was done."""
+        """Sums up the storage of one more tensor, if it can be read, unless that was done."""
         if _is_plain(tensor) and _C.storage_key(tensor) not in self._before:
             with torch.inference_mode(False), torch.no_grad():
                 self._before[_C.storage_key(tensor)] = tensor, _sums(tensor)
@@ -40,7 +34,7 @@ class Checksums:
                 for key, (tensor, before) in self._before.items()
                 if key not in known
                 and _C.storage_key(tensor) == key
-                and not _same(before, _sums(tensor))
+                and not all(map(torch.equal, before, _sums(tensor)))
             ]
 
 
@@ -60,7 +54,3 @@ def _sums(tensor: Tensor) -> list[Tensor]:
     words, rest = everything[:whole].view(torch.int64), everything[whole:]
     # the second shows that rows changed places
     return [words.sum(), words[::3].sum(), rest.sum()]
-
-
-def _same(before: list[Tensor], now: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(before, now, strict=True))

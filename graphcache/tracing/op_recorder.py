@@ -45,7 +45,7 @@ class _HostReads(HostReads):
         self._recorder = recorder
 
     def found(self, obstacle: Obstacle) -> None:
-        self._recorder.block(obstacle.reason, obstacle.detail)
+        self._recorder.block(*obstacle)
 
     def addressed(self, tensor: Tensor) -> None:
         super().addressed(tensor)
@@ -86,10 +86,15 @@ class OpRecorder(DispatchMode):
         self.blocker: tuple[str, Reason] | None = None
         self.draws_random = False
         self.constants: dict[Key, Tensor] | None = None
+        self._generator = (
+            torch.default_generator
+            if device.type == "cpu"
+            else torch.cuda.default_generators[device.index]
+        )
         self._saved = SavedState() if restore else None
         given = list(inputs)
         self._suspects = [*given, *suspects]
-        self._bytes = Checksums(())
+        self._bytes = Checksums()
         self._inputs = {_C.storage_key(tensor) for tensor in given}
         # Weak references keep the keys of dead storages from being used again.
         self.made: dict[int, StorageWeakRef] = {}
@@ -105,8 +110,10 @@ class OpRecorder(DispatchMode):
     @contextmanager
     def record(self) -> Iterator[None]:
         """Records what runs inside the block; with `restore`, puts back what that mutated."""
-        before, host_before = self._random_state(), torch.get_rng_state()
-        self._bytes = Checksums(t for t in self._suspects if t.device == self.device)
+        before, host_before = self._generator.get_state(), torch.get_rng_state()
+        for tensor in self._suspects:
+            if tensor.device == self.device:
+                self._bytes.add(tensor)
         host = _HostReads(self)
         constants = Constants(self.device, on_read=self.note_read, on_made=self._note_constant)
         try:
@@ -115,14 +122,17 @@ class OpRecorder(DispatchMode):
                 yield
         finally:
             self.constants = constants.made if constants.used else None
-            self.draws_random = not torch.equal(before, self._random_state())
+            self.draws_random = not torch.equal(before, self._generator.get_state())
             if self.device.type != "cpu" and not torch.equal(host_before, torch.get_rng_state()):
                 self.block(Reason.HOST_RANDOM, "from the generator of the CPU")
             for tensor in self._bytes.changed(self.mutated):
-                self._note_mutated_past_operators(tensor)
+                self._add_external(tensor)
+                self.mutated.add(_C.storage_key(tensor))
+                if self.device.type == "cpu":
+                    self.block(Reason.NOT_EMULATED, "it writes to memory past torch's operators")
             if self._saved is not None:
                 self._saved.restore()
-                self._set_random_state(before)
+                self._generator.set_state(before)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -131,15 +141,11 @@ class OpRecorder(DispatchMode):
         parts = take_apart(func, args, kwargs, self)
         if parts is not NotImplemented:
             return parts
-        for tensor in tensors_in(args, kwargs):
-            if overrides_dispatch(tensor):
-                kind = type(tensor)
-                name = f"{kind.__module__}.{kind.__qualname__}"
-                self.block(Reason.TENSOR_SUBCLASS, name)
-                return func(*args, **kwargs)
-        why = obstacle(func, args, kwargs, self.device)
-        if why is not None:
-            self.block(why.reason, why.detail)
+        if kinds := [type(tensor) for tensor in tensors_in(args, kwargs) if overrides_dispatch(tensor)]:
+            self.block(Reason.TENSOR_SUBCLASS, f"{kinds[0].__module__}.{kinds[0].__qualname__}")
+            return func(*args, **kwargs)
+        if (why := obstacle(func, args, kwargs, self.device)) is not None:
+            self.block(*why)
         if func in _INDEXING and any(_C.storage_key(t) in self._constants for t in tensors_in(args[1])):
             self.block(Reason.HOST_COPY, f"{func} takes its index from a list; use a tensor or slices,")
         constant = func is _aten.lift_fresh.default
@@ -151,19 +157,14 @@ class OpRecorder(DispatchMode):
                 self.note_read(tensor)
         for tensor in mutated_by(func, args, kwargs):
             self._note_mutated(tensor)
-        there = self._storages_before if func in _TAKES_STORAGE else None
+        # cuDNN takes over the storage of all its weights, which no operation reads.
+        there = self._storages_before if func in _TAKES_STORAGE else ()
         result = func(*args, **kwargs)
         for tensor in tensors_in(result):
-            if there is not None:
-                self._note_taken_over(tensor, there)
+            if there and _C.storage_key(tensor) in there:
+                self._add_external(tensor)
             self._note_made(tensor)
         return result
-
-    def _note_taken_over(self, tensor: Tensor, there: set[int]) -> None:
-        """Records a storage that no operation read: cuDNN takes over the one of all its weights."""
-        key = _C.storage_key(tensor)
-        if key in there and key not in self.made and key not in self._inputs:
-            self._add_external(key, tensor)
 
     @cached_property
     def _storages_before(self) -> set[int]:
@@ -175,17 +176,13 @@ class OpRecorder(DispatchMode):
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type == "meta":
             return
         known = self._known.get(id(tensor))
-        if known is not None and known() is tensor:
-            return
-        key = _C.storage_key(tensor)
-        if key in self.made:
-            return  # a view that no operation made, such as x.data
+        if (known is not None and known() is tensor) or _C.storage_key(tensor) in self.made:
+            return  # what is made and not known is a view that no operation made, such as x.data
         if tensor.is_quantized:
             self.block(Reason.UNSUPPORTED_TENSOR, "a quantised one is read")
             return
         self._reached[id(tensor)] = ref(tensor)
-        if key not in self._inputs:
-            self._add_external(key, tensor)
+        self._add_external(tensor)
 
     def note_addressed(self, tensor: Tensor) -> None:
         """Records a tensor that a kernel past torch's operators is about to be given."""
@@ -201,11 +198,11 @@ class OpRecorder(DispatchMode):
         self._inputs.add(_C.storage_key(tensor))
         self._known[id(tensor)] = ref(tensor)
 
-    def _add_external(self, key: int, tensor: Tensor) -> None:
-        if key not in self.external:
-            self.external[key] = _C.alias(
-                tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset())
-            )
+    def _add_external(self, tensor: Tensor) -> None:
+        key = _C.storage_key(tensor)
+        if not (key in self.external or key in self._inputs or key in self.made):
+            offset = int(tensor.storage_offset())
+            self.external[key] = _C.alias(tensor, tensor.shape, tensor.stride(), offset)
 
     def _note_mutated(self, tensor: Tensor) -> None:
         key = _C.storage_key(tensor)
@@ -214,21 +211,11 @@ class OpRecorder(DispatchMode):
             if self._saved is not None:
                 self._saved.save(tensor)
 
-    def _note_mutated_past_operators(self, tensor: Tensor) -> None:
-        key = _C.storage_key(tensor)
-        self.mutated.add(key)
-        if key not in self._inputs:
-            self._add_external(key, tensor)
-        if self.device.type == "cpu":
-            self.block(Reason.NOT_EMULATED, "it writes to memory past torch's operators")
-
     def _note_made(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided or tensor.is_nested:
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+            kind = "a quantised one" if tensor.is_quantized else kind
             self.block(Reason.UNSUPPORTED_TENSOR, f"{kind} is made")
-            return
-        if tensor.is_quantized:
-            self.block(Reason.UNSUPPORTED_TENSOR, "a quantised one is made")
             return
         if id(tensor) not in self._reached:
             self._known[id(tensor)] = ref(tensor)
@@ -239,12 +226,12 @@ class OpRecorder(DispatchMode):
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Puts back afterwards what was recorded as mutated, and the generator; records nothing."""
-        before = self._random_state()
+        before = self._generator.get_state()
         try:
             with restored_afterwards(self.mutated_external()):
                 yield
         finally:
-            self._set_random_state(before)
+            self._generator.set_state(before)
 
     def mutated_external(self) -> list[Tensor]:
         """Returns a tensor for each storage that was mutated and that the forward did not make."""
@@ -255,18 +242,3 @@ class OpRecorder(DispatchMode):
     def reached(self) -> list[Tensor]:
         """Returns the tensors that came from elsewhere and that somebody still holds."""
         return [tensor for known in self._reached.values() if (tensor := known()) is not None]
-
-    def mutated_positions(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Returns the positions of the tensors that were mutated."""
-        return [i for i, tensor in enumerate(tensors) if _C.storage_key(tensor) in self.mutated]
-
-    def _random_state(self) -> Tensor:
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state(self.device)
-        return torch.get_rng_state()
-
-    def _set_random_state(self, state: Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
