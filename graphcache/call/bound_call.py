@@ -66,10 +66,8 @@ class BoundCall(NamedTuple):
 
     def object_ref(self, value: Any, _: str) -> ObjectRef | None:
         """Returns the reference to one of `objects`, None for any other value; for `pytree.flatten`."""
-        for index, passed in enumerate(self.objects):
-            if passed.value is value:
-                return ObjectRef(index)
-        return None
+        refs = (ObjectRef(i) for i, passed in enumerate(self.objects) if passed.value is value)
+        return next(refs, None)
 
     def static_objects(self) -> list[Any]:
         """Returns the native counterpart of each slot."""

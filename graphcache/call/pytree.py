@@ -81,11 +81,9 @@ def _is_namedtuple(kind: type) -> bool:
 def constant(value: Any) -> Constant | None:
     """Returns a plain value as a constant of a layout; None for any other value."""
     kind = type(value)
-    if kind is float:
-        return Constant(kind, value.hex(), value)
-    if kind is complex:
-        return Constant(kind, (value.real.hex(), value.imag.hex()), value)
-    if kind in (range, slice):
+    if kind in (float, complex, range):
+        return Constant(kind, repr(value), value)
+    if kind is slice:
         parts = tuple(constant(part) for part in (value.start, value.stop, value.step))
         return None if None in parts else Constant(kind, parts, value)
     if kind in _PLAIN or kind in _TORCH_VALUES:

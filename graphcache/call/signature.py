@@ -18,7 +18,6 @@ from graphcache.report.reasons import Bypass, Reason
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 COPY_LIMIT = 4 * 2**20  # bytes
 
-_NOT_NAMED = object()
 _REQUIRED = inspect.Parameter.empty
 
 
@@ -88,7 +87,7 @@ class Signature:
                     role=leaf.role,
                     batch_dim=-1 if dim is None else dim,
                     carries_batch=dim is not None and tensor.shape[dim] == call.batch,
-                    must_be_weak=leaf.role is WHOLE and _nbytes(tensor) > COPY_LIMIT,
+                    must_be_weak=leaf.role is WHOLE and tensor.nbytes > COPY_LIMIT,
                     order=leaf.order or (),
                     example=tensor,
                 )
@@ -97,11 +96,9 @@ class Signature:
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments by name, given or default, in the order of the parameters."""
-        if len(args) > len(self.positional) and not self.varargs:
-            raise Bypass(Reason.WRONG_ARGUMENTS)
-        named = dict(zip(self.positional, args, strict=False))
-        for index, extra in enumerate(args[len(self.positional) :]):
-            named[f"*{index}"] = extra
+        more = len(args) - len(self.positional)
+        names = (*self.positional, *(f"*{index}" for index in range(more)))
+        named = dict(zip(names, args, strict=False))
         given = len(named)
         for name, default in self.defaults.items():
             if name not in named:
@@ -111,7 +108,8 @@ class Signature:
         extras = sorted(kwargs.keys() - self.defaults.keys()) if self.open else []
         named.update((name, kwargs[name]) for name in extras)
         is_whole = all(value is not _REQUIRED for value in named.values())
-        if not is_whole or given + len(extras) != len(args) + len(kwargs):
+        takes_all = given + len(extras) == len(args) + len(kwargs) and (more <= 0 or self.varargs)
+        if not (is_whole and takes_all):
             raise Bypass(Reason.WRONG_ARGUMENTS)
         return named
 
@@ -177,7 +175,7 @@ class Signature:
         is_output = _C.is_weak(tensor)
         if is_output and is_bound:
             raise Bypass(Reason.BOUND_OUTPUT, path)
-        if is_bound or (dim is None and not is_output and _nbytes(tensor) > COPY_LIMIT):
+        if is_bound or (dim is None and not is_output and tensor.nbytes > COPY_LIMIT):
             bits = (tensor.is_conj(), tensor.is_neg())
             address = (tensor.data_ptr(), tensor.stride(), dim is not None, *bits)
             return Leaf(BOUND, dim, None), (BOUND, tensor.dtype, shape, address)
@@ -192,12 +190,10 @@ class Signature:
 
     def names_batch(self, call: BoundCall) -> bool:
         """Return True if `batch_dim` names every argument that carries the batch."""
-        carriers = (
-            name for name, leaf in zip(call.paths, call.roles, strict=True) if leaf.role is BATCHED
-        )
         dims = self.batch_dim
         return isinstance(dims, dict) and all(
-            by_path(dims, name, _NOT_NAMED) is not _NOT_NAMED for name in carriers
+            leaf.role is not BATCHED or path in dims or top_name(path) in dims
+            for path, leaf in zip(call.paths, call.roles, strict=True)
         )
 
     def _dim(self, tensor: Tensor, name: str) -> int | None:
@@ -216,10 +212,6 @@ class Signature:
         if not tensors:
             raise Bypass(Reason.NO_TENSOR)
         raise Bypass(Reason.NO_BATCH_DIM, f"batch_dim={self.batch_dim}")
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _is_dense(tensor: Tensor, order: tuple[int, ...] | None) -> bool:
