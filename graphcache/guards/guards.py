@@ -67,12 +67,9 @@ class Guards:
         iterators: names of iterators, which no replay would advance.
     """
 
-    __slots__ = ("hooked", "iterators", "native", "unguarded")
-
     def __init__(self, builder: "_GuardBuilder | None" = None, unguarded: Iterable[Tensor] = ()) -> None:
-        self.native = builder.native if builder is not None else _C.Guard()
-        self.hooked = builder.hooked if builder is not None else None
-        self.iterators = builder.iterators if builder is not None else []
+        found = builder or _GuardBuilder()
+        self.native, self.hooked, self.iterators = found.native, found.hooked, found.iterators
         self.unguarded = list(unguarded)
 
     def check(self, *, grad: bool) -> bool:
@@ -123,7 +120,7 @@ class Guards:
     @classmethod
     def of_object(cls, value: Any, name: str, depth: int, tensors: Iterable[Tensor]) -> "Guards":
         """Guards all of one object; `unguarded` holds those of `tensors` that were not found in it."""
-        builder = _GuardBuilder(None, None, frozenset())
+        builder = _GuardBuilder()
         builder.walk(value, name, depth)
         return cls(builder, [tensor for tensor in tensors if id(tensor) not in builder.tensors])
 
@@ -137,7 +134,12 @@ class _GuardBuilder(Walker):
         users_names: those of them that the user's code names.
     """
 
-    def __init__(self, root: Any, names: frozenset[str] | None, users_names: frozenset[str]) -> None:
+    def __init__(
+        self,
+        root: Any = None,
+        names: frozenset[str] | None = None,
+        users_names: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
         self.native = _C.Guard(names, "requires_grad" in users_names)
         self.tensors: dict[int, Tensor] = {}
@@ -246,7 +248,5 @@ def submodule_with_hooks(instance: Any) -> str | None:
         return None
     if nn_module._has_any_global_hook():
         return "every module (a global hook)"
-    for name, module in instance.named_modules():
-        if module is not instance and _has_hooks(module):
-            return repr(name)
-    return None
+    inner = (item for item in instance.named_modules() if item[1] is not instance)
+    return next((repr(name) for name, module in inner if _has_hooks(module)), None)

@@ -54,13 +54,13 @@ SPECIAL = frozenset(
 _PACKAGES = ("graphcache", "triton", "cupy", "numba", "cuda", "torch.ops", "torch.library", "torch.cuda")
 _OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file such as cuda_ops.py
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
-_NOT_SEARCHED = (*_PLAIN, type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger, Tensor)
+CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
+_NOT_SEARCHED = (*_PLAIN, *CODE, logging.Logger, Tensor)
 # Objects of these refer to the same others for ever; a view to its dict.
 _REFERRING: tuple[type[Any], ...] = (
     *(partial, MethodType, BuiltinFunctionType, staticmethod, classmethod, MappingProxyType),
     *(type({}.keys()), type({}.values()), type({}.items())),
 )
-_BY_LENGTH = (dict, list, set, deque)
 
 
 class Source(NamedTuple):
@@ -330,7 +330,9 @@ def _behind(value: Any) -> list[Any] | None:
         return None
     found = value()
     # Objects and modules are known weakly; other things might be gone when they are compared.
-    weakly = hasattr(type(found), "__weakref__") and not isinstance(found, (Tensor, *_BY_LENGTH))
+    weakly = hasattr(type(found), "__weakref__") and not isinstance(
+        found, (Tensor, dict, list, set, deque)
+    )
     return [found] if weakly else []
 
 
@@ -399,19 +401,14 @@ def is_plain(value: Any) -> bool:
 def is_iterator(value: Any) -> bool:
     """Return True if code of C keeps the position of the iterator; files have none that counts."""
     kind = type(value)
-    step = getattr(kind, "__next__", None)
-    if step is None or isinstance(step, FunctionType):
-        return False
-    return kind not in ProxyTypes and not issubclass(kind, IOBase)
+    is_of_c = not isinstance(getattr(kind, "__next__", None), (FunctionType, type(None)))
+    return is_of_c and kind not in ProxyTypes and not issubclass(kind, IOBase)
 
 
 def named_in(table: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
     """Returns the globals of a Python module that count; of a library's, only code and modules."""
-    found = [(name, table[name]) for name in names if name in table]
-    if not is_library_module(table):
-        return found
-    code = (FunctionType, BuiltinFunctionType, ModuleType, type)
-    return [item for item in found if isinstance(item[1], code)]
+    kinds = CODE if is_library_module(table) else object
+    return [(name, table[name]) for name in names if name in table and isinstance(table[name], kinds)]
 
 
 def is_library_module(table: dict[str, Any]) -> bool:

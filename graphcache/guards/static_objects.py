@@ -52,13 +52,11 @@ def _is_plain_object(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
         return False
-    *classes, root = kind.__mro__
-    if root is not object or not all(each.__flags__ & HEAP_TYPE for each in classes):
-        return False
+    classes = kind.__mro__[:-1]
+    of_python = all(each.__flags__ & HEAP_TYPE for each in classes) and hasattr(kind, "__weakref__")
     slots = [m for each in classes for m in vars(each).values() if isinstance(m, MemberDescriptorType)]
     known = object.__basicsize__ + _POINTER * (2 + len(slots))  # its __dict__ and __weakref__ besides
-    weakly = hasattr(kind, "__weakref__")
-    return weakly and kind.__basicsize__ <= known and attributes_of(value) is not None
+    return of_python and kind.__basicsize__ <= known and attributes_of(value) is not None
 
 
 class _Shape(Walker):

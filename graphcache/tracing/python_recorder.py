@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from traceback import walk_stack
-from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from graphcache.guards.guards import ReadSet
-from graphcache.guards.reachability import ABSENT, OF_MODULE, SPECIAL, Source, code_in, is_opaque
+from graphcache.guards.reachability import ABSENT, CODE, OF_MODULE, SPECIAL, Source, code_in, is_opaque
 from graphcache.report.reasons import Reason
 from graphcache.runtime.source_lines import is_library, is_ours
 from graphcache.runtime.torch_patches import as_in_a_capture
@@ -40,7 +39,6 @@ _COMPILED_WITH_GRAPHS = (
     "torch.compile makes CUDA graphs of it (mode='reduce-overhead' or 'max-autotune'), which no graph "
     "can hold; compile it with mode='default' or 'max-autotune-no-cudagraphs'"
 )
-_CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
 class PythonRecorder:
@@ -55,6 +53,7 @@ class PythonRecorder:
         code: the forward, and classes and functions in the arguments.
         asks: whether the forward asks if a capture is under way.
         compiled: whether `torch.compile` compiled some of it.
+        snapshot: the Python values before the forward ran; empty after `changed()`.
         blocker: the first thing that no graph can hold, and its kind; or None.
     """
 
@@ -69,14 +68,9 @@ class PythonRecorder:
         self.asks = self.compiled = False
         self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
-        self._snapshot = Snapshot()
+        self.snapshot = Snapshot()
         for root in (instance, *self.code):
-            self._snapshot.walk(root, "")
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors that the instance held before the forward ran, parameters excepted."""
-        return list(self._snapshot.tensors.values())
+            self.snapshot.walk(root, "")
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -120,21 +114,21 @@ class PythonRecorder:
         if is_library(code.co_filename) or is_opaque(frame.f_globals.get("__name__")):
             return
         named, scope = self._named[code] = NamesInCode(code), frame.f_globals
-        self._snapshot.add_names(named.attributes)
+        self.snapshot.add_names(named.attributes)
         for name in named.scope:
-            self._snapshot.add_global(scope, name, f"global {name}")
+            self.snapshot.add_global(scope, name, f"global {name}")
         for module in named.imports(scope):
-            self._snapshot.walk(module, module.__name__)
+            self.snapshot.walk(module, module.__name__)
         if code.co_freevars:
             values = frame.f_locals
             held = {name: values[name] for name in code.co_freevars if name in values}
-            if not all(isinstance(value, _CODE) for value in held.values()):
+            if not all(isinstance(value, CODE) for value in held.values()):
                 self._closures[code] = held
             else:  # to find their cells takes long
                 self._in_cells.extend(held.items())
             for name, value in held.items():
                 if not _is_local_to_a_caller(frame, name, value):
-                    self._snapshot.walk(value, name)
+                    self.snapshot.walk(value, name)
 
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
@@ -187,9 +181,9 @@ class PythonRecorder:
 
         Lets go of all values that were there then.
         """
-        names = self._snapshot.changed() or sorted(self._rebound())
-        self._dynamic = self._snapshot.dynamic
-        self._snapshot = Snapshot()
+        names = self.snapshot.changed() or sorted(self._rebound())
+        self._dynamic = self.snapshot.dynamic
+        self.snapshot = Snapshot()
         for held in self._closures.values():
             held.clear()
         return names
