@@ -38,8 +38,6 @@ class NamesInCode:
         dynamic: whether the code may read attributes that it does not name.
     """
 
-    __slots__ = ("_imports", "attributes", "dynamic", "scope")
-
     def __init__(self, code: CodeType) -> None:
         texts = set(_texts(code.co_consts))
         names = code.co_names
@@ -47,13 +45,12 @@ class NamesInCode:
         self.scope: set[str] = set()
         asked = _DYNAMIC.intersection(names)
         self.dynamic = bool(asked) and not (asked <= _BY_NAME and _asks_by_texts(code))
-        self._imports: set[str] = set()
+        imports_by_text = not _IMPORTS_BY_TEXT.isdisjoint(names)
+        self._imports = {text.lstrip(".") for text in texts} if imports_by_text else set()
         if not _BY_TEXT.isdisjoint(names):  # such as "{0.scale}".format(config)
             words = {word for text in texts for word in re.findall(r"[^\W\d]\w*", text)}
             self.attributes |= words
             self.scope |= words if not _SCOPE_BY_TEXT.isdisjoint(names) else set()
-        if not _IMPORTS_BY_TEXT.isdisjoint(names):
-            self._imports.update(text.lstrip(".") for text in texts)
         high = 0
         for op, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
             argument = high | low
@@ -72,7 +69,7 @@ class NamesInCode:
         package = scope.get("__package__") or ""
         for name in self._imports:
             for level in range(package.count(".") + 2 if package else 1):
-                path = resolve_name("." * level + name, package) if level else name
+                path = resolve_name("." * level + name, package)
                 for each in (path, path.split(".")[0]):  # `import a.b` gives a
                     module = sys.modules.get(each)
                     if isinstance(module, ModuleType):

@@ -5,7 +5,7 @@ arguments are bound, whether rows may be padded, what is guarded, whether to cap
 """
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -74,7 +74,7 @@ class OpRecorder(DispatchMode):
     def __init__(
         self,
         device: torch.device,
-        inputs: Iterable[Tensor],
+        inputs: Sequence[Tensor],
         *,
         restore: bool,
         suspects: Iterable[Tensor] = (),
@@ -92,15 +92,14 @@ class OpRecorder(DispatchMode):
             else torch.cuda.default_generators[device.index]
         )
         self._saved = SavedState() if restore else None
-        given = list(inputs)
-        self._suspects = [*given, *suspects]
+        self._suspects = [*inputs, *suspects]
         self._bytes = Checksums()
-        self._inputs = {_C.storage_key(tensor) for tensor in given}
+        self._inputs = {_C.storage_key(tensor) for tensor in inputs}
         # Weak references keep the keys of dead storages from being used again.
         self.made: dict[int, StorageWeakRef] = {}
         self._constants: set[int] = set()  # of those, what was written out in the source
         # By identity: what operations gave, the arguments, and what came from elsewhere.
-        self._known = {id(tensor): ref(tensor) for tensor in given}
+        self._known = {id(tensor): ref(tensor) for tensor in inputs}
         self._reached: dict[int, ref[Tensor]] = {}
 
     def block(self, reason: Reason, detail: str) -> None:
@@ -156,7 +155,9 @@ class OpRecorder(DispatchMode):
             else:
                 self.note_read(tensor)
         for tensor in mutated_by(func, args, kwargs):
-            self._note_mutated(tensor)
+            if _C.storage_key(tensor) not in self.made:
+                self.mutated.add(_C.storage_key(tensor))
+                self._save(tensor)
         # cuDNN takes over the storage of all its weights, which no operation reads.
         there = self._storages_before if func in _TAKES_STORAGE else ()
         result = func(*args, **kwargs)
@@ -190,8 +191,7 @@ class OpRecorder(DispatchMode):
         if tensor.layout is torch.strided and _C.storage_key(tensor) not in self.made:
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._bytes.add(tensor)
-                if self._saved is not None:
-                    self._saved.save(tensor)
+                self._save(tensor)
 
     def _note_constant(self, tensor: Tensor) -> None:
         """Records a tensor of graphcache, of which the forward sees copies."""
@@ -204,12 +204,9 @@ class OpRecorder(DispatchMode):
             offset = int(tensor.storage_offset())
             self.external[key] = _C.alias(tensor, tensor.shape, tensor.stride(), offset)
 
-    def _note_mutated(self, tensor: Tensor) -> None:
-        key = _C.storage_key(tensor)
-        if key not in self.made:
-            self.mutated.add(key)
-            if self._saved is not None:
-                self._saved.save(tensor)
+    def _save(self, tensor: Tensor) -> None:
+        if self._saved is not None:
+            self._saved.save(tensor)
 
     def _note_made(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:

@@ -92,9 +92,13 @@ def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
         Exception: what the forward raised.
     """
     python = PythonRecorder(forward.instance, forward.function, (call.args, call.kwargs))
-    suspects = [*python.tensors, *(tensor for passed in call.objects for tensor in passed.tensors)]
-    ops = OpRecorder(call.tensors[0].device, call.tensors, restore=restore, suspects=suspects)
-    del suspects
+    held = (tensor for passed in call.objects for tensor in passed.tensors)
+    ops = OpRecorder(
+        call.tensors[0].device,
+        call.tensors,
+        restore=restore,
+        suspects=(*python.snapshot.tensors.values(), *held),
+    )
     with inlining(), ops.record(), python.record():
         result = forward.run(call)
     mutations = python.changed()  # at once: it lets go of what was there before
