@@ -18,8 +18,10 @@ from torch import Tensor
 from graphcache import _C
 
 # Of exactly these types: an instance of a subclass may have attributes, which no comparison sees.
-_PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis))
-_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+_PLAIN = (
+    *(bool, int, str, bytes, type(None), type(Ellipsis)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
 EXACT_TENSORS = (Tensor, torch.nn.Parameter)
 # Attributes that torch.compile and transformers set on tensors; no forward reads them.
 _MARKS = ("_specialize_on", "_is_hf_initialized", "_is_buffer", "persistent")
@@ -86,7 +88,7 @@ def constant(value: Any) -> Constant | None:
     if kind is slice:
         parts = tuple(constant(part) for part in (value.start, value.stop, value.step))
         return None if None in parts else Constant(kind, parts, value)
-    if kind in _PLAIN or kind in _TORCH_VALUES:
+    if kind in _PLAIN:
         return Constant(kind, value, value)
     if isinstance(value, enum.Enum):  # there is one object for each member
         return Constant(kind, id(value), value)

@@ -79,19 +79,18 @@ class Signature:
             if (default := self.defaults.get(name, _REQUIRED)) is not _REQUIRED:
                 parameter.set_default(default)
             parameters.append(parameter)
-        leaves = []
-        for tensor, name, leaf in zip(call.tensors, call.paths, call.roles, strict=True):
-            dim = self._dim(tensor, name)
-            leaves.append(
-                _C.Leaf(
-                    role=leaf.role,
-                    batch_dim=-1 if dim is None else dim,
-                    carries_batch=dim is not None and tensor.shape[dim] == call.batch,
-                    must_be_weak=leaf.role is WHOLE and tensor.nbytes > COPY_LIMIT,
-                    order=leaf.order or (),
-                    example=tensor,
-                )
+        dims = map(self._dim, call.tensors, call.paths)
+        leaves = [
+            _C.Leaf(
+                role=leaf.role,
+                batch_dim=-1 if dim is None else dim,
+                carries_batch=dim is not None and tensor.shape[dim] == call.batch,
+                must_be_weak=leaf.role is WHOLE and tensor.nbytes > COPY_LIMIT,
+                order=leaf.order or (),
+                example=tensor,
             )
+            for tensor, leaf, dim in zip(call.tensors, call.roles, dims, strict=True)
+        ]
         return parameters, leaves
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +179,8 @@ class Signature:
             address = (tensor.data_ptr(), tensor.stride(), dim is not None, *bits)
             return Leaf(BOUND, dim, None), (BOUND, tensor.dtype, shape, address)
         order = None if tensor.is_contiguous() else _order(tensor)
-        if tensor.dim() > _C.MAX_DIMS and not _is_dense(tensor, order):
+        by_stride = order or tuple(range(tensor.dim()))
+        if tensor.dim() > _C.MAX_DIMS and not tensor.permute(by_stride).is_contiguous():
             detail = f"{path} has strides over more than {_C.MAX_DIMS} dimensions; pass it .contiguous()"
             raise Bypass(Reason.ARGUMENT_TENSOR, detail)
         role = WHOLE if dim is None else BATCHED
@@ -212,10 +212,6 @@ class Signature:
         if not tensors:
             raise Bypass(Reason.NO_TENSOR)
         raise Bypass(Reason.NO_BATCH_DIM, f"batch_dim={self.batch_dim}")
-
-
-def _is_dense(tensor: Tensor, order: tuple[int, ...] | None) -> bool:
-    return tensor.permute(order or tuple(range(tensor.dim()))).is_contiguous()
 
 
 def _order(tensor: Tensor) -> tuple[int, ...] | None:
