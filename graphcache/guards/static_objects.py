@@ -10,7 +10,7 @@ The caches of transformers are such objects: `generate` makes a new one each tim
 
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import FunctionType, MemberDescriptorType
 from typing import Any
@@ -225,21 +225,15 @@ class Slots:
         Raises:
             NotATree: where the object can't be guarded, or is another one each time.
         """
-        slots = list(self._by_shape.get(passed.shape, ()))
-        for slot in sorted(slots, key=lambda slot: not slot.native.holds(passed.value)):
-            if slot.adopt(passed, pool):
-                return slot
-        slot = Slot()
-        slot.adopt(passed, pool)
+        alike = self._by_shape.get(passed.shape, ())
+        slots = sorted(alike, key=lambda slot: not slot.native.holds(passed.value))
+        slot = next(slot for slot in (*slots, Slot()) if slot.adopt(passed, pool))
         self._by_shape = {shape: slots for shape, slots in self._by_shape.items() if slots}
         self._by_shape.setdefault(passed.shape, weakref.WeakSet()).add(slot)
         return slot
 
 
-def _storages(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yields a tensor for each storage on the device, in the order of the object."""
-    found: dict[int, Tensor] = {}
-    for tensor in tensors:
-        if tensor.device == device and tensor.untyped_storage().nbytes():
-            found.setdefault(_C.storage_key(tensor), tensor)
-    yield from found.values()
+def _storages(tensors: list[Tensor], device: torch.device) -> Iterable[Tensor]:
+    """Returns a tensor for each storage on the device, in the order of the object."""
+    there = (t for t in tensors if t.device == device and t.untyped_storage().nbytes())
+    return {_C.storage_key(tensor): tensor for tensor in there}.values()
