@@ -22,7 +22,13 @@ class Checksums:
 
     def add(self, tensor: Tensor) -> None:
         """Sums up the storage of one more tensor, if it can be read, unless that was done."""
-        if _is_plain(tensor) and _C.storage_key(tensor) not in self._before:
+        if (
+            tensor.layout is torch.strided
+            and tensor.device.type != "meta"
+            and not _C.is_expired(tensor)
+            and tensor.untyped_storage().nbytes() > 0
+            and _C.storage_key(tensor) not in self._before
+        ):
             with torch.inference_mode(False), torch.no_grad():
                 self._before[_C.storage_key(tensor)] = tensor, _sums(tensor)
 
@@ -36,15 +42,6 @@ class Checksums:
                 and _C.storage_key(tensor) == key
                 and not all(map(torch.equal, before, _sums(tensor)))
             ]
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and tensor.device.type != "meta"
-        and not _C.is_expired(tensor)
-        and tensor.untyped_storage().nbytes() > 0
-    )
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:

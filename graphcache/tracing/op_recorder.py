@@ -223,12 +223,9 @@ class OpRecorder(DispatchMode):
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Puts back afterwards what was recorded as mutated, and the generator; records nothing."""
-        before = self._generator.get_state()
-        try:
-            with restored_afterwards(self.mutated_external()):
-                yield
-        finally:
-            self._generator.set_state(before)
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices), restored_afterwards(self.mutated_external()):
+            yield
 
     def mutated_external(self) -> list[Tensor]:
         """Returns a tensor for each storage that was mutated and that the forward did not make."""

@@ -28,7 +28,6 @@ from graphcache.guards.reachability import (
 )
 
 _BY_OTHER_CODE = (operator.attrgetter, operator.methodcaller)
-_UNCHANGING = (FIXED, LOOSE)
 
 
 class Snapshot(Walker):
@@ -84,7 +83,7 @@ class Snapshot(Walker):
             return self._named(members, self._names)
         if len(members.items) > LONGEST and members.kind not in (MODULE, TABLE):
             return ()
-        if members.kind not in _UNCHANGING:
+        if members.kind not in (FIXED, LOOSE):  # which do not change
             self._members.setdefault((members.kind, id(members.container)), members)
         return members.reachable()
 
