@@ -176,12 +176,10 @@ class _GuardBuilder(Walker):
             items = [item for item in items if self.counts(item[0])]
         members = Members(kind, container, items, label)
         is_long = kind is not SCOPE and len(items) > LONGEST
-        if kind in (SCOPE, ITEMS, EXTRA):
+        if isinstance(container, set) and is_long:
+            return ()
+        if kind in (SCOPE, ITEMS, EXTRA) or (is_long and kind in (DICT, LIST)):
             self._add_sources(members, plain=not is_long)
-        elif kind in (DICT, LIST) and is_long:
-            if isinstance(container, set):
-                return ()
-            self._add_sources(members, plain=False)
         elif kind is LIST:
             self.native.add_items(container, label)
         elif kind is ATTRIBUTES and hasattr(type(container), "__weakref__"):
