@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import _C
 from graphcache.errors import OptionError
-from graphcache.runtime.base import Graph, PoolMemory, Runtime, Stopwatch, runtime_for
+from graphcache.runtime import runtime_for
+from graphcache.runtime.base import Graph, PoolMemory, Runtime, Stopwatch
 
 
 class Lane:

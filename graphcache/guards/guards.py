@@ -36,7 +36,7 @@ from graphcache.guards.reachability import (
     is_plain,
     named_in,
 )
-from graphcache.runtime.op_info import overrides_dispatch
+from graphcache.runtime.op_schemas import overrides_dispatch
 
 LARGEST_BUFFER = 64 * 2**10  # bytes of a host array that are compared on every call
 

@@ -119,14 +119,3 @@ class Runtime:
                 more may be captured into `arena`.
         """
         raise NotImplementedError
-
-
-def runtime_for(device: torch.device) -> Runtime:
-    """Returns the runtime that serves tensors on `device`."""
-    if device.type == "cuda":
-        from graphcache.runtime.cuda import CudaRuntime
-
-        return CudaRuntime()
-    from graphcache.runtime.emulated import EmulatedRuntime
-
-    return EmulatedRuntime()

@@ -15,7 +15,8 @@ from graphcache import _C
 from graphcache.runtime.base import Graph, Result, Runtime
 from graphcache.runtime.emulated_arena import EmulatedArena, copy_memory
 from graphcache.runtime.host_transfers import HostReads
-from graphcache.runtime.op_info import mutated_by, obstacle, take_apart, tensors_in
+from graphcache.runtime.obstacles import obstacle
+from graphcache.runtime.op_schemas import mutated_by, take_apart, tensors_in
 from graphcache.runtime.torch_patches import DispatchMode, as_in_a_capture
 from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncompiled
 

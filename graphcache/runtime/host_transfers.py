@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graphcache.report.reasons import Reason
-from graphcache.runtime.op_info import Obstacle
+from graphcache.runtime.obstacles import Obstacle
 from graphcache.runtime.source_lines import is_library
 from graphcache.runtime.torch_patches import HiddenMode
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import _C
 from graphcache.errors import describe
-from graphcache.runtime.op_info import overrides_dispatch
+from graphcache.runtime.op_schemas import overrides_dispatch
 
 
 def has_storage(value: Any) -> bool:

@@ -18,14 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from graphcache import _C
 from graphcache.report.reasons import Reason, text_of
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
-from graphcache.runtime.op_info import (
-    Obstacle,
-    mutated_by,
-    obstacle,
-    overrides_dispatch,
-    take_apart,
-    tensors_in,
-)
+from graphcache.runtime.obstacles import Obstacle, obstacle
+from graphcache.runtime.op_schemas import mutated_by, overrides_dispatch, take_apart, tensors_in
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import DispatchMode
 from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncached_autocast, uncompiled

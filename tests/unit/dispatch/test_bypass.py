@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphcache
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed
 from graphcache.call.signature import Signature
-from graphcache.runtime.op_info import obstacle
+from graphcache.runtime.obstacles import obstacle
 from tests.helpers import Backend, Counter, close, eager, reasons
 from tests.models import MLP
 

@@ -1,0 +1,84 @@
+"""Reads the schema of an operation: the tensors that it takes and mutates, and its parts."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+
+
+# Their schemas do not declare that they update running statistics in training.
+_BATCH_NORMS = (
+    _aten.native_batch_norm.default,
+    _aten.cudnn_batch_norm.default,
+    _aten.miopen_batch_norm.default,
+)
+
+
+def tensors_in(*trees: Any) -> Iterator[Tensor]:
+    """Yields the tensors among the arguments or results of one operation."""
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            yield tree
+        elif isinstance(tree, (list, tuple)):
+            yield from tensors_in(*tree)
+        elif isinstance(tree, dict):
+            yield from tensors_in(*tree.values())
+
+
+def overrides_dispatch(tensor: Tensor) -> bool:
+    """Return True if the type of `tensor` is a subclass with a `__torch_dispatch__` of its own."""
+    return type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__
+
+
+@cache
+def _mutated_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def mutated_by(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """Returns the tensors that this call of `func` mutates, as the schema declares."""
+    if func in _BATCH_NORMS:  # (input, weight, bias, running mean, running variance, training, …)
+        return [tensor for tensor in args[3:5] if tensor is not None] if args[5] else []
+    return [
+        tensor
+        for index, name in _mutated_arguments(func)
+        for tensor in tensors_in(args[index] if index < len(args) else kwargs.get(name))
+    ]
+
+
+@cache
+def _is_composite(func: torch._ops.OpOverload, backend: str) -> bool:
+    name = func.name()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, backend)
+
+
+def take_apart(
+    func: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: TorchDispatchMode,
+) -> Any:
+    """Runs `func` under `mode` if `func` is made of other operations; else returns NotImplemented.
+
+    Autograd decomposes operations before a mode gets them; inference mode has no autograd. The kernel
+    is that of eager, not a decomposition written in Python.
+    """
+    if not torch.is_inference_mode_enabled():
+        return NotImplemented
+    devices = {tensor.device.type for tensor in tensors_in(args, kwargs)}
+    if not _is_composite(func, "CUDA" if "cuda" in devices else "CPU"):
+        return NotImplemented
+    with mode:
+        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
