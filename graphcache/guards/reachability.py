@@ -401,8 +401,9 @@ def is_plain(value: Any) -> bool:
 def is_iterator(value: Any) -> bool:
     """Return True if code of C keeps the position of the iterator; files have none that counts."""
     kind = type(value)
-    is_of_c = not isinstance(getattr(kind, "__next__", None), (FunctionType, type(None)))
-    return is_of_c and kind not in ProxyTypes and not issubclass(kind, IOBase)
+    step = getattr(kind, "__next__", None)
+    of_c = step is not None and not isinstance(step, FunctionType)
+    return of_c and kind not in ProxyTypes and not issubclass(kind, IOBase)
 
 
 def named_in(table: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
