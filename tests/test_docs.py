@@ -53,7 +53,7 @@ def page_id(page: Path) -> str:
     return page.name
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # Dynamo's own use of it
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:TensorFloat32")  # of Dynamo and Inductor
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=page_id)
 def test_python_blocks_of_page_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a page from top to bottom in one namespace, as a reader would, on emulated graphs."""

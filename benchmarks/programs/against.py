@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratio = median(here[rows] / other[rows] for other, here in rounds)
         calls[f"{rows} rows"] = {"other_us": other, "here_us": here, "ratio": ratio}
         print(f"{rows} rows: {other:.2f} us there, {here:.2f} us here, ratio {ratio:.3f}")
-    figures = {"other": args.commit, "calls": calls}
+    figures = {"status": 0, "other": args.commit, "calls": calls}
     write(args.out / f"against-{short_name(environment())}.json", "against", figures, emulated=False)
     return 0
 
