@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphcache.call.pytree import NotATree
 from graphcache.errors import CaptureError
+from graphcache.report.reasons import Reason
 
 MAX_CHANGES = 3  # calls that change the object that the one before changed
 MAX_FILLING = 256
@@ -69,7 +70,7 @@ class MutationHistory:
     def check(self, kind: type) -> None:
         """Raises `NotATree` for a type of objects that the forward changes again and again."""
         if kind in self._rejected:
-            raise NotATree(self._rejected[kind])
+            raise NotATree(self._rejected[kind], Reason.OBJECT_CHANGES)
 
     def known(self, objects: list[ObjectArg]) -> str | None:
         """Returns why a call that passes these runs eagerly, as far as that is known; or None."""
@@ -88,7 +89,7 @@ class MutationHistory:
             what, again = changed
             why = f"it changes {what}, which no graph replays"
             if again:
-                raise CaptureError(why)
+                raise CaptureError(why, reason=Reason.OBJECT_CHANGES)
             if len(self._filling) >= MAX_FILLING:
                 self._filling.clear()
             self._filling[passed.shape] = why
@@ -97,4 +98,4 @@ class MutationHistory:
             self._last = weakref.ref(passed.value)
             if self._changes[kind] == MAX_CHANGES:
                 self._rejected[kind] = f"{why}, in one call after another"
-                raise CaptureError(self._rejected[kind])
+                raise CaptureError(self._rejected[kind], reason=Reason.OBJECT_CHANGES)

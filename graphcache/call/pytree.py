@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
+from graphcache.report.reasons import Reason
 
 # Of exactly these types: an instance of a subclass may have attributes, which no comparison sees.
 _PLAIN = (
@@ -29,7 +30,15 @@ MAX_DEPTH = 64  # containers inside containers
 
 
 class NotATree(TypeError):
-    """A value that is neither a tensor, nor a plain constant, nor a container of such."""
+    """A value that is neither a tensor, nor a plain constant, nor a container of such.
+
+    Attributes:
+        reason: the kind of reason for which a call that passes the value runs eagerly.
+    """
+
+    def __init__(self, text: str, reason: Reason = Reason.ARGUMENT_TYPE) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 TENSOR = "tensor"  # stands for a tensor in a layout

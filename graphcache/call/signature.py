@@ -146,7 +146,7 @@ class Signature:
             named = self._by_name(args, kwargs)
             parts = [flatten(value, tensors, paths, name, read_object) for name, value in named.items()]
         except NotATree as error:
-            raise Bypass(Reason.ARGUMENT_TYPE, str(error)) from None
+            raise Bypass(error.reason, str(error)) from None
         layout = Node(dict, tuple(named), tuple(parts))
         firsts: dict[int, int] = {}
         identities = tuple(firsts.setdefault(id(tensor), index) for index, tensor in enumerate(tensors))

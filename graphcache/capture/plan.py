@@ -104,7 +104,10 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
     owned = {_C.storage_key(tensor) for passed in call.objects for tensor in passed.tensors}
     reached = [tensor for tensor in trace.reached if id(tensor) not in objects]
     external = [tensor for key, tensor in trace.external.items() if key not in owned]
-    guards = Guards.find(forward.instance, trace.read_set, reached, external)
+    try:
+        guards = Guards.find(forward.instance, trace.read_set, reached, external)
+    except TypeError as error:  # its tables lie elsewhere than in Python
+        raise CaptureError(str(error), reason=Reason.SCRIPTED) from error
     if guards.hooked is not None:
         raise Bypass(Reason.HOOKS, text=f"hooks inside the forward, on {guards.hooked}")
     if guards.iterators:

@@ -25,7 +25,7 @@ from graphcache.call.pytree import EXACT_TENSORS, Constant, NotATree, constant
 from graphcache.guards.guards import Guards
 from graphcache.guards.reachability import DICT, HEAP_TYPE, Members, Walker, attributes_of
 from graphcache.pool import GraphPool
-from graphcache.report.reasons import Bypass
+from graphcache.report.reasons import Bypass, Reason
 
 # Consecutive objects seen only once; after that the argument is not treated as persistent state.
 MAX_IDLE = 8
@@ -151,14 +151,19 @@ class Slot:
         elif self._memory is not None and not self.is_empty():
             return False  # both are in use
         if any(_C.is_weak(tensor) for tensor in passed.tensors):
-            raise NotATree(f"{passed.name} holds an output of a graph; put a .clone() into it")
+            raise NotATree(
+                f"{passed.name} holds an output of a graph; put a .clone() into it",
+                Reason.OBJECT_HOLDS_OUTPUT,
+            )
         self._guards = None  # it held the tensors of the last object
         if self._memory is not None and not self._move(passed, pool):
             self.native.release()
             return False
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
         if self._guards.unguarded:
-            raise NotATree(f"{passed.name} holds tensors in a way that can't be watched")
+            raise NotATree(
+                f"{passed.name} holds tensors in a way that can't be watched", Reason.OBJECT_UNGUARDED
+            )
         self._reference = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
         self.native.bind(passed.value, self._guards.native)
         return True
@@ -174,7 +179,8 @@ class Slot:
             self._rejected = weakref.ref(passed.value)
             raise NotATree(
                 f"{passed.name} is another object at each call, each used once; pass its tensors as "
-                "arguments of their own"
+                "arguments of their own",
+                Reason.OBJECT_EACH_CALL,
             )
         # Graphs may still read the memory that is written to, on a stream that the caller has left.
         pool.use_here([tensor for _, tensor in foreign])
@@ -209,7 +215,7 @@ def with_slots(call: BoundCall, pool: GraphPool) -> BoundCall:
     try:
         found = tuple(slots.of(passed, pool) for passed in call.objects)
     except NotATree as error:
-        raise Bypass(str(error)) from None
+        raise Bypass(error.reason, text=str(error)) from None
     return call._replace(slots=found, key=(*call.key, *found))
 
 

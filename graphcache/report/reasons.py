@@ -208,10 +208,7 @@ class Bypass(Exception):
         detail: the detail; the whole text where there is none.
     """
 
-    def __init__(self, reason: Reason | str, detail: str = "", *, text: str = "") -> None:
-        kind = reason if isinstance(reason, Reason) else Reason.ARGUMENT_TYPE
-        if isinstance(reason, str):
-            text = reason
-        self.why = EagerReason(kind, text or text_of(kind, detail))
+    def __init__(self, reason: Reason, detail: str = "", *, text: str = "") -> None:
+        self.why = EagerReason(reason, text or text_of(reason, detail))
         self.detail = detail or str(self.why)
         super().__init__(self.why)

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphcache
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed
 from graphcache.call.signature import Signature
+from graphcache.report.reasons import Reason
 from graphcache.runtime.obstacles import obstacle
-from tests.helpers import Backend, Counter, close, eager, reasons
+from tests.helpers import Backend, Counter, close, eager, info, reasons
 from tests.models import MLP
 
 
@@ -97,6 +98,7 @@ def test_a_part_is_scripted(backend: Backend) -> None:
     with pytest.warns(GraphCacheWarning, match=r"a ScriptModule's.*use it as it was before torch\.jit"):
         model(x)
     assert close(model(x), part(x))
+    assert Reason.SCRIPTED in {text.reason for text in info(model).eager}
 
 
 def test_inside_modes_that_watch_operations(backend: Backend, mlp: MLP) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graphcache import CaptureError, GraphCacheWarning, cuda_graphed, default_pool
 from graphcache.guards.static_objects import _SLOTS, Slots
+from graphcache.report.reasons import Reason
 from tests.helpers import Backend, Counter
 
 LENGTH = 16
@@ -322,6 +323,7 @@ def test_another_object_at_each_call(pair: Pair) -> None:
     for _ in range(14):
         pair.step(pair.new())
     assert any("another object at each call" in reason for reason in pair.info.eager)
+    assert Reason.OBJECT_EACH_CALL in {reason.reason for reason in pair.info.eager}
     before = pair.info.hits
     pair.step(pair.new(), steps=4)  # one that is passed again is let in
     assert pair.info.hits == before + 3
@@ -475,6 +477,7 @@ def test_a_weak_output_is_put_into_the_object(pair: Pair) -> None:
     same(*caches)
     torch.testing.assert_close(caches[1].layers[0].start, caches[0].layers[0].start)
     assert any("holds an output of a graph" in reason for reason in pair.info.eager)
+    assert Reason.OBJECT_HOLDS_OUTPUT in {reason.reason for reason in pair.info.eager}
 
 
 def test_warmup_does_not_touch_the_object(pair: Pair) -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import graphcache
 from graphcache import GraphCacheError, GraphCacheWarning, cuda_graphed
+from graphcache.report.reasons import Reason
 from tests.helpers import Backend, Counter
 
 
 def eager_reasons(forward: Any) -> str:
     return ", ".join(map(str, forward.cache_info().eager))
+
+
+def kinds(forward: Any) -> set[Reason]:
+    return {text.reason for text in forward.cache_info().eager}
+
+
+def test_each_reason_is_given_by_the_library() -> None:
+    library = Path(graphcache.__file__).parent
+    source = "".join(path.read_text() for path in library.rglob("*.py"))
+    given = set(re.findall(r"\bReason\.([A-Z_]+)\b", source))
+    assert given == set(Reason.__members__)
 
 
 def test_bound_argument_that_is_an_output_runs_eagerly(backend: Backend) -> None:
@@ -46,6 +61,7 @@ def test_object_with_a_tensor_without_address_runs_eagerly(backend: Backend) -> 
         assert torch.equal(forward(x, store), x + store.tensor)
     assert forward.cache_info().hits == 0
     assert "store holds tensors" in eager_reasons(forward)
+    assert Reason.OBJECT_UNGUARDED in kinds(forward)
 
 
 def test_result_with_a_number_of_each_call_runs_eagerly(backend: Backend) -> None:
