@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kContents[] = {"_parameters", "_buffers", "_modules"};
 constexpr const char* kHooks[] = {"_forward_hooks", "_forward_pre_hooks"};
 
-// Where an object keeps the pointer to its __dict__; the place stays, whatever lies there.
+// Returns the address of an object's pointer to its __dict__; the address stays, whatever lies there.
 PyObject** dict_slot(PyObject* object) {
   auto** slot = _PyObject_GetDictPtr(object);
   if (slot == nullptr || *slot == nullptr) {

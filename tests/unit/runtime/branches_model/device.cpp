@@ -200,7 +200,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("as_strided", as_strided);
 }
 
-// What the nodes say
+// The findings of the nodes
 
 bool meet(const Extents& some, const Extents& others) {
   for (const auto& one : some) {

@@ -1,4 +1,4 @@
-// What `branches.cpp` asks of the CUDA driver, by the rules of a capture: a node waits for what its stream
+// The functions of the CUDA driver that `branches.cpp` calls, by the rules of a capture: a node waits for what its stream
 // waits for, and what is found out is who waits for whom. Built as libcuda.so.1; it launches nothing.
 #include "driver.h"
 

@@ -1,4 +1,4 @@
-// What the model of the driver tells the model of the device.
+// The functions by which the model of the device reads the model of the driver.
 #pragma once
 
 #include <cstddef>
