@@ -134,7 +134,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal) * scale
 
 
-class NamesInCode(NamedTuple):
+class Named(NamedTuple):
     twice: Tensor
     label: str
 
@@ -149,7 +149,7 @@ class Nested(nn.Module):
     def forward(self, x: Tensor, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         y = x if extra is None else x + extra["shift"] * extra["by"][0]
         return {
-            "named": NamesInCode(y * 2, "a"),
+            "named": Named(y * 2, "a"),
             "record": Record(y + 1, [y[..., :2], y]),
             "none": (None, 3),
         }

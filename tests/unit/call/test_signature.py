@@ -109,7 +109,7 @@ def test_wrong_arguments_raise_what_eager_raises(backend: Backend, mlp: MLP) -> 
     assert_close_to_eager(mlp, backend.randn(2, 8))
 
 
-NamesInCode = namedtuple("NamesInCode", "first second")
+Named = namedtuple("Named", "first second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Nested(nn.Module):
             total = total + extra
         return {
             "total": total,
-            "named": NamesInCode(total * 2, [total + 1, "text"]),
+            "named": Named(total * 2, [total + 1, "text"]),
             "frozen": Frozen(total - 1),
             "output": ModelOutput(logits=total, states=(total, total * 3)),
             "none": None,
@@ -150,7 +150,7 @@ def test_nested_arguments_and_results(backend: Backend) -> None:
     model = cuda_graphed(Nested(), sizes=(4,))
 
     def call(module: Any, x: Tensor) -> Any:
-        batch = {"a": [x, NamesInCode(x, x * 2)], "state": Frozen(x)}
+        batch = {"a": [x, Named(x, x * 2)], "state": Frozen(x)}
         return module(batch, x, extra=x + 1)
 
     for _ in range(3):
@@ -159,7 +159,7 @@ def test_nested_arguments_and_results(backend: Backend) -> None:
         expected = call(lambda *args, **kwargs: eager(model, *args, **kwargs), x)
         assert list(out) == list(expected)
         assert torch.equal(out["total"], expected["total"])
-        assert type(out["named"]) is NamesInCode
+        assert type(out["named"]) is Named
         assert out["named"].second[1] == "text"
         assert torch.equal(out["named"].second[0], expected["named"].second[0])
         assert type(out["frozen"]) is Frozen

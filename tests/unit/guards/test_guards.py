@@ -306,7 +306,7 @@ def test_guards_are_collected_with_what_leads_back_to_them(backend: Backend) -> 
 def test_names_that_a_class_has_of_itself_are_not_guarded(backend: Backend) -> None:
     """Annotations lead to the docs of `typing`, which are made when somebody asks for them."""
 
-    class PythonRecorder(nn.Module):
+    class Reads(nn.Module):
         kinds: list[int]
 
         def __init__(self) -> None:
@@ -316,7 +316,7 @@ def test_names_that_a_class_has_of_itself_are_not_guarded(backend: Backend) -> N
         def forward(self, x: Tensor) -> Tensor:
             return getattr(self, "co" + "nv")(x)  # it might read anything
 
-    model = cuda_graphed(PythonRecorder().to(backend.device))
+    model = cuda_graphed(Reads().to(backend.device))
     for _ in range(3):
         model(backend.randn(2, 2, 4))
     assert model.forward.cache_info().hits == 2

@@ -73,11 +73,11 @@ def test_attributes_are_asked_for_by_computed_names(backend: Backend, how: str) 
     """The name need not stand in the code that asks."""
     get = COMPUTED[how]
 
-    class PythonRecorder(Step):
+    class Reads(Step):
         def forward(self, x: Tensor) -> Tensor:
             return x * get(self)
 
-    model = cuda_graphed(PythonRecorder(), sizes=(2,))
+    model = cuda_graphed(Reads(), sizes=(2,))
     x = backend.randn(2, 4)
     for scale in (2.0, 3.0):
         model.scale = scale
