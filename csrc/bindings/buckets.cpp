@@ -88,8 +88,18 @@ void bind_buckets(py::module_& m) {
           "copier"_a, "node"_a, "copy_in"_a, "replay"_a);
   py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
       .def(
-          py::init<const std::string&, int64_t, std::shared_ptr<Lane>, Launch, Result>(),
-          "name"_a, "size"_a, "lane"_a, "launch"_a, "result"_a)
+          py::init([](const std::string& name,
+                      int64_t size,
+                      std::shared_ptr<Lane> lane,
+                      Launch launch,
+                      Result result,
+                      std::shared_ptr<Guard> guard,
+                      std::shared_ptr<MutatedMemory> mutated) {
+            return std::make_shared<Bucket>(
+                name, size, std::move(lane), std::move(launch), std::move(result),
+                Dependencies{guard, std::move(mutated)});
+          }),
+          "name"_a, "size"_a, "lane"_a, "launch"_a, "result"_a, "guard"_a, "mutated"_a)
       .def(
           "run",
           [](Bucket& bucket, const py::list& tensors, int64_t batch, int64_t call, int64_t stream) {

@@ -49,8 +49,8 @@ void bind_dispatch(py::module_& m) {
           "arguments"_a);
   py::class_<Entry, std::shared_ptr<Entry>>(m, "Entry")
       .def(
-          py::init<std::shared_ptr<PoolLock>, std::shared_ptr<Guard>, std::shared_ptr<MutatedMemory>>(),
-          "lock"_a, "guard"_a, "mutated"_a)
+          py::init([](std::shared_ptr<PoolLock> lock) { return Entry{std::move(lock)}; }),
+          "lock"_a)
       .def_readonly("last", &Entry::last)
       .def(
           "set",

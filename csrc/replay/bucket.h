@@ -1,6 +1,8 @@
 // One captured size: copies its inputs, launches its graph and returns its result.
 #pragma once
 
+#include "guards/guard.h"
+#include "guards/mutated_memory.h"
 #include "replay/lane.h"
 #include "replay/copy_in_node.h"
 #include "replay/result.h"
@@ -22,6 +24,20 @@ struct Launch {
   pybind11::object replay; // ()
 };
 
+// Dependencies of a graph besides the arguments of its calls.
+struct Dependencies {
+  // Weakly: it refers to what may lead back here, and only Python's own reference shows that to Python's
+  // cycle collector.
+  std::weak_ptr<Guard> guard;
+  std::shared_ptr<const MutatedMemory> mutated;
+
+  // Returns true if all of it is as it was captured, and no argument lies in memory that the graph mutates.
+  bool are_met(const Leaves& arguments, bool grad) const {
+    const auto locked = guard.lock();
+    return locked != nullptr && locked->check(grad) && !mutated->overlaps(arguments.tensors);
+  }
+};
+
 class Bucket {
  public:
   Bucket(
@@ -29,11 +45,13 @@ class Bucket {
       int64_t size,
       std::shared_ptr<Lane> lane,
       Launch launch,
-      Result result)
+      Result result,
+      Dependencies dependencies)
       : name(std::make_shared<const std::string>(name)),
         size(size),
         lane(std::move(lane)),
         result(std::move(result)),
+        dependencies(std::move(dependencies)),
         launch_(std::move(launch)) {}
 
   // Serves call number `call`. The pool's lock is held, and the lane follows `stream`.
@@ -46,6 +64,7 @@ class Bucket {
   const int64_t size;
   const std::shared_ptr<Lane> lane;
   Result result;
+  const Dependencies dependencies;
 
   // Releases its graph: Python serves such calls eagerly from here on.
   void retire() { launch_ = Launch{}; retired = true; }

@@ -161,9 +161,7 @@ py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int
                                 : bucket->node()->is_capturing(reinterpret_cast<driver::Stream>(stream))) {
     return miss();
   }
-  const auto guard = entry.guard.lock();
-  if (guard == nullptr || !guard->check(signature.grad()) || bucket->lane->is_held_elsewhere() ||
-      entry.mutated->overlaps(leaves.tensors)) {
+  if (!bucket->dependencies.are_met(leaves, signature.grad()) || bucket->lane->is_held_elsewhere()) {
     return miss();
   }
   entry.last = ++calls;

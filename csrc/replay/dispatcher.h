@@ -2,9 +2,7 @@
 #pragma once
 
 #include "replay/bucket.h"
-#include "guards/guard.h"
 #include "call/signature.h"
-#include "guards/mutated_memory.h"
 
 #include <memory>
 #include <unordered_map>
@@ -16,10 +14,6 @@ namespace graphcache {
 // The graphs of one signature.
 struct Entry {
   std::shared_ptr<PoolLock> lock;
-  // Weakly: it refers to what may lead back here, and only Python's own reference shows that to Python's
-  // cycle collector.
-  std::weak_ptr<Guard> guard;
-  std::shared_ptr<const MutatedMemory> mutated;
   bool unpadded = false; // serves batches of exactly these sizes only
   int64_t last = 0; // the number of the last call that it served
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending

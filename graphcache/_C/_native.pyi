@@ -483,6 +483,8 @@ class Bucket:
         lane: whose memory its graph writes to.
         launch: how to run its graph.
         result: what it returns.
+        guard: what its graph depends on; referred to weakly.
+        mutated: the memory that its graph writes to besides its own.
 
     Attributes:
         check_budget: how many padded calls it may serve until one is compared with eager.
@@ -504,7 +506,16 @@ class Bucket:
     def expired(self) -> int: ...
     @property
     def copied(self) -> int: ...
-    def __init__(self, name: str, size: int, lane: Lane, launch: Launch, result: Result) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        lane: Lane,
+        launch: Launch,
+        result: Result,
+        guard: Guard,
+        mutated: MutatedMemory,
+    ) -> None: ...
     def retire(self) -> None:
         """Releases its graph, for good."""
 
@@ -534,8 +545,6 @@ class Entry:
 
     Args:
         lock: of their pool.
-        guard: what they depend on; referred to weakly.
-        mutated: the memory that they write to besides their own.
 
     Attributes:
         last: the number of the last call that was served natively.
@@ -543,7 +552,7 @@ class Entry:
 
     @property
     def last(self) -> int: ...
-    def __init__(self, lock: PoolLock, guard: Guard, mutated: MutatedMemory) -> None: ...
+    def __init__(self, lock: PoolLock) -> None: ...
     def set(self, buckets: Sequence[Bucket], unpadded: bool) -> None:
         """Replaces the graphs, by ascending size; `unpadded` ones serve no smaller batches."""
 
