@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from contextvars import ContextVar
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,25 @@ class ReadSet(NamedTuple):
         users_names: names in code that is no library's; they are looked up in Python modules.
         code: the forward, and the classes and functions among its arguments.
         sources: those of globals, imports and closures.
+        ran: all code that ran.
     """
 
     names: frozenset[str] | None
     users_names: frozenset[str]
     code: list[Any]
     sources: list[Source]
+    ran: frozenset[CodeType] = frozenset()
+
+    def united(self, other: "ReadSet") -> "ReadSet":
+        """Returns what either of two runs of one forward can read."""
+        names = None if self.names is None or other.names is None else self.names | other.names
+        return ReadSet(
+            names,
+            self.users_names | other.users_names,
+            self.code,
+            [*self.sources, *other.sources],
+            self.ran | other.ran,
+        )
 
 
 class Guards:
@@ -164,7 +178,7 @@ class _GuardBuilder(Walker):
         elif is_iterator(value):
             self.iterators.append(f"{label} ({kind.__name__})")
             return False
-        elif is_new and (array := _bytes_of(value)) is not None:
+        elif is_new and (array := bytes_of(value)) is not None:
             self.native.add_bytes(array, label)
         return True
 
@@ -214,8 +228,8 @@ class _GuardBuilder(Walker):
         return self._names is None or type(key) is not str or key in self._names
 
 
-def _bytes_of(value: Any) -> Any:
-    """Returns a view of the bytes of an array of numbers on the host, if it is small enough."""
+def bytes_of(value: Any) -> Any:
+    """Returns a view of the bytes of an array on the host; None if it is large or no array."""
     kind = type(value).__mro__[-2:][0]  # the one of C below all subclasses
     if kind is not bytearray and kind.__module__ not in ("numpy", "array", "_ctypes"):
         return None

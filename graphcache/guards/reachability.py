@@ -141,20 +141,26 @@ class Members(NamedTuple):
             found += [(self.label, key) for key, _ in self.items if not is_plain(key)]
         return found
 
+    def now(self) -> list[tuple[Any, Any]]:
+        """Returns the members that the container has at present."""
+        return _items(self.kind, self.container)
+
+    def changed_keys(self) -> list[Any]:
+        """Returns the keys of members that are not the same objects any more."""
+        first, second = dict(self.items), dict(self.now())
+        keys = first.keys() | second.keys()
+        return [key for key in keys if first.get(key, ABSENT) is not second.get(key, ABSENT)]
+
     def changed(self) -> Iterable[str]:
         """Returns the names of members that are not the same objects any more."""
-        now, named = _items(self.kind, self.container), self.kind in _BY_NAME
+        now, named = self.now(), self.kind in _BY_NAME
         pairs = zip(now, self.items, strict=False)
         same = (a is b and (k is n or not named) for (k, a), (n, b) in pairs)
         if len(now) == len(self.items) and all(same):
             return ()
         if not named:
             return (self.label,)
-        first, second = dict(self.items), dict(now)
-        keys = first.keys() | second.keys()
-        return (
-            self.label_of(key) for key in keys if first.get(key, ABSENT) is not second.get(key, ABSENT)
-        )
+        return map(self.label_of, self.changed_keys())
 
 
 class Walker:

@@ -75,10 +75,12 @@ class Runtime:
     Attributes:
         name: the name that `cache_info()` gives.
         new_arena: opens an allocator pool on a device.
+        captures_run: whether a capture carries the operations out; their effects are put back then.
     """
 
     name: str
     new_arena: Callable[[torch.device], Arena]
+    captures_run = False
 
     def stopwatch(self, device: torch.device) -> Stopwatch:
         """Returns a stopwatch for the current stream of `device`."""

@@ -18,7 +18,7 @@ from graphcache.runtime.host_transfers import HostReads
 from graphcache.runtime.obstacles import obstacle
 from graphcache.runtime.op_schemas import mutated_by, take_apart, tensors_in
 from graphcache.runtime.torch_patches import DispatchMode, as_in_a_capture
-from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncompiled
+from graphcache.runtime.torch_state import UndoLog, restored_afterwards, uncompiled
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (
@@ -65,6 +65,7 @@ class EmulatedRuntime(Runtime):
 
     name = "emulated"
     new_arena = EmulatedArena
+    captures_run = True
 
     def capture(
         self,
@@ -90,7 +91,7 @@ class EmulatedRuntime(Runtime):
             ):
                 result = body()
         finally:
-            recorder.saved.restore()
+            recorder.log.undo()
         return recorder.graph, result
 
 
@@ -100,7 +101,7 @@ class _Recorder(DispatchMode):
     def __init__(self, arena: EmulatedArena) -> None:
         super().__init__()
         self.graph = EmulatedGraph()
-        self.saved = SavedState()
+        self.log = UndoLog()
         self._arena = arena
 
     def __torch_dispatch__(
@@ -117,7 +118,7 @@ class _Recorder(DispatchMode):
             return self.__torch_dispatch__(_aten.clone.default, types, (args[0],))
         for tensor in mutated_by(func, args, kwargs):
             if not self._arena.owns(tensor):
-                self.saved.save(tensor)
+                self.log.before(func, args, tensor)
         given = {_C.storage_key(tensor) for tensor in tensors_in(args, kwargs)}
         result = func(*args, **kwargs)
         placed: dict[int, Tensor] = {}

@@ -22,12 +22,13 @@ from graphcache.runtime.obstacles import Obstacle, obstacle
 from graphcache.runtime.op_schemas import mutated_by, overrides_dispatch, take_apart, tensors_in
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import DispatchMode
-from graphcache.runtime.torch_state import SavedState, restored_afterwards, uncached_autocast, uncompiled
+from graphcache.runtime.torch_state import UndoLog, uncached_autocast, uncompiled
 from graphcache.tracing.checksums import Checksums
 from graphcache.tracing.leaks import has_storage
 
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+MAX_UNDO = 64 << 20  # bytes that are copied to put back what the first call overwrites
 _TAKES_STORAGE = (_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset)
 
 
@@ -52,7 +53,7 @@ class OpRecorder(DispatchMode):
     Args:
         device: the device of the graphs.
         inputs: the tensors that the forward is given.
-        restore: put back what the forward mutates.
+        restore: put back what the forward mutates, at the end of the recording.
         suspects: other tensors that the forward may mutate past torch's operators.
 
     Attributes:
@@ -63,6 +64,7 @@ class OpRecorder(DispatchMode):
         draws_random: whether random numbers were drawn.
         constants: the tensors made of numbers and lists on the device, or None; see `Constants`.
         made: weak references to the storages that the forward made, by their keys.
+        undo: copies of what the forward overwrote outside what it made.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class OpRecorder(DispatchMode):
             if device.type == "cpu"
             else torch.cuda.default_generators[device.index]
         )
-        self._saved = SavedState() if restore else None
+        self.undo = UndoLog(None if restore else MAX_UNDO)
+        self._restore = restore
         self._suspects = [*inputs, *suspects]
         self._bytes = Checksums()
         self._inputs = {_C.storage_key(tensor) for tensor in inputs}
@@ -121,10 +124,11 @@ class OpRecorder(DispatchMode):
             for tensor in self._bytes.changed(self.mutated):
                 self._add_external(tensor)
                 self.mutated.add(_C.storage_key(tensor))
+                self.undo.is_complete = False
                 if self.device.type == "cpu":
                     self.block(Reason.NOT_EMULATED, "it writes to memory past torch's operators")
-            if self._saved is not None:
-                self._saved.restore()
+            if self._restore:
+                self.undo.undo()
                 self._generator.set_state(before)
 
     def __torch_dispatch__(
@@ -151,7 +155,7 @@ class OpRecorder(DispatchMode):
         for tensor in mutated_by(func, args, kwargs):
             if _C.storage_key(tensor) not in self.made:
                 self.mutated.add(_C.storage_key(tensor))
-                self._save(tensor)
+                self.undo.before(func, args, tensor)
         # cuDNN takes over the storage of all its weights, which no operation reads.
         there = self._storages_before if func in _TAKES_STORAGE else ()
         result = func(*args, **kwargs)
@@ -185,7 +189,7 @@ class OpRecorder(DispatchMode):
         if tensor.layout is torch.strided and _C.storage_key(tensor) not in self.made:
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._bytes.add(tensor)
-                self._save(tensor)
+                self.undo.save(tensor)
 
     def _note_constant(self, tensor: Tensor) -> None:
         """Records a tensor of graphcache, of which the forward sees copies."""
@@ -198,10 +202,6 @@ class OpRecorder(DispatchMode):
             offset = int(tensor.storage_offset())
             self.external[key] = _C.alias(tensor, tensor.shape, tensor.stride(), offset)
 
-    def _save(self, tensor: Tensor) -> None:
-        if self._saved is not None:
-            self._saved.save(tensor)
-
     def _note_made(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
@@ -213,13 +213,6 @@ class OpRecorder(DispatchMode):
         key = _C.storage_key(tensor)
         if key not in self.external and key not in self._inputs and key not in self.made:
             self.made[key] = StorageWeakRef(tensor.untyped_storage())
-
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Puts back afterwards what was recorded as mutated, and the generator; records nothing."""
-        devices = [] if self.device.type == "cpu" else [self.device]
-        with torch.random.fork_rng(devices), restored_afterwards(self.mutated_external()):
-            yield
 
     def mutated_external(self) -> list[Tensor]:
         """Returns a tensor for each storage that was mutated and that the forward did not make."""

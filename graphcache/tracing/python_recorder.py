@@ -32,6 +32,9 @@ _ASKS = as_in_a_capture.before.__code__
 # Their kernels may run on streams of their own, which no capture is told of.
 _LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
 _FOREIGN = "it {}: such kernels may run on a stream that no capture sees"
+# Calls whose effects nothing puts back, by the name of the function or by the module of its owner.
+_EFFECTS = {"print", "input", "open", "write", "writelines", "system", "send", "sendall"}
+_EFFECTS_OF = frozenset({"_io", "_queue", "_socket", "_multiprocessing", "sqlite3", "mmap"})
 _SEEDS = ("manual_seed", "seed", "set_state", "graphsafe_set_state")
 _DRAWS = "it draws random numbers of Python's or numpy's, which a graph freezes"
 _HAND_OVER = ("_to_dlpack", "_to_dlpack_versioned")
@@ -53,8 +56,10 @@ class PythonRecorder:
         code: the forward, and classes and functions in the arguments.
         asks: whether the forward asks if a capture is under way.
         compiled: whether `torch.compile` compiled some of it.
+        effect: something that the user's code did and that nothing puts back; or None.
         snapshot: the Python values before the forward ran; empty after `changed()`.
         blocker: the first thing that no graph can hold, and its kind; or None.
+        memos: the tables of results that functions keep, as `functools.lru_cache` does.
     """
 
     def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
@@ -66,6 +71,8 @@ class PythonRecorder:
         self._closures: dict[CodeType, dict[str, Any]] = {}
         self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
         self.asks = self.compiled = False
+        self.effect: str | None = None
+        self.memos: list[dict[Any, Any]] = []
         self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
         self.snapshot = Snapshot()
@@ -133,6 +140,11 @@ class PythonRecorder:
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         self._note_launcher(getattr(function, "__module__", None) or type(owner).__module__)
+        is_effect = name in _EFFECTS or type(owner).__module__ in _EFFECTS_OF
+        if is_effect and not (
+            is_library(caller.f_code.co_filename) or is_opaque(caller.f_globals.get("__name__"))
+        ):
+            self.effect = self.effect or f"{name}()"
         if name in _HAND_OVER:
             self._block(Reason.FOREIGN_KERNELS, _FOREIGN.format("hands memory over by DLPack"))
         if isinstance(owner, torch.Generator) and name in _SEEDS:
@@ -174,15 +186,19 @@ class PythonRecorder:
         texts = {text for code in libraries for text in code.co_consts if type(text) is str}
         names = _ALWAYS.union(users, texts, *(code.co_names for code in libraries))
         dynamic = self._dynamic or any(named.dynamic for named, _ in self._named.values())
-        return ReadSet(None if dynamic else names, users, self.code, list(self._sources()))
+        ran = frozenset(self._ran)
+        return ReadSet(None if dynamic else names, users, self.code, list(self._sources()), ran)
 
-    def changed(self) -> list[str]:
+    def changed(self, *, restore: bool = False) -> list[str]:
         """Returns the names of the values that were set, replaced, changed or deleted since the start.
 
-        Lets go of all values that were there then.
+        Lets go of all values that were there then; with `restore`, puts them back first.
         """
         names = self.snapshot.changed() or sorted(self._rebound())
-        self._dynamic = self.snapshot.dynamic
+        if restore and names:
+            self.snapshot.restore()
+            self._restore_closures()
+        self._dynamic, self.memos = self.snapshot.dynamic, self.snapshot.memos
         self.snapshot = Snapshot()
         for held in self._closures.values():
             held.clear()
@@ -199,6 +215,14 @@ class PythonRecorder:
             for name, before in values.items()
             if (code, name) in held and not any(now is before for now in held[code, name])
         }
+
+    def _restore_closures(self) -> None:
+        cells = list(_cells(list(self._closures)))
+        for function, cell, name in cells:
+            before = self._closures[function.__code__].get(name, ABSENT)
+            alike = sum(other.__code__ is function.__code__ and n == name for other, _, n in cells)
+            if before is not ABSENT and alike == 1:  # of several, it is not known which had the value
+                cell.cell_contents = before
 
 
 def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:

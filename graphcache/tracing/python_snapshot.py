@@ -1,19 +1,30 @@
-"""The Python values that a forward could change, as they were before it ran.
+"""The Python values that a forward could change, as they were before it ran, to be put back.
 
 A snapshot shares the walk and the records of the guards, but is no native guard. It grows while the
 forward runs and shows which names count. It compares by identity, holds all that it found, so that no
 address is used again, and names everything that changed.
 """
 
+import gc
 import operator
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from graphcache.guards.guards import bytes_of
 from graphcache.guards.reachability import (
     ABSENT,
+    ATTRIBUTES,
+    CLASS,
+    EXTRA,
     FIXED,
+    ITEMS,
+    LIST,
     LONGEST,
     LOOSE,
     MODULE,
@@ -23,10 +34,13 @@ from graphcache.guards.reachability import (
     Members,
     Source,
     Walker,
+    attributes_of,
     is_library_module,
     named_in,
 )
 
+_LRU_CACHE = type(lru_cache(len))
+_NAMES = "_non_persistent_buffers_set"
 _BY_OTHER_CODE = (operator.attrgetter, operator.methodcaller)
 
 
@@ -46,7 +60,9 @@ class Snapshot(Walker):
         self._sources: dict[tuple[int, str], Source] = {}
         self._scopes: list[Members] = []
         self._names: set[str] = set()
-        self._generators: list[tuple[Any, str, str]] = []  # numpy's
+        self._generators: list[tuple[Any, Any, str]] = []  # numpy's, with their states
+        self._arrays: list[tuple[Any, bytes, str]] = []  # numbers on the host
+        self.memos: list[dict[Any, Any]] = []  # what functions keep of their results
 
     def add_names(self, names: set[str]) -> None:
         """Adds the globals with these names of the Python modules that were found."""
@@ -72,9 +88,18 @@ class Snapshot(Walker):
         elif issubclass(kind, _BY_OTHER_CODE):
             self.dynamic = True
         elif kind.__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
-            self._generators.append((value, repr(value.bit_generator.state), label))
+            self._generators.append((value, value.bit_generator.state, label))
             return False
+        elif kind is _LRU_CACHE:
+            self._add_lru_cache(value)
+        elif is_new and (array := bytes_of(value)) is not None:
+            self._arrays.append((array, bytes(array), label))
         return True
+
+    def _add_lru_cache(self, function: Any) -> None:
+        """Adds the results that a function keeps; another one is no change of a value."""
+        tables = (item for item in gc.get_referents(function) if type(item) is dict)
+        self.memos += [table for table in tables if table is not vars(function)]
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
         """Adds members, unless there are too many."""
@@ -83,6 +108,10 @@ class Snapshot(Walker):
             return self._named(members, self._names)
         if len(members.items) > LONGEST and members.kind not in (MODULE, TABLE):
             return ()
+        if members.kind is MODULE and type(names := vars(members.container).get(_NAMES)) is set:
+            self._members.setdefault(
+                (LIST, id(names)), Members.of(LIST, names, members.label_of(_NAMES))
+            )
         if members.kind not in (FIXED, LOOSE):  # which do not change
             self._members.setdefault((members.kind, id(members.container)), members)
         return members.reachable()
@@ -99,6 +128,78 @@ class Snapshot(Walker):
     def changed(self) -> list[str]:
         """Returns the names of everything that is not as it was."""
         sources = (s for s in self._sources.values() if s.container.get(s.key, ABSENT) is not s.value)
-        drew = (g for g in self._generators if repr(g[0].bit_generator.state) != g[1])
-        names = {*(source.label for source in sources), *(label for _, _, label in drew)}
+        drew = (g for g in self._generators if repr(g[0].bit_generator.state) != repr(g[1]))
+        other = (a for a in self._arrays if bytes(a[0]) != a[1])
+        names = {*(source.label for source in sources), *(label for _, _, label in (*drew, *other))}
         return sorted(names.union(*(members.changed() for members in self._members.values())))
+
+    def restore(self) -> None:
+        """Puts back everything that is not as it was."""
+        for source in self._sources.values():
+            _set_item(source.container, source.key, source.value)
+        for generator, state, _ in self._generators:
+            generator.bit_generator.state = state
+        for array, before, _ in self._arrays:
+            if bytes(array) != before:
+                memoryview(array).cast("B")[:] = before
+        for members in self._members.values():
+            if list(members.changed()):
+                _put_back(members)
+
+
+@contextmanager
+def memos_restored(memos: list[dict[Any, Any]]) -> Iterator[None]:
+    """Drops the results that functions kept inside the block, such as those of `functools.lru_cache`."""
+    before = [set(table) for table in memos]
+    try:
+        yield
+    finally:
+        for table, keys in zip(memos, before, strict=True):
+            for key in table.keys() - keys:
+                del table[key]
+
+
+def _set_item(table: dict[Any, Any], key: Any, value: Any) -> None:
+    if value is ABSENT:
+        table.pop(key, None)
+    elif table.get(key, ABSENT) is not value:
+        table[key] = value
+
+
+def _put_back(members: Members) -> None:
+    """Gives a container the members that it had."""
+    kind, container, items, label = members
+    if kind is CLASS:  # by the class, which remembers where its methods are
+        owner = next(
+            each
+            for each in gc.get_referrers(container)
+            if type(each) is type and each.__qualname__ == label
+        )
+        for name in members.changed_keys():
+            before = dict(items).get(name, ABSENT)
+            delattr(owner, name) if before is ABSENT else setattr(owner, name, before)
+    elif kind is ITEMS and isinstance(container, ContextVar):
+        container.set(items[0][1] if items else None)
+    elif kind is ITEMS and not hasattr(container, "extend"):  # slots
+        for member, _ in members.now():
+            member.__delete__(container)
+        for member, value in items:
+            member.__set__(container, value)
+    elif (table := _table_of(members)) is not None:
+        hidden = [(key, value) for key, value in table.items() if kind is EXTRA and key[:2] == "__"]
+        kind_of = OrderedDict if isinstance(table, OrderedDict) else dict  # whose order is its own
+        kind_of.clear(table)
+        kind_of.update(table, [*hidden, *items])
+    else:
+        values = [item for _, item in items]
+        container.clear()
+        container.update(values) if isinstance(container, set) else container.extend(values)
+
+
+def _table_of(members: Members) -> dict[Any, Any] | None:
+    table: Any = members.container
+    if members.kind is MODULE:
+        table = vars(table)
+    elif members.kind is ATTRIBUTES:
+        table = attributes_of(table)
+    return table if isinstance(table, dict) else None

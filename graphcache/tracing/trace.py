@@ -1,7 +1,7 @@
 """The trace of one instrumented run of a forward: all facts that a capture depends on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from graphcache.errors import describe
 from graphcache.guards.guards import ReadSet
 from graphcache.report.reasons import Reason
 from graphcache.runtime.host_transfers import Key
-from graphcache.runtime.torch_state import uncollected
+from graphcache.runtime.torch_state import UndoLog, uncollected
 from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder
@@ -51,6 +51,9 @@ class Trace:
         python_mutations: names of the Python values that the forward changed.
         leak: a tensor that the forward made and that somebody keeps; or None.
         read_set: the code that ran, and what it can read.
+        undo: puts back what the run overwrote outside what it made.
+        memos: tables of results that functions keep, as `functools.lru_cache` does.
+        effect: something that the run did and that nothing puts back, such as printing; or None.
     """
 
     result: Any
@@ -68,11 +71,38 @@ class Trace:
     python_mutations: list[str]
     leak: str | None
     read_set: ReadSet
+    undo: UndoLog
+    memos: list[dict[Any, Any]]
+    effect: str | None
 
     @property
     def changes(self) -> list[str]:
         """The Python values that the forward changed, or the tensor that it left behind."""
         return self.python_mutations or ([] if self.leak is None else [self.leak])
+
+    def covers(self, other: "Trace") -> bool:
+        """Return True if another run can't have read anything that this one did not."""
+        reached = {id(tensor) for tensor in self.reached}
+        return (
+            other.read_set.ran <= self.read_set.ran
+            and other.external.keys() <= self.external.keys()
+            and all(id(tensor) in reached for tensor in other.reached)
+        )
+
+    def united(self, other: "Trace") -> "Trace":
+        """Returns this trace, with what another run of the forward reached and could read."""
+        reached = {id(tensor): tensor for tensor in (*self.reached, *other.reached)}
+        constants = [each.constants for each in (self, other) if each.constants is not None]
+        return replace(
+            self,
+            external=self.external | other.external,
+            reached=list(reached.values()),
+            constants={key: made for each in constants for key, made in each.items()}
+            if constants
+            else None,
+            read_set=self.read_set.united(other.read_set),
+            memos=[*self.memos, *other.memos],
+        )
 
     def made(self, call: BoundCall) -> list[Tensor]:
         """Returns the tensors of the result that the forward made itself."""
@@ -85,8 +115,14 @@ class Trace:
 
 
 @uncollected()
-def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
-    """Runs the forward once, recorded; with `restore`, what it mutated is put back.
+def trace_forward(forward: Forward, call: BoundCall, *, restore: bool, again: bool = False) -> Trace:
+    """Runs the forward once, recorded.
+
+    Args:
+        forward: the forward.
+        call: its arguments.
+        restore: put back all that the run changed: tensors, Python values, the generator.
+        again: the forward was traced before, so it is known whether it writes past torch's operators.
 
     Raises:
         Exception: what the forward raised.
@@ -97,11 +133,15 @@ def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
         call.tensors[0].device,
         call.tensors,
         restore=restore,
-        suspects=(*python.snapshot.tensors.values(), *held),
+        suspects=() if again else (*python.snapshot.tensors.values(), *held),
     )
-    with inlining(), ops.record(), python.record():
-        result = forward.run(call)
-    mutations = python.changed()  # at once: it lets go of what was there before
+    try:
+        with inlining(), ops.record(), python.record():
+            result = forward.run(call)
+    except BaseException:
+        python.changed(restore=restore)
+        raise
+    mutations = python.changed(restore=restore)  # at once: it lets go of what was there before
     tensors: list[Tensor] = []
     layout, blocker = None, None
     try:
@@ -132,6 +172,9 @@ def trace_forward(forward: Forward, call: BoundCall, *, restore: bool) -> Trace:
         python_mutations=mutations,
         leak=leak,
         read_set=python.read_set(),
+        undo=ops.undo,
+        memos=python.memos,
+        effect=python.effect,
     )
 
 
