@@ -1,8 +1,10 @@
 """The memory of graphs: one global pool per device, divided into lanes."""
 
 import os
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -139,6 +141,17 @@ class GraphPool:
         self.lanes: list[Lane] = []
         _pools.add(self)
         self.lock = _C.PoolLock()  # one graph of a pool is dispatched at a time
+        self.capturing_thread: int | None = None
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Takes the lock for a capture: as long as it lasts, calls of other threads run eagerly."""
+        with self.lock:
+            before, self.capturing_thread = self.capturing_thread, threading.get_ident()
+            try:
+                yield
+            finally:
+                self.capturing_thread = before
 
     def lane(self) -> Lane:
         """Returns the first lane in which no output is held, opening one where there is none."""

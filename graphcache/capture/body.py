@@ -9,6 +9,7 @@ from graphcache.call.bound_call import BOUND
 from graphcache.call.pytree import NotATree, flatten
 from graphcache.capture.outputs import Geometry, Output, Result
 from graphcache.capture.plan import CapturePlan
+from graphcache.capture.static_inputs import arguments_over
 from graphcache.errors import CaptureError
 from graphcache.report.reasons import Reason
 
@@ -27,7 +28,7 @@ class Body:
 
     def __call__(self) -> list[Tensor]:
         """Runs the forward, and returns the output tensors that lie in memory of the graph."""
-        arguments = self._plan.arguments(self._static)
+        arguments = arguments_over(self._plan.call, self._static)
         tensors: list[Tensor] = []
         try:
             result = self._plan.run(arguments)

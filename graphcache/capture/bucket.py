@@ -1,6 +1,7 @@
 """One captured size: its graph, its inputs and outputs, and the times of its calls."""
 
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from graphcache import _C
 from graphcache.call.bound_call import BoundCall
 from graphcache.capture.outputs import Result
+from graphcache.guards.guards import Guards
 from graphcache.pool import Lane
 from graphcache.report.cache_info import Times
 from graphcache.runtime.base import Stopwatch
@@ -34,6 +36,25 @@ class Timing:
         return Times(*(watch.seconds() if watch and watch.is_done() else None for watch in watches))
 
 
+@dataclass(frozen=True)
+class Dependencies:
+    """The dependencies of a graph besides the arguments of its calls.
+
+    Attributes:
+        guards: the values that it captured.
+        mutated: the memory that it mutates besides its own, and the arguments that are copied before.
+        mutated_keys: the keys of the storages that its forward mutates.
+        ran: the code of its forward that ran, at any size.
+        draws_random: whether its forward draws random numbers.
+    """
+
+    guards: Guards
+    mutated: _C.MutatedMemory
+    mutated_keys: frozenset[int]
+    ran: frozenset[CodeType]
+    draws_random: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Bucket:
     """One captured size.
@@ -44,6 +65,7 @@ class Bucket:
         static: its static inputs.
         result: its result, as captured.
         native: the native counterpart, which serves calls and counts them.
+        dependencies: what the graph depends on besides its arguments; shared by the sizes of a plan.
         launch: how a call reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
         exact_only: whether it serves batches of exactly this size.
         resources: the graph, and what has to live as long: constants, and loaded kernels.
@@ -55,6 +77,7 @@ class Bucket:
     static: list[Tensor]
     result: Result
     native: _C.Bucket
+    dependencies: Dependencies
     launch: str
     resources: list[Any]
     exact_only: bool = False

@@ -14,13 +14,18 @@ from tqdm import tqdm
 
 from graphcache import _C, config
 from graphcache.call import pytree
-from graphcache.call.bound_call import BOUND
 from graphcache.call.modes import inlining
 from graphcache.capture.body import Body
 from graphcache.capture.bucket import AFTER, Bucket
 from graphcache.capture.outputs import Result, find_batch_dims
 from graphcache.capture.plan import CapturePlan
-from graphcache.capture.static_inputs import StaticInputs, TorchInputCopier, native_input_copier
+from graphcache.capture.static_inputs import (
+    StaticInputs,
+    TorchInputCopier,
+    arguments_over,
+    fill_rows,
+    native_input_copier,
+)
 from graphcache.errors import CaptureError
 from graphcache.pool import Lane
 from graphcache.report.reasons import Reason
@@ -29,7 +34,7 @@ from graphcache.runtime.base import Graph
 from graphcache.runtime.host_transfers import Constants
 from graphcache.runtime.source_lines import user_line_of
 from graphcache.runtime.torch_state import restored_afterwards, uncached_autocast
-from graphcache.tracing.op_recorder import OpRecorder
+from graphcache.tracing.python_snapshot import memos_restored
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +132,10 @@ def _surroundings(plan: CapturePlan) -> Iterator[None]:
     # Compiled code is compiled without such a mode, and knows its constants.
     plain = constants is None or plan.trace.compiled
     made = nullcontext() if plain else Constants(plan.pool.device, constants)
-    with plan.pool.runtime.ladder(plan.pool.device), inlining(), uncached_autocast(), made:
+    runtime, undo = plan.pool.runtime, plan.undo[plan.call.batch]
+    begun = undo.undone() if runtime.captures_run else nullcontext()
+    memos = memos_restored(plan.trace.memos)
+    with runtime.ladder(plan.pool.device), inlining(), uncached_autocast(), made, begun, memos:
         yield
 
 
@@ -141,7 +149,7 @@ def _prepare_inputs(
     """
     # Emulation reads the static inputs while it captures.
     static = inputs.at(largest)
-    _fill(plan, static, largest)
+    fill_rows(plan.call, static, largest, "edge", largest)
     if config.is_portable():
         return None, False
     try:
@@ -173,18 +181,20 @@ def _bucket(
             [output.native() for output in result.outputs],
             copy=plan.options.stale == "copy",
         ),
+        guard=plan.guards.native,
+        mutated=plan.dependencies.mutated,
     )
     native.time_at = AFTER
     launch = "torch" if copier is None else "copies" if graph.node is None else "node"
     resources = [graph, *(plan.trace.constants or {}).values()]
-    return Bucket(size, lane, static, result, native, launch, resources)
+    return Bucket(size, lane, static, result, native, plan.dependencies, launch, resources)
 
 
 def capture_or_warm_up(plan: CapturePlan, sizes: Sequence[int]) -> list[Bucket]:
     """Captures the ladder; where that fails, warms every size up for real and tries once more.
 
-    A library that initialises itself, or tunes a kernel, at a size that it has not seen stops a
-    capture, and only a real run gets it over that. Code that is to be compiled always does.
+    Compiled code stops a capture, and so does a library that tunes a kernel for the static inputs.
+    Only a real run gets them over that.
 
     Raises:
         CaptureError: if a graph can't hold the forward.
@@ -206,36 +216,30 @@ def capture_or_warm_up(plan: CapturePlan, sizes: Sequence[int]) -> list[Bucket]:
 
 
 def _warm_up(plan: CapturePlan, sizes: Sequence[int]) -> None:
-    """Runs the forward at every size, and puts back what it mutates.
+    """Runs the forward at every size that was traced, without a lasting effect.
 
-    That is what it mutated at the first call, also past torch's operators, and what is recorded here.
+    Compiled code did not run while it was traced. Each run begins from the state that the first call
+    began from: that may have filled the last place of a cache.
     """
     inputs = StaticInputs(plan.call, max(sizes))
-    for size in sorted(sizes, reverse=True):
+    undo = plan.undo[plan.call.batch]
+    device = plan.pool.device
+    for size in sorted({*sizes} & plan.undo.keys(), reverse=True):
         static = inputs.at(size)
-        _fill(plan, static, size)
-        arguments = plan.arguments(static)
-        recorder = OpRecorder(plan.pool.device, arguments, restore=True)
+        fill_rows(plan.call, static, size, "edge", size)
+        mutated = () if undo.is_complete else plan.trace.mutated
         try:
-            with inlining(), restored_afterwards(plan.trace.mutated):
-                with recorder.record():
-                    plan.run(arguments)
-                if plan.trace.compiled:  # what is compiled does not run while it is recorded
-                    with uncached_autocast(), recorder.undone():
-                        plan.run(arguments)
+            with (
+                inlining(),
+                uncached_autocast(),
+                torch.random.fork_rng([] if device.type == "cpu" else [device]),
+                restored_afterwards(mutated),
+                plan.undo[size].protected(),
+                undo.undone(),
+            ):
+                plan.run(arguments_over(plan.call, static))
         except torch.OutOfMemoryError:
             continue  # as its capture will
-
-
-def _fill(plan: CapturePlan, static: list[Tensor], size: int) -> None:
-    """Copies rows of the call into static inputs of one size, the last one again where they end."""
-    call = plan.call
-    rows = min(call.batch, size)
-    tensors = [
-        tensor if role.dim is None or role.role is BOUND else tensor.narrow(role.dim, 0, rows)
-        for tensor, role in zip(call.tensors, call.roles, strict=True)
-    ]
-    TorchInputCopier(static, call, size, "edge").copy_in(tensors, rows)
 
 
 def _progress(plan: CapturePlan, sizes: list[int]) -> "tqdm[int]":

@@ -1,19 +1,20 @@
 """The plan of a capture: what is captured at which sizes, what guards it, and why it is not padded."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from graphcache import _C
 from graphcache.call.bound_call import BOUND, BoundCall
-from graphcache.capture.default_sizes import default_sizes
+from graphcache.capture.bucket import Dependencies
 from graphcache.config import Options, Pad
 from graphcache.errors import CaptureError, describe
 from graphcache.guards.guards import Guards
 from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass, Reason
+from graphcache.runtime.torch_state import UndoLog
 from graphcache.tracing.trace import Forward, Trace
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
@@ -34,6 +35,7 @@ class CapturePlan:
         options: see `cuda_graphed`.
         sizes: the sizes to capture, where the forward can be padded.
         no_padding_reason: why the forward is captured only at the batch of the call; or None.
+        undo: for each size that ran, what puts its effects back.
     """
 
     name: str
@@ -45,31 +47,33 @@ class CapturePlan:
     options: Options
     sizes: tuple[int, ...]
     no_padding_reason: str | None
+    undo: dict[int, UndoLog]
 
     @property
     def is_pure(self) -> bool:
         """Return True if the forward mutates nothing outside, so that running it twice does no harm."""
         return not self.trace.mutated_keys
 
-    def arguments(self, static: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the tensors of the call: static inputs where copied in, its own where bound."""
-        tensors = list(self.call.tensors)
-        for (index, _), tensor in zip(self.call.copied_in(), static, strict=True):
-            tensors[index] = tensor
-        return [tensors[first] for first in self.call.identities]
-
-    def run(self, tensors: list[Tensor]) -> Any:
+    def run(self, tensors: list[torch.Tensor]) -> Any:
         """Runs the forward over other tensors than the caller's."""
         args, kwargs = self.call.arguments(tensors)
         return self.forward.function(*args, **kwargs)
 
-    def mutated_memory(self) -> _C.MutatedMemory:
-        """Returns the memory that the graphs will mutate besides their own."""
+    @cached_property
+    def dependencies(self) -> Dependencies:
+        """Returns what the graphs will depend on besides their arguments."""
         external = self.trace.external.items()
-        return _C.MutatedMemory(
+        mutated = _C.MutatedMemory(
             [_C.owned(tensor) for key, tensor in external if key in self.trace.mutated_keys],
             self.trace.mutated_positions(self.call),
             [index for index, _ in self.call.copied_in()],
+        )
+        return Dependencies(
+            self.guards,
+            mutated,
+            self.trace.mutated_keys,
+            self.trace.read_set.ran,
+            self.trace.draws_random,
         )
 
 
@@ -133,14 +137,6 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
             reason=Reason.UNGUARDED_TENSOR,
         )
     return guards
-
-
-def sizes_to_capture(
-    options: Options, batch: int, captured: Sequence[int], *, exactly: bool
-) -> tuple[int, ...]:
-    """Returns the sizes that a call of `batch` rows asks for and that are not captured yet."""
-    wanted = (batch,) if exactly else options.sizes or default_sizes(batch)
-    return tuple(size for size in wanted if size not in captured)
 
 
 def why_not_padded(trace: Trace, call: BoundCall, pad: Pad) -> str | None:

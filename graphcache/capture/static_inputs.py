@@ -1,5 +1,6 @@
 """Holds static inputs, from which graphs read their arguments, and copies arguments into them."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import BATCHED, BoundCall, Leaf
+from graphcache.call.bound_call import BATCHED, BOUND, BoundCall, Leaf
 from graphcache.config import Fill, Pad, fill_of
 
 
@@ -41,6 +42,32 @@ class StaticInputs:
                 dense = buffer[: prod(sizes)].view([sizes[dim] for dim in order])
                 tensors.append(dense.permute([order.index(dim) for dim in range(len(sizes))]))
         return tensors
+
+
+def arguments_over(call: BoundCall, static: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the tensors of a call: static inputs where copied in, its own where bound."""
+    tensors = list(call.tensors)
+    for (index, _), tensor in zip(call.copied_in(), static, strict=True):
+        tensors[index] = tensor
+    return [tensors[first] for first in call.identities]
+
+
+def fill_rows(call: BoundCall, static: list[Tensor], size: int, pad: Pad, rows: int) -> None:
+    """Copies the first rows of a call into static inputs of one size, and pads them.
+
+    Args:
+        call: the call.
+        static: the static inputs.
+        size: rows of the static inputs.
+        pad: see `cuda_graphed`.
+        rows: how many rows of the call are copied at most.
+    """
+    rows = min(rows, call.batch, size)
+    tensors = [
+        tensor if role.dim is None or role.role is BOUND else tensor.narrow(role.dim, 0, rows)
+        for tensor, role in zip(call.tensors, call.roles, strict=True)
+    ]
+    TorchInputCopier(static, call, size, pad).copy_in(tensors, rows)
 
 
 def _shape(shape: tuple[int, ...], leaf: Leaf, size: int) -> tuple[int, ...]:

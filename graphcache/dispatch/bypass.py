@@ -1,6 +1,7 @@
 """Decides which calls bypass the graphs, and why: all conditions of a call that make it eager."""
 
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from graphcache import _C, config
 from graphcache.call.bound_call import BoundCall
 from graphcache.call.modes import is_capturing
 from graphcache.capture.bucket import Bucket
-from graphcache.dispatch.entry import Entry
+from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass, Reason
 
 
@@ -54,6 +55,12 @@ def check_device(call: BoundCall) -> None:
         raise Bypass(Reason.OTHER_DEVICE, text=f"tensors on {device.type}")
 
 
+def check_pool(pool: GraphPool) -> None:
+    """Raises `Bypass` while another thread captures, which may wait for this thread."""
+    if pool.capturing_thread not in (None, threading.get_ident()):
+        raise Bypass(Reason.CAPTURED_ELSEWHERE)
+
+
 def check_call(call: BoundCall) -> None:
     """Raises `Bypass` for a call that no graph serves, whatever was captured."""
     if call.batch == 0:
@@ -62,11 +69,11 @@ def check_call(call: BoundCall) -> None:
         raise Bypass(Reason.NEEDS_GRAD)
 
 
-def check_bucket(entry: Entry, bucket: Bucket, call: BoundCall) -> None:
+def check_bucket(bucket: Bucket, call: BoundCall) -> None:
     """Raises `Bypass` where the graph of a call may not run now."""
     if bucket.native.retired:
         raise Bypass(Reason.TOO_SLOW)
-    if entry.mutated.overlaps(call.tensors):
+    if bucket.dependencies.mutated.overlaps(call.tensors):
         raise Bypass(Reason.OVERLAPS_MUTATED)
     if bucket.lane.native.is_held_elsewhere():
         raise Bypass(Reason.HELD_BY_ANOTHER_THREAD)

@@ -7,25 +7,31 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from graphcache import config
 from graphcache.call.bound_call import BoundCall
 from graphcache.call.modes import inlining
-from graphcache.call.pytree import NotATree, flatten
 from graphcache.capture.bucket import SETTLED, Bucket
+from graphcache.capture.other_sizes import why_unlike_captured
 from graphcache.capture.outputs import find_batch_dims
 from graphcache.capture.verify import ROWS_ALIKE
 from graphcache.config import Options
-from graphcache.dispatch.bypass import check_bucket, check_call, check_surroundings
+from graphcache.dispatch.bypass import (
+    check_bucket,
+    check_call,
+    check_no_profiler,
+    check_pool,
+    check_surroundings,
+)
 from graphcache.dispatch.entry import Entry
 from graphcache.dispatch.first_call import first_call
 from graphcache.dispatch.store import Store
 from graphcache.guards.static_objects import with_slots
+from graphcache.pool import GraphPool
 from graphcache.report.cache_info import CacheInfo, Counts
 from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.report.suggest_sizes import Suggestion, suggestion
-from graphcache.tracing.trace import Forward
+from graphcache.tracing.trace import Forward, trace_forward
 
 
 class GraphCache:
@@ -65,9 +71,7 @@ class GraphCache:
             pool = self.store.pool_for(call)
             self.native.count(call.batch)
             self.store.check_known(call)  # before slots are looked for, which takes longer
-            with pool.lock:
-                call = with_slots(call, pool)
-                return self._serve(Forward(function, instance), call)
+            return self._serve(Forward(function, instance), call, pool)
         except Bypass as bypass:
             return self._eager(bypass.why, function, args, kwargs)
 
@@ -81,23 +85,34 @@ class GraphCache:
         self.store.counts.eager[why] += 1
         return function(*args, **kwargs)
 
-    def _serve(self, forward: Forward, call: BoundCall) -> Any:
+    def _serve(self, forward: Forward, call: BoundCall, pool: GraphPool) -> Any:
         """Serves one call by a graph, or by the first call that makes one.
+
+        The forward itself runs without the lock of the pool: it may wait for threads that need the lock.
 
         Raises:
             Bypass: where the call has to run eagerly.
         """
-        entry = self._entry(forward, call)
-        if entry is None or (bucket := entry.bucket(call.batch)) is None:
+        check_pool(pool)
+        with pool.lock:
+            call, compares = with_slots(call, pool), False
+            entry = self._entry(forward, call)
+            bucket = None if entry is None else entry.bucket(call.batch)
+            if entry is not None and bucket is not None:
+                check_bucket(bucket, call)
+                compares = call.batch != bucket.size and bucket.native.check_budget <= 0
+                is_timed = bucket.native.replays >= bucket.native.time_at
+                times_eager = is_timed and entry.is_pure and bucket.timing.eager is None
+                if not compares and not times_eager:
+                    return (self._timed_replay if is_timed else self._replay)(call, bucket)
+        if not compares and entry is not None and bucket is not None:
+            return self._timed_eager(forward, call, bucket)
+        check_no_profiler()
+        if entry is None or bucket is None:
             return first_call(self.store, forward, call, exactly=False, restore=False)
-        check_bucket(entry, bucket, call)
-        if call.batch != bucket.size and bucket.native.check_budget <= 0:
-            if entry.padding.is_ambiguous(call) and not self.store.signature.names_batch(call):
-                return first_call(self.store, forward, call, exactly=True, restore=False)
-            return self._compare(forward, call, entry, bucket)
-        if bucket.native.replays >= bucket.native.time_at:
-            return self._time(forward, call, entry, bucket)
-        return bucket.replay(call, self.native.calls)
+        if entry.padding.is_ambiguous(call) and not self.store.signature.names_batch(call):
+            return first_call(self.store, forward, call, exactly=True, restore=False)
+        return self._compare(forward, call, entry, bucket)
 
     def _entry(self, forward: Forward, call: BoundCall) -> Entry | None:
         """Returns the entry that serves `call`; None if there is none, or no more.
@@ -117,29 +132,32 @@ class GraphCache:
             raise Bypass(Reason.ABOVE_LARGEST_SIZE)
         return entry
 
+    def _replay(self, call: BoundCall, bucket: Bucket) -> Any:
+        with self.store.pool_for(call).lock:
+            return bucket.replay(call, self.native.calls)
+
     def _compare(self, forward: Forward, call: BoundCall, entry: Entry, bucket: Bucket) -> Any:
         """Returns the eager result, and compares padded replays with it."""
-        number = self.native.calls
         try:
-            with inlining():
-                eager = forward.run(call)
+            trace = trace_forward(forward, call, restore=False, again=True)
         except torch.OutOfMemoryError:  # which a replay needs none of
             if not entry.is_pure or not bucket.native.padded_rows:
                 raise
             bucket.native.check_budget = entry.padding.interval
-            return bucket.replay(call, number)
+            return self._replay(call, bucket)
         self.store.counts.eager[EagerReason(Reason.COMPARED)] += 1
-        tensors: list[Tensor] = []
-        try:
-            layout = flatten(eager, tensors, [], other=call.object_ref)
-            why = find_batch_dims([bucket], call.batch, layout, tensors)
-        except NotATree as error:
-            why = str(error)
-        if why is None and entry.is_pure:
-            why = entry.padding.why_unlike(tensors, call, bucket, self.store.options.pad, number)
-        if why is not None:
-            entry.no_padding_reason = why
-            self.store.hand_over(call, None, entry)
+        with self.store.pool_for(call).lock:
+            why = why_unlike_captured(trace, bucket, call.batch) or find_batch_dims(
+                [bucket], call.batch, trace.layout, trace.tensors
+            )
+            if why is None and entry.is_pure:
+                pad = self.store.options.pad
+                why = entry.padding.why_unlike(trace.tensors, call, bucket, pad, self.native.calls)
+            if trace.changes:
+                self.store.note_by_batch(str(why))
+            if why is not None:
+                entry.no_padding_reason = why
+                self.store.hand_over(call, None, entry)
         if why is not None and why is not ROWS_ALIKE:
             self.store.warn(
                 "rows",
@@ -148,31 +166,33 @@ class GraphCache:
                 "Nothing, if each batch comes often.",
                 "Or keep rows independent of each other, such as by a norm over features.",
             )
-        return eager
+        return trace.result
 
-    def _time(self, forward: Forward, call: BoundCall, entry: Entry, bucket: Bucket) -> Any:
-        """Serves a call of a graph that is timed: one runs eagerly, and the next by the graph."""
+    def _timed_eager(self, forward: Forward, call: BoundCall, bucket: Bucket) -> Any:
+        """Serves a call eagerly, beside whose time that of the next replay is put."""
+        bucket.timing.eager = bucket.lane.stopwatch()
+        try:
+            with bucket.timing.eager, inlining():
+                result = forward.run(call)
+        except torch.OutOfMemoryError:  # which a replay needs none of
+            return self._replay(call, bucket)
+        self.store.counts.eager[EagerReason(Reason.TIMED)] += 1
+        return result
+
+    def _timed_replay(self, call: BoundCall, bucket: Bucket) -> Any:
+        """Serves a call by its graph, which is timed once."""
         timing, native = bucket.timing, bucket.native
-        if entry.is_pure and timing.eager is None:
-            timing.eager = bucket.lane.stopwatch()
-            try:
-                with timing.eager, inlining():
-                    result = forward.run(call)
-            except torch.OutOfMemoryError:  # which a replay needs none of
-                return bucket.replay(call, self.native.calls)
-            self.store.counts.eager[EagerReason(Reason.TIMED)] += 1
-            return result
         if timing.replay is None:
             timing.replay = bucket.lane.stopwatch()
             native.time_at = native.replays + SETTLED
             with timing.replay:
-                return bucket.replay(call, self.native.calls)
+                return self._replay(call, bucket)
         native.time_at = sys.maxsize if timing.is_done() else native.replays + SETTLED
         gain, wanted = timing.times().gain, self.store.options.min_gain
         if gain is not None and wanted is not None and gain < wanted:
             bucket.retire()
             raise Bypass(Reason.TOO_SLOW)
-        return bucket.replay(call, self.native.calls)
+        return self._replay(call, bucket)
 
     def warm_up(
         self,
@@ -192,11 +212,12 @@ class GraphCache:
                 )
             self.store.check_known(call)
             self.store.entries.is_due(call.bare_key)  # it is asked for
+            check_no_profiler()
+            forward = Forward(function, instance)
             with self.store.pool_for(call).lock:
-                forward = Forward(function, instance)
                 entry = self._entry(forward, call)
-                if entry is None or entry.bucket(call.batch) is None:
-                    first_call(self.store, forward, call, exactly=False, restore=True)
+            if entry is None or entry.bucket(call.batch) is None:
+                first_call(self.store, forward, call, exactly=False, restore=True)
         except Bypass as reason:
             if not config.is_disabled():
                 self.store.warn(

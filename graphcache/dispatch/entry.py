@@ -8,7 +8,6 @@ from graphcache import _C
 from graphcache.capture.bucket import Bucket
 from graphcache.capture.default_sizes import padded_size
 from graphcache.capture.verify import PaddingCheck
-from graphcache.guards.guards import Guards
 from graphcache.guards.static_objects import Slot
 from graphcache.report.reasons import EagerReason
 
@@ -24,11 +23,8 @@ class Entry:
     Attributes:
         eager: why it always runs eagerly, or None.
         no_padding_reason: why it is captured only at the sizes that it is called with, or None.
-        guards: what its graphs depend on besides the arguments.
-        is_pure: the forward mutates nothing outside, so that running it twice does no harm.
         complete: no sizes will be added: they were given, or no more fit into memory.
         padding: compares padded replays with eager.
-        mutated: the memory that its graphs mutate, and the arguments that are copied before.
         slots: those of the objects that its calls pass; see `static_objects`.
         buckets: its graphs by size, ascending.
         native: its native counterpart.
@@ -37,11 +33,8 @@ class Entry:
 
     eager: EagerReason | None = None
     no_padding_reason: str | None = None
-    guards: Guards = field(default_factory=Guards)
-    is_pure: bool = True
     complete: bool = False
     padding: PaddingCheck = field(default_factory=PaddingCheck)
-    mutated: _C.MutatedMemory = field(default_factory=lambda: _C.MutatedMemory([], [], []))
     slots: tuple[Slot, ...] = ()
     buckets: dict[int, Bucket] = field(default_factory=dict)
     native: _C.Entry | None = None
@@ -58,6 +51,19 @@ class Entry:
             return self.buckets.get(batch)
         size = padded_size(tuple(self.buckets), batch)
         return None if size is None else self.buckets[size]
+
+    @property
+    def is_pure(self) -> bool:
+        """Return True if the forward mutates nothing outside, so that running it twice does no harm."""
+        return not any(bucket.dependencies.mutated_keys for bucket in self.buckets.values())
+
+    def changed(self, *, grad: bool) -> list[Bucket]:
+        """Returns the graphs that depend on something which is not as it was."""
+        guards = {
+            id(each.dependencies.guards): each.dependencies.guards for each in self.buckets.values()
+        }
+        valid = {key for key, each in guards.items() if each.check(grad=grad)}
+        return [each for each in self.buckets.values() if id(each.dependencies.guards) not in valid]
 
     def used(self) -> int:
         """Returns the number of its last call."""

@@ -4,19 +4,12 @@ from typing import Any
 
 from graphcache.call.bound_call import BoundCall
 from graphcache.capture.ladder import Captured, capture
-from graphcache.capture.plan import (
-    CHANGES,
-    CapturePlan,
-    build_guards,
-    check_trace,
-    sizes_to_capture,
-    why_not_padded,
-)
+from graphcache.capture.other_sizes import NOT_AT_OTHER_SIZES, SizeTraces, trace_sizes
+from graphcache.capture.plan import CHANGES, CapturePlan, build_guards, check_trace
 from graphcache.capture.verify import check_first_replay, retraced_as_captured
-from graphcache.dispatch.bypass import check_no_profiler
 from graphcache.dispatch.store import Store
 from graphcache.errors import CaptureError
-from graphcache.report.reasons import EagerReason, Reason
+from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.runtime.torch_state import uncollected
 from graphcache.tracing.trace import Forward, Trace, trace_forward
 
@@ -24,18 +17,18 @@ from graphcache.tracing.trace import Forward, Trace, trace_forward
 @uncollected()
 def first_call(store: Store, forward: Forward, call: BoundCall, *, exactly: bool, restore: bool) -> Any:
     """Runs the forward eagerly, once, and captures it; exactly for this batch, or restoring state."""
-    check_no_profiler()
-    trace = trace_forward(forward, call, restore=restore)
+    trace = trace_forward(forward, call, restore=restore)  # without the lock: it may wait for threads
     if not restore:
         store.counts.eager[EagerReason(Reason.FIRST_CALL)] += 1
-    try:
-        plan = make_plan(store, forward, call, trace, exactly=exactly)
-        captured = capture(plan)
-        verify(store, plan, captured)
-    except Exception as error:  # whatever it is, the caller has a result, and gets it
-        store.handle_error(call, forward.instance, error)
-    else:
-        store.publish(plan, captured, held=trace.made(call))
+    with store.pool_for(call).capturing():
+        try:
+            plan = make_plan(store, forward, call, trace, exactly=exactly)
+            captured = capture(plan)
+            verify(store, plan, captured)
+        except Exception as error:  # whatever it is, the caller has a result, and gets it
+            store.handle_error(call, forward.instance, error)
+        else:
+            store.publish(plan, captured, held=trace.made(call))
     return trace.result
 
 
@@ -52,26 +45,38 @@ def make_plan(
     if trace.layout is not None:
         trace = retraced_as_captured(forward, call, trace)
         if trace.changes:
-            store.wait_until_settled()
+            store.wait_until_settled(call)
+        elif trace.effect is not None:
+            store.wait_until_settled(call, times=2)
     check_trace(trace)
     guards = build_guards(trace, forward, call)
     pool = store.pool_for(call)
     for passed, slot in zip(call.objects, call.slots, strict=True):
         slot.lease(passed, pool.device)
     call = store.rebound(call, forward.instance, trace.mutated_positions(call))
-    entry = store.entries.get(call.key)
-    known = () if entry is None else entry.buckets
-    reason = None if entry is None else entry.no_padding_reason
+    sizes = store.sizes_to_capture(call, exactly=exactly)
+    why = store.why_not_padded(call, trace)
+    found = SizeTraces(trace, {call.batch: trace.undo}, why)
+    if why is None:
+        found = trace_sizes(forward, call, trace, sizes, store.options.pad)
+        if found.trace is not trace and found.why is None:
+            try:
+                guards = build_guards(found.trace, forward, call)
+            except (CaptureError, Bypass) as error:
+                found = found._replace(trace=trace, why=NOT_AT_OTHER_SIZES.format(error))
+        if found.by_batch:
+            store.note_by_batch(found.why)
     return CapturePlan(
         name=store.name,
         forward=forward,
         call=call,
-        trace=trace,
+        trace=found.trace,
         guards=guards,
         pool=pool,
         options=store.options,
-        sizes=sizes_to_capture(store.options, call.batch, tuple(known), exactly=exactly),
-        no_padding_reason=reason or why_not_padded(trace, call, store.options.pad),
+        sizes=sizes,
+        no_padding_reason=found.why,
+        undo=found.undo,
     )
 
 
@@ -85,6 +90,6 @@ def verify(store: Store, plan: CapturePlan, captured: Captured) -> None:
     store.check_objects_unchanged(plan.call)  # a capture runs the forward's Python
     check_first_replay(plan, captured.buckets, store.native.calls)
     if not plan.guards.check(grad=False):
-        store.wait_until_settled()
+        store.wait_until_settled(plan.call)
         why = plan.guards.explain(grad=False)
         raise CaptureError(CHANGES.format(why), reason=Reason.CHANGES_VALUES)

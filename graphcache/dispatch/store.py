@@ -1,6 +1,7 @@
 """The store of one forward: its graphs by signature, what native code knows of them, and the counts."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from graphcache.call.modes import is_stream_capturing, modes_of
 from graphcache.call.object_args import MutationHistory
 from graphcache.call.pytree import NotATree
 from graphcache.call.signature import Signature
+from graphcache.capture.default_sizes import default_sizes
 from graphcache.capture.ladder import Captured
-from graphcache.capture.plan import PAD_IS_MISSING, CapturePlan
+from graphcache.capture.plan import PAD_IS_MISSING, CapturePlan, why_not_padded
 from graphcache.config import Options
 from graphcache.dispatch.bypass import check_device
-from graphcache.dispatch.entry import Entries, Entry
+from graphcache.dispatch.entry import MAX_SIGHTED, Entries, Entry
 from graphcache.errors import CaptureError, OptionError
 from graphcache.guards.guards import submodule_with_hooks
 from graphcache.guards.static_objects import read_object, with_slots
@@ -25,13 +27,14 @@ from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
 from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.runtime.source_lines import warn
+from graphcache.tracing.trace import Trace
 
 logger = logging.getLogger(__name__)
 
 # A forward that needs more is not one that graphs can speed up: each costs a capture.
 MAX_SIGNATURES = 32
 MAX_RECAPTURES = 8
-MAX_UNSETTLED = 3  # first calls that may change attributes (lazy caches) before that is called a habit
+MAX_UNSETTLED = 3  # first calls of one batch that may change values before that is called a habit
 MAX_EMPTY_SLOTS = 4
 MANY_WAYS = (
     f"is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such calls "
@@ -79,7 +82,10 @@ class Store:
         self.counts = Counts()
         self.mutated: dict[Any, frozenset[int]] = {}
         self.signature.mutation_history = MutationHistory()
-        self._recaptures = self._unsettled = 0
+        self._recaptures = 0
+        self._changed_itself = False
+        self._unsettled = Counter[Any]()
+        self._by_batch: str | None = None
         self._replaced = ""
         self._warned: set[str] = set()
         self.native.calls, self.native.batches = 0, {}
@@ -195,26 +201,68 @@ class Store:
         if changed:
             raise CaptureError(error.format(", ".join(changed)), reason=Reason.CHANGES_ARGUMENT)
 
-    def wait_until_settled(self) -> None:
+    def wait_until_settled(self, call: BoundCall, times: int = MAX_UNSETTLED) -> None:
         """Raises `Bypass` for a forward that changed Python values: perhaps it does so once.
 
-        What fills a cache may well do what no graph can hold, such as a copy from the host.
+        What fills a cache may well do what no graph can hold, such as a copy from the host. A table that
+        gets an entry for each batch settles batch by batch.
+
+        Args:
+            call: the call that changed something.
+            times: how many such calls of one signature and batch are a habit.
         """
-        self._unsettled += 1
-        if self._unsettled < MAX_UNSETTLED:
+        if len(self._unsettled) > MAX_SIGHTED:
+            self._unsettled.clear()
+        self._unsettled[call.bare_key, call.batch] += 1
+        self._changed_itself = True
+        if self._unsettled[call.bare_key, call.batch] < times:
             raise Bypass(Reason.UNSETTLED)
 
     # Graphs
 
+    def sizes_to_capture(self, call: BoundCall, *, exactly: bool) -> tuple[int, ...]:
+        """Returns the sizes that a call asks for and that are not captured yet.
+
+        Raises:
+            Bypass: where another thread captured them meanwhile.
+        """
+        entry = self.entries.get(call.key, Entry())
+        if call.batch in entry.buckets or not (exactly or entry.bucket(call.batch) is None):
+            raise Bypass(Reason.FIRST_CALL)
+        sizes = self.options.sizes or default_sizes(call.batch)
+        return (call.batch,) if exactly else tuple(each for each in sizes if each not in entry.buckets)
+
+    def why_not_padded(self, call: BoundCall, trace: Trace) -> str | None:
+        """Explains why no rows may be added to this signature; None where nothing speaks against it."""
+        entry = self.entries.get(call.key, Entry())
+        if trace.effect is not None:
+            return f"it does what nothing puts back ({trace.effect})"
+        return entry.no_padding_reason or self._by_batch or why_not_padded(trace, call, self.options.pad)
+
+    def note_by_batch(self, why: str | None) -> None:
+        """Records that the forward changes Python values by batch: it is padded no more."""
+        self._by_batch = why
+
     def expire_changed(self, call: BoundCall, entry: Entry, *, grad: bool) -> bool:
-        """Return True if what the graphs of an entry depend on has changed; drops them then."""
-        if entry.guards.check(grad=grad):
+        """Return True if what the graphs of an entry depend on has changed; drops them then.
+
+        Graphs of exact sizes were captured one by one: those whose values are as they were stay.
+        """
+        changed = entry.changed(grad=grad)
+        if not changed:
             return False
-        self._recaptures = 1 if entry.amortized() else self._recaptures + 1
-        self._replaced = entry.guards.explain(grad=grad)
+        if not self._changed_itself:  # as a table does that gets an entry for another batch
+            self._recaptures = 1 if entry.amortized() else self._recaptures + 1
+        self._changed_itself = False
+        self._replaced = changed[0].dependencies.guards.explain(grad=grad)
         logger.info("%s will be recaptured: %s changed", self.name, self._replaced)
-        self.drop(self.entries.pop(call.key))
-        return True
+        if entry.no_padding_reason is None or len(changed) == len(entry.buckets):
+            self.drop(self.entries.pop(call.key))
+            return True
+        self.withdraw(entry)
+        for bucket in changed:
+            self.counts.add(entry.buckets.pop(bucket.size).native)
+        return False
 
     def publish(self, plan: CapturePlan, captured: Captured, held: list[Tensor]) -> None:
         """Adds the graphs of a plan to its signature, and hands them to native code.
@@ -231,8 +279,7 @@ class Store:
             for size in entry.buckets.keys() - exact.keys():
                 self.counts.add(entry.buckets[size].native)
             entry.buckets = exact
-        entry.guards, entry.is_pure = plan.guards, plan.is_pure
-        entry.mutated, entry.slots = plan.mutated_memory(), plan.call.slots
+        entry.slots = plan.call.slots
         entry.no_padding_reason = captured.no_padding_reason
         entry.complete = captured.complete
         entry.padding.add(plan.call)
@@ -286,7 +333,7 @@ class Store:
         """Lets native code serve calls like this one with the graphs that there are now, or eagerly."""
         if entry.native is None:
             lock = self.pool_for(call).lock
-            entry.native = _C.Entry(lock, entry.guards.native, entry.mutated)
+            entry.native = _C.Entry(lock)
             parameters, leaves = self.signature.native(call)
             training = getattr(instance, "training", None)
             self.native.add(parameters, leaves, call.identities, training, entry.native)

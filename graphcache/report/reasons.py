@@ -65,6 +65,10 @@ class Reason(Enum):
         "another thread holds an output of its lane",
         "Let go of the output there, or give each thread a pool of its own.",
     )
+    CAPTURED_ELSEWHERE = (
+        "another thread captures into the same pool",
+        "Nothing; later calls replay. Or give each thread a pool of its own.",
+    )
     OBJECT_FILLED = "the forward changes an object", "Nothing; later calls replay."
     OBJECT_CHANGES = (
         "the forward changes an object at every call",
