@@ -63,7 +63,7 @@ def trace_sizes(
             # From the state that the first call began with: its last step may be the last one there is.
             undone = trace.undo.undone() if rows else nullcontext()
             with undone, memos_restored(trace.memos), as_in_a_capture:
-                other = trace_forward(forward, there, restore=rows > 0, again=True)
+                other = trace_forward(forward, there, restore=rows > 0, again=trace.snapshot)
         except torch.OutOfMemoryError:
             continue  # as its capture will
         except Exception as error:

@@ -139,7 +139,7 @@ class GraphCache:
     def _compare(self, forward: Forward, call: BoundCall, entry: Entry, bucket: Bucket) -> Any:
         """Returns the eager result, and compares padded replays with it."""
         try:
-            trace = trace_forward(forward, call, restore=False, again=True)
+            trace = trace_forward(forward, call, restore=False)
         except torch.OutOfMemoryError:  # which a replay needs none of
             if not entry.is_pure or not bucket.native.padded_rows:
                 raise

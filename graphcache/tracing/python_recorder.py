@@ -51,6 +51,7 @@ class PythonRecorder:
         instance: the object that the forward is bound to, or None.
         function: the forward; it is not among its own globals.
         arguments: those of the call.
+        snapshot: that of an earlier run, after which the values are as they were; or None.
 
     Attributes:
         code: the forward, and classes and functions in the arguments.
@@ -60,9 +61,16 @@ class PythonRecorder:
         snapshot: the Python values before the forward ran; empty after `changed()`.
         blocker: the first thing that no graph can hold, and its kind; or None.
         memos: the tables of results that functions keep, as `functools.lru_cache` does.
+        valid: the snapshot, after `changed()`, if the values are as they were.
     """
 
-    def __init__(self, instance: Any, function: Any = None, arguments: Any = ()) -> None:
+    def __init__(
+        self,
+        instance: Any,
+        function: Any = None,
+        arguments: Any = (),
+        snapshot: Snapshot | None = None,
+    ) -> None:
         self.code = [function, *code_in(arguments)]
         self._ran: set[CodeType] = set()
         # That of them which is no library's, with its names and its globals.
@@ -73,9 +81,10 @@ class PythonRecorder:
         self.asks = self.compiled = False
         self.effect: str | None = None
         self.memos: list[dict[Any, Any]] = []
+        self.valid: Snapshot | None = None
         self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
-        self.snapshot = Snapshot()
+        self.snapshot = snapshot or Snapshot()
         for root in (instance, *self.code):
             self.snapshot.walk(root, "")
 
@@ -98,6 +107,8 @@ class PythonRecorder:
         self.blocker = self.blocker or (text, reason)
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
+        if event == "c_return" or is_ours(frame):  # the operations' recorder makes most of the events
+            return
         if event == "c_call":
             if not self._importing:
                 self._called_native(what, frame)
@@ -198,6 +209,7 @@ class PythonRecorder:
         if restore and names:
             self.snapshot.restore()
             self._restore_closures()
+        self.valid = self.snapshot if restore or not names else None
         self._dynamic, self.memos = self.snapshot.dynamic, self.snapshot.memos
         self.snapshot = Snapshot()
         for held in self._closures.values():

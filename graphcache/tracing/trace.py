@@ -18,6 +18,7 @@ from graphcache.runtime.torch_state import UndoLog, uncollected
 from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder
+from graphcache.tracing.python_snapshot import Snapshot
 
 
 class Forward(NamedTuple):
@@ -52,6 +53,7 @@ class Trace:
         leak: a tensor that the forward made and that somebody keeps; or None.
         read_set: the code that ran, and what it can read.
         undo: puts back what the run overwrote outside what it made.
+        snapshot: the Python values before the run, if they are the same after it; or None.
         memos: tables of results that functions keep, as `functools.lru_cache` does.
         effect: something that the run did and that nothing puts back, such as printing; or None.
     """
@@ -72,6 +74,7 @@ class Trace:
     leak: str | None
     read_set: ReadSet
     undo: UndoLog
+    snapshot: Snapshot | None
     memos: list[dict[Any, Any]]
     effect: str | None
 
@@ -115,25 +118,28 @@ class Trace:
 
 
 @uncollected()
-def trace_forward(forward: Forward, call: BoundCall, *, restore: bool, again: bool = False) -> Trace:
+def trace_forward(
+    forward: Forward, call: BoundCall, *, restore: bool, again: Snapshot | None = None
+) -> Trace:
     """Runs the forward once, recorded.
 
     Args:
         forward: the forward.
         call: its arguments.
         restore: put back all that the run changed: tensors, Python values, the generator.
-        again: the forward was traced before, so it is known whether it writes past torch's operators.
+        again: the snapshot of an earlier trace, after which the Python values are as they were. It is
+            known by then whether the forward writes past torch's operators.
 
     Raises:
         Exception: what the forward raised.
     """
-    python = PythonRecorder(forward.instance, forward.function, (call.args, call.kwargs))
+    python = PythonRecorder(forward.instance, forward.function, (call.args, call.kwargs), again)
     held = (tensor for passed in call.objects for tensor in passed.tensors)
     ops = OpRecorder(
         call.tensors[0].device,
         call.tensors,
         restore=restore,
-        suspects=() if again else (*python.snapshot.tensors.values(), *held),
+        suspects=() if again is not None else (*python.snapshot.tensors.values(), *held),
     )
     try:
         with inlining(), ops.record(), python.record():
@@ -173,6 +179,7 @@ def trace_forward(forward: Forward, call: BoundCall, *, restore: bool, again: bo
         leak=leak,
         read_set=python.read_set(),
         undo=ops.undo,
+        snapshot=python.valid,
         memos=python.memos,
         effect=python.effect,
     )
