@@ -74,6 +74,20 @@ def against(figures: dict[str, Any]) -> str:
     for name, each in figures["calls"].items():
         host = (f"{each[arm]:.2f} us" for arm in ("other_us", "here_us"))
         rows.append((name, *host, f"{each['ratio']:.3f}"))
+    for part, name in (("first_call", "BERT-base, 4 sizes"), ("cache", "a cache of 8 GiB, 16 sizes")):
+        if part in figures:
+            each = figures[part]["first"]
+            seconds = (f"{each[arm]:.3f} s" for arm in ("other", "here"))
+            rows.append((f"first call of {name}", *seconds, f"{each['ratio']:.3f}"))
+    if "cache" in figures:
+        each = figures["cache"]["more_bytes"]
+        rows.append(
+            (
+                "memory beyond eager's meanwhile",
+                *(f"{each[arm] / 2**20:.1f} MiB" for arm in ("other", "here")),
+                "",
+            )
+        )
     text = (
         f"Host time of a replayed call: commit {figures['other'][:12]} and this one, processes in "
         "turns; the ratio is the median of the rounds."
