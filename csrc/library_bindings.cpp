@@ -8,6 +8,7 @@
 #include "bindings/module.cpp"
 #include "bindings/static_objects.cpp"
 #include "bindings/tensors.cpp"
+#include "bindings/tracing.cpp"
 #include "call/entry_points.cpp"
 #include "call/modes.cpp"
 #include "call/pytree.cpp"
@@ -23,3 +24,4 @@
 #include "replay/stale_outputs.cpp"
 #include "tensors/ownership.cpp"
 #include "tensors/python_tensor.cpp"
+#include "tracing/call_profile.cpp"

@@ -22,5 +22,6 @@ void bind_inputs(py::module_& m);
 void bind_lanes(py::module_& m);
 void bind_static_objects(py::module_& m);
 void bind_tensors(py::module_& m);
+void bind_tracing(py::module_& m);
 
 } // namespace graphcache

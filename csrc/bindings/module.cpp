@@ -2,6 +2,7 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   graphcache::bind_tensors(m);
+  graphcache::bind_tracing(m);
   graphcache::bind_guards(m);
   graphcache::bind_static_objects(m);
   graphcache::bind_lanes(m);

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, ClassVar, overload
 
 from torch import Stream, Tensor, nn
@@ -265,6 +266,16 @@ class CopyInNode:
 
 def check_driver() -> None:
     """Raises a `RuntimeError` with the name of the entry point that the CUDA driver lacks."""
+
+# Traces
+
+def profile_calls(callback: Callable[[FrameType, str, Any], None], skipped: str) -> None:
+    """Has the calls of this thread reported, as `sys.setprofile` does, until another profile is set.
+
+    Args:
+        callback: takes a frame, "call", "return" or "c_call", and the result or the function of C.
+        skipped: code in files whose names begin with this is not reported.
+    """
 
 # Captures
 

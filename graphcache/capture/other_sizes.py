@@ -59,11 +59,11 @@ def trace_sizes(
         tensors = arguments_over(call, static)
         args, kwargs = call.arguments(tensors)
         there = call._replace(args=args, kwargs=kwargs, tensors=tensors, batch=size)
+        # From the state that the first call began with: its last step may be the last one there is.
+        undone = trace.undo.undone() if rows else nullcontext()
         try:
-            # From the state that the first call began with: its last step may be the last one there is.
-            undone = trace.undo.undone() if rows else nullcontext()
-            with undone, memos_restored(trace.memos), as_in_a_capture:
-                other = trace_forward(forward, there, restore=rows > 0, again=trace.snapshot)
+            with undone, memos_restored(trace.memos):
+                other = _trace(forward, there, trace, restore=rows > 0)
         except torch.OutOfMemoryError:
             continue  # as its capture will
         except Exception as error:
@@ -76,6 +76,27 @@ def trace_sizes(
         if not found.trace.covers(other):
             found = found._replace(trace=found.trace.united(other))
     return found
+
+
+def _trace(forward: Forward, call: BoundCall, trace: Trace, *, restore: bool) -> Trace:
+    """Traces a call of another size; as in a capture, if the forward asks whether one is under way.
+
+    A library that tunes itself at a new size can't do so in a capture: then a plain run comes first.
+    """
+    if not trace.asks_for_capture:
+        return trace_forward(forward, call, restore=restore, again=trace.snapshot)
+    try:
+        with as_in_a_capture:
+            other = trace_forward(forward, call, restore=restore, again=trace.snapshot)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        other = None
+    if other is not None and other.blocker is None:
+        return other
+    trace_forward(forward, call, restore=restore, again=trace.snapshot)
+    with as_in_a_capture:
+        return trace_forward(forward, call, restore=restore, again=trace.snapshot)
 
 
 def why_unlike(other: Trace, batch: int, mutated: frozenset[int], draws_random: bool) -> str | None:

@@ -16,23 +16,23 @@ import wrapt
 from graphcache.errors import GraphCacheWarning
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision lies beside it
-_OURS = str(Path(__file__).parent.parent) + os.sep
+OURS = str(Path(__file__).parent.parent) + os.sep
 _GENERATED = ("<frozen", "<built-in", "<eval_with_key>")  # `<stdin>` and `<string>` are the user's
 # Decorators: their frames lie between a user's call and what it calls.
 _WRAPPERS = (str(Path(wrapt.__file__).parent) + os.sep, contextlib.__file__)
-_NOT_THE_USERS = (_TORCH, _OURS, *_WRAPPERS, *_GENERATED)
+_NOT_THE_USERS = (_TORCH, OURS, *_WRAPPERS, *_GENERATED)
 _PATHS = sysconfig.get_paths()
 
 
 def is_ours(frame: FrameType | None) -> bool:
     """Return True if `frame` runs code of graphcache."""
-    return frame is not None and frame.f_code.co_filename.startswith(_OURS)
+    return frame is not None and frame.f_code.co_filename.startswith(OURS)
 
 
 @cache
 def is_library(file: str) -> bool:
     """Return True if code in `file` is torch's, graphcache's, or Python's own."""
-    if file.startswith((_TORCH, _OURS, "<frozen", "<built-in")):
+    if file.startswith((_TORCH, OURS, "<frozen", "<built-in")):
         return True
     installed = (_PATHS["purelib"], _PATHS["platlib"])
     return file.startswith((_PATHS["stdlib"], _PATHS["platstdlib"])) and not file.startswith(installed)

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from graphcache import _C
 from graphcache.guards.guards import ReadSet
 from graphcache.guards.reachability import ABSENT, CODE, OF_MODULE, SPECIAL, Source, code_in, is_opaque
 from graphcache.report.reasons import Reason
-from graphcache.runtime.source_lines import is_library, is_ours
+from graphcache.runtime.source_lines import OURS, is_library, is_ours
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.tracing.bytecode import NamesInCode
 from graphcache.tracing.python_snapshot import Snapshot
@@ -95,7 +96,7 @@ class PythonRecorder:
         Finalizers and gc.callbacks that run just now would be taken for code of the forward.
         """
         profile, random_before = sys.getprofile(), _host_random()
-        sys.setprofile(self._called)
+        _C.profile_calls(self._called, OURS)  # in C: most events come from the recorders
         try:
             yield
         finally:
@@ -107,8 +108,6 @@ class PythonRecorder:
         self.blocker = self.blocker or (text, reason)
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
-        if event == "c_return" or is_ours(frame):  # the operations' recorder makes most of the events
-            return
         if event == "c_call":
             if not self._importing:
                 self._called_native(what, frame)
