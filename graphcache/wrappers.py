@@ -6,7 +6,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class _Caches:
         if key not in by_id:
             cache = GraphCache(function, _name(function, instance), self.options, instance)
             # Not finalize: nothing has to run at exit, where CUDA may be gone already.
-            reference = weakref.ref(owner, lambda _: by_id.pop(key, None))
+            reference = _reference(owner, lambda _: by_id.pop(key, None))
             by_id[key] = reference, cache, cache.native.capsule
         return by_id[key][1]
 
@@ -48,7 +48,22 @@ class _Caches:
         """Returns the key by which native code finds the cache of a forward bound to `instance`."""
         if instance is None:
             return self.by_id, id(self), None
-        return self.by_id, id(instance), weakref.ref(instance)
+        return self.by_id, id(instance), _reference(instance)
+
+
+def _reference(instance: Any, callback: Callable[[Any], object] | None = None) -> "weakref.ref[Any]":
+    """Returns a weak reference to an instance whose forward has graphs.
+
+    Raises:
+        OptionError: where its class allows none.
+    """
+    try:
+        return weakref.ref(instance, callback)
+    except TypeError:
+        raise OptionError(
+            f"graphcache: {type(instance).__qualname__} has __slots__ without '__weakref__', so its "
+            "graphs can't go when it goes; add '__weakref__' to its __slots__"
+        ) from None
 
 
 def _name(function: Callable[..., Any], instance: Any) -> str:
@@ -138,6 +153,22 @@ class _BoundForward(_Inspectable, wrapt.BoundFunctionWrapper):  # type: ignore[t
             )
         return self.__wrapped__, self._self_instance
 
+    def __copy__(self) -> "_BoundForward":
+        return self  # as methods are
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        instance = copy.deepcopy(self._self_instance, memo)
+        return (
+            self
+            if instance is self._self_instance
+            else self._self_parent.__get__(instance, type(instance))
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if self._self_instance is None:
+            return getattr, (self._self_owner, self.__name__)
+        return getattr, (self._self_instance, self.__name__)
+
 
 class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """A decorated function: a plain one, or the forward in the body of a class."""
@@ -164,11 +195,33 @@ class GraphedForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type-
         # wrapt hands the instance of a bound method on, so `cuda_graphed(model.decode)` has one too.
         return self.__wrapped__, _owner_of(self.__wrapped__)
 
-    def __reduce_ex__(self, protocol: Any) -> str:
-        return str(self.__qualname__)  # by name, as functions are pickled
+    # The copy of a bound method is bound to the copy of its instance, and so is one of a partial.
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        function, options = self.__wrapped__, self._self_caches.options
+        if type(function) is MethodType:
+            return _graphed_method, (function.__func__, function.__self__, options)
+        if type(function) is FunctionType:
+            found: Any = sys.modules.get(str(self.__module__))
+            for name in str(self.__qualname__).split("."):
+                found = getattr(found, name, None)
+            if found is not function:
+                return str(self.__qualname__)  # by name, as functions are pickled
+        return GraphedForward, (function, options)
+
+    def __copy__(self) -> "GraphedForward":
+        return self  # as functions and methods are
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphedForward":
-        return self  # as functions are
+        function = copy.deepcopy(self.__wrapped__, memo)
+        if function is self.__wrapped__:
+            return self  # as functions are
+        # The instance that was copied may hold this very wrapper.
+        return memo.get(id(self)) or GraphedForward(function, self._self_caches.options)
+
+
+def _graphed_method(function: Callable[..., Any], instance: Any, options: Options) -> GraphedForward:
+    return GraphedForward(MethodType(function, instance), options)
 
 
 _MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})

@@ -9,14 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache import GraphCacheWarning, OptionError, cuda_graphed
 from tests.helpers import (
     Backend,
     eagerly,
@@ -761,3 +761,132 @@ def test_fft_plan_is_dropped(backend: Backend) -> None:
         torch.backends.cuda.cufft_plan_cache.clear()
     torch.testing.assert_close(model(x), wanted)
     assert info(model).hits == 0
+
+
+class Methods(nn.Module):
+    """A module that keeps graphed forwards of its own in attributes."""
+
+    def __init__(self, device: torch.device, decorate: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device=device)
+        self.decode = decorate(self._decode)
+        self.steps = [decorate(self._encode), decorate(partial(_thrice, self))]
+
+    def _decode(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.linear(x) * 2
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [step(x).clone() for step in (self.decode, *self.steps)]
+
+
+def _thrice(module: Methods, x: Tensor) -> Tensor:
+    return module.linear(x) * 3
+
+
+def _plain(function: Any) -> Any:
+    return function
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    torch.save(module, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Any] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_module_with_graphed_methods_is_copied(backend: Backend, x: Tensor, name: str) -> None:
+    """The copy's methods replay the graphs of the original, with its weights."""
+    results = []
+    for decorate in (_plain, cuda_graphed):
+        torch.manual_seed(0)
+        module = Methods(backend.device, decorate)
+        other = [module(x), module(x)] and COPIES[name](module)
+        for parameter in other.parameters():
+            parameter.data = parameter.data * 3
+        results.append([each(x) for each in (other, module) * 3])
+    equal(results[1], results[0])
+    assert info(other.decode).hits > 0
+
+
+@pytest.mark.parametrize("name", ["deepcopy", "pickle"])
+def test_a_graphed_method_is_copied_alone(backend: Backend, x: Tensor, name: str) -> None:
+    """The copy of a method is one of a copy of its module."""
+    module = Methods(backend.device, cuda_graphed)
+    decode = COPIES[name](module.decode)
+    assert copy.copy(module.decode) is module.decode
+    want = eagerly(module.decode, x) * 2
+    for parameter in decode.__self__.parameters():
+        parameter.mul_(2)
+    for _ in range(3):
+        equal(decode(x), want)
+    assert info(decode).hits > 0
+
+
+class Decorated(nn.Module):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device=device)
+        self.kept = self.decode
+
+    @cuda_graphed
+    def decode(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("name", ["deepcopy", "pickle"])
+def test_a_method_of_a_decorated_class_is_kept_in_a_module(
+    backend: Backend, x: Tensor, name: str
+) -> None:
+    """The copy keeps the method of the original."""
+    module = Decorated(backend.device)
+    module.kept(x)
+    other = COPIES[name](module)
+    other.linear.weight.mul_(2)
+    for each in (other, module):
+        for _ in range(3):
+            equal(each.kept(x), each.linear(x))
+    assert info(other.kept).hits > 0
+
+
+class Slots:
+    __slots__ = ("scale",)
+
+    @cuda_graphed
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_an_instance_that_no_weak_reference_knows(x: Tensor) -> None:
+    """Its graphs would outlive it."""
+    instance = Slots()
+    instance.scale = 2.0
+    with pytest.raises(OptionError, match=r"Slots has __slots__ without '__weakref__'.*; add"):
+        instance.scaled(x)
+
+
+class ByScale(nn.Module):
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return x * scale
+
+
+def test_forward_is_a_partial_method(backend: Backend, x: Tensor) -> None:
+    """A new function at each access of the class."""
+
+    class Net(ByScale):
+        forward = partialmethod(ByScale.forward, scale=3.0)
+
+    net = cuda_graphed(Net())
+    for _ in range(3):
+        equal(net(x), x * 3)
+    assert info(net).hits > 0
