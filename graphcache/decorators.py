@@ -7,7 +7,7 @@ from typing import Any, TypeVar, overload
 from torch import nn
 from torch.jit import ScriptModule
 
-from graphcache.call.signature import parameters_of
+from graphcache.call.parameters import shown_parameters
 from graphcache.config import BatchDim, Options, Pad, Stale, top_name
 from graphcache.errors import OptionError
 from graphcache.integrations import transformers
@@ -119,7 +119,7 @@ def cuda_graphed(
 
 def _checked(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """Returns `function`; raises `OptionError` if an option names an argument that it does not take."""
-    parameters = parameters_of(function)
+    parameters = shown_parameters(function)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     pads = options.pad if isinstance(options.pad, dict) else {}
     dims = options.batch_dim if isinstance(options.batch_dim, dict) else {}
@@ -141,6 +141,8 @@ def _decorate(target: Any, options: Options) -> Any:
         )
     if isinstance(target, nn.Module):
         own = vars(target).get("forward", class_forward(type(target)))
+        if "forward" not in vars(target) and own is not class_forward(type(target)):
+            own = target.forward  # a descriptor makes it, such as functools.partialmethod
         # Decorated again, the new options count.
         function = own.__wrapped__ if isinstance(own, InstanceForward) else own
         target.forward = InstanceForward(target, _checked(function, options), options)

@@ -22,15 +22,39 @@ void bind_signature(py::module_& m) {
       .value("BOUND", Leaf::Bound);
   py::class_<Leaf>(m, "Leaf")
       .def(
-          py::init<Leaf::Role, int64_t, bool, bool, std::vector<int64_t>, const at::Tensor&>(),
-          "role"_a, "batch_dim"_a, "carries_batch"_a, "must_be_weak"_a, "order"_a, "example"_a);
+          py::init([](Leaf::Role role,
+                      int64_t batch_dim,
+                      bool carries_batch,
+                      bool must_be_weak,
+                      std::vector<int64_t> pattern,
+                      std::vector<int64_t> exact,
+                      std::optional<bool> inference,
+                      const py::object& example) {
+            return Leaf(
+                role,
+                batch_dim,
+                carries_batch,
+                must_be_weak,
+                std::move(pattern),
+                std::move(exact),
+                inference,
+                example.ptr());
+          }),
+          "role"_a, "batch_dim"_a, "carries_batch"_a, "must_be_weak"_a, "pattern"_a, "exact"_a, "inference"_a,
+          "example"_a);
   py::class_<Parameter>(m, "Parameter")
       .def(
-          py::init([](Layout layout, int64_t position, const py::object& name) {
-            return Parameter{std::move(layout), position, name.is_none() ? py::object() : name, {}};
+          py::init([](Layout layout, int64_t position, const py::object& name, bool ordered) {
+            return Parameter{std::move(layout), position, name.is_none() ? py::object() : name, ordered, {}, {}};
           }),
-          "layout"_a, "position"_a, "name"_a)
-      .def("set_default", [](Parameter& parameter, py::object value) { parameter.fallback = value; }, "value"_a);
+          "layout"_a, "position"_a, "name"_a, "ordered"_a)
+      .def(
+          "set_default",
+          [](Parameter& parameter, const py::object& function, py::object key) {
+            parameter.function = py::weakref(function);
+            parameter.default_key = std::move(key);
+          },
+          "function"_a, "key"_a);
 }
 
 } // namespace

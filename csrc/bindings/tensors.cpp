@@ -1,6 +1,7 @@
 // The Python face of weak tensors, their expiry and their ownership.
 #include "bindings/bindings.h"
 #include "tensors/python_tensor.h"
+#include "tensors/strides.h"
 #include "tensors/weak.h"
 
 #include <optional>
@@ -69,6 +70,17 @@ void bind_tensors(py::module_& m) {
       "storage_key",
       [](const Tensor& tensor) {
         return reinterpret_cast<int64_t>(storage_of(tensor).unsafeGetStorageImpl());
+      },
+      "tensor"_a);
+  m.def(
+      "stride_pattern",
+      [](const Tensor& tensor) {
+        py::tuple made(tensor.is_contiguous() ? 0 : tensor.dim());
+        const auto pattern = stride_pattern(tensor.sizes(), tensor.strides());
+        for (size_t index = 0; index < made.size(); ++index) {
+          made[index] = pattern[index];
+        }
+        return made;
       },
       "tensor"_a);
   m.def("is_held", [](const Tensor& tensor) { return is_held(storage_of(tensor)); }, "tensor"_a);

@@ -1,5 +1,6 @@
 #include "call/signature.h"
 
+#include "tensors/python_tensor.h"
 #include "tensors/strides.h"
 #include "tensors/weak.h"
 
@@ -20,40 +21,57 @@ uint64_t keys_of(const at::Tensor& tensor) {
   return tensor.key_set().raw_repr() & ~ignored;
 }
 
-// As `_order` in signature.py computes it.
-c10::DimVector order_of(const at::Tensor& tensor) {
-  const auto strides = tensor.strides();
-  auto order = outermost_first(strides);
-  const bool trivial = std::is_sorted(order.begin(), order.end()) ||
-      std::find(strides.begin(), strides.end(), 0) != strides.end();
-  return trivial ? c10::DimVector() : order;
-}
-
 } // namespace
+
+PyObject* Parameter::fallback() const {
+  if (!function) {
+    return nullptr;
+  }
+  PyObject* owner = reinterpret_cast<PyWeakReference*>(function.ptr())->wr_object;
+  if (!PyFunction_Check(owner)) {
+    return nullptr; // it is gone
+  }
+  if (PyUnicode_Check(default_key.ptr())) {
+    PyObject* by_name = PyFunction_GET_KW_DEFAULTS(owner);
+    return by_name == nullptr ? nullptr : PyDict_GetItem(by_name, default_key.ptr());
+  }
+  PyObject* values = PyFunction_GET_DEFAULTS(owner);
+  const Py_ssize_t index = values == nullptr ? -1 : PyTuple_GET_SIZE(values) + PyLong_AsSsize_t(default_key.ptr());
+  return index < 0 ? nullptr : PyTuple_GET_ITEM(values, index);
+}
 
 Leaf::Leaf(
     Role role,
     int64_t batch_dim,
     bool carries_batch,
     bool must_be_weak,
-    std::vector<int64_t> order,
-    const at::Tensor& example)
+    std::vector<int64_t> pattern,
+    std::vector<int64_t> exact,
+    std::optional<bool> inference,
+    PyObject* example)
     : role(role),
       batch_dim(batch_dim),
       carries_batch(carries_batch),
       must_be_weak(must_be_weak),
-      order(std::move(order)),
-      keys(keys_of(example)),
-      dtype(example.dtype()),
-      device(example.device()),
-      sizes(example.sizes().vec()),
-      strides(example.strides().vec()),
-      address(example.const_data_ptr()) {}
+      pattern(std::move(pattern)),
+      exact(std::move(exact)),
+      inference(inference),
+      type(Py_TYPE(example)),
+      keys(keys_of(tensor_in(example))),
+      dtype(tensor_in(example).dtype()),
+      device(tensor_in(example).device()),
+      requires_grad(tensor_in(example).requires_grad()),
+      is_leaf(tensor_in(example).is_leaf()),
+      sizes(tensor_in(example).sizes().vec()),
+      strides(tensor_in(example).strides().vec()),
+      address(tensor_in(example).const_data_ptr()) {}
 
-bool Leaf::matches(const at::Tensor& tensor, int64_t batch, bool grad) const {
+bool Leaf::matches(PyObject* object, const at::Tensor& tensor, int64_t batch, bool grad) const {
   const auto given = tensor.sizes();
-  if (keys_of(tensor) != keys || tensor.dtype() != dtype || tensor.device() != device ||
-      given.size() != sizes.size() || (grad && tensor.requires_grad())) {
+  if (Py_TYPE(object) != type || keys_of(tensor) != keys || tensor.dtype() != dtype ||
+      tensor.device() != device || given.size() != sizes.size() || tensor.requires_grad() != requires_grad ||
+      (requires_grad && (grad || tensor.is_leaf() != is_leaf)) ||
+      (inference && tensor.is_inference() != *inference)) {
     return false;
   }
   for (size_t dim = 0; dim < sizes.size(); ++dim) {
@@ -72,10 +90,22 @@ bool Leaf::matches(const at::Tensor& tensor, int64_t batch, bool grad) const {
   if (must_be_weak && !is_weak(tensor.storage())) {
     return false;
   }
-  if (tensor.is_contiguous()) {
-    return order.empty();
+  return (exact.empty() && pattern.empty() && tensor.is_contiguous()) || matches_strides(tensor);
+}
+
+bool Leaf::matches_strides(const at::Tensor& tensor) const {
+  const bool same = tensor.is_contiguous()
+      ? pattern.empty()
+      : at::IntArrayRef(stride_pattern(tensor.sizes(), tensor.strides())) == at::IntArrayRef(pattern);
+  if (!same || exact.empty()) {
+    return same;
   }
-  return at::IntArrayRef(order_of(tensor)) == at::IntArrayRef(order);
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (exact[dim] >= 0 && exact[dim] != tensor.stride(dim)) {
+      return false;
+    }
+  }
+  return exact.back() < 0 || exact.back() == tensor.storage_offset();
 }
 
 Signature::Signature(
@@ -99,6 +129,9 @@ Signature::Signature(
   batch_leaf_ = first - leaves_.begin();
   for (const auto& parameter : parameters_) {
     positional_ = std::max<Py_ssize_t>(positional_, parameter.position + 1);
+    if (parameter.ordered) {
+      ordered_.push_back(parameter.name.ptr());
+    }
   }
 }
 
@@ -120,7 +153,7 @@ bool Signature::match(
   }
   batch = carrier.size(leaves_[batch_leaf_].batch_dim);
   for (size_t index = 0; index < leaves_.size(); ++index) {
-    if (!leaves_[index].matches(*leaves.tensors[index], batch, modes.grad)) {
+    if (!leaves_[index].matches(leaves.objects[index], *leaves.tensors[index], batch, modes.grad)) {
       return false;
     }
   }
@@ -163,13 +196,24 @@ bool Signature::match_parameters(PyObject* args, PyObject* kwargs, Leaves& leave
       }
     }
     if (value == nullptr) {
-      value = parameter.fallback.ptr();
+      value = parameter.fallback();
     }
     if (value == nullptr || !parameter.layout.match(value, leaves)) {
       return false;
     }
   }
-  return by_name == 0;
+  return by_name == 0 && (ordered_.size() < 2 || match_order(kwargs));
+}
+
+// All of the names are given. So they are in order if they come up one after the other.
+bool Signature::match_order(PyObject* kwargs) const {
+  size_t next = 0;
+  PyObject* name = nullptr;
+  for (Py_ssize_t position = 0; PyDict_Next(kwargs, &position, &name, nullptr) != 0;) {
+    next += next < ordered_.size() &&
+        (name == ordered_[next] || PyUnicode_Compare(name, ordered_[next]) == 0);
+  }
+  return next == ordered_.size();
 }
 
 } // namespace graphcache

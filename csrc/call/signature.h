@@ -7,6 +7,7 @@
 #include <c10/core/Device.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace graphcache {
@@ -16,33 +17,50 @@ struct Parameter {
   Layout layout;
   int64_t position; // among the positional arguments; -1: none
   pybind11::object name; // null: it can't be given by name
-  pybind11::object fallback; // its default; null: none
+  bool ordered; // lands in **kwargs, which keeps the caller's order
+  // Its default, which anybody may replace: of this function, known weakly, by number from the end or by name.
+  // Null: none.
+  pybind11::object function;
+  pybind11::object default_key;
+
+  PyObject* fallback() const; // borrowed; null: none
 };
 
 // The role of one tensor.
 struct Leaf {
   enum Role { Batched, Whole, Bound };
 
+  // `example`: a Python tensor.
   Leaf(
       Role role,
       int64_t batch_dim,
       bool carries_batch,
       bool must_be_weak,
-      std::vector<int64_t> order,
-      const at::Tensor& example);
-  bool matches(const at::Tensor& tensor, int64_t batch, bool grad) const;
+      std::vector<int64_t> pattern,
+      std::vector<int64_t> exact,
+      std::optional<bool> inference,
+      PyObject* example);
+  bool matches(PyObject* object, const at::Tensor& tensor, int64_t batch, bool grad) const;
 
   Role role;
   int64_t batch_dim; // where the batch would lie; -1: it has too few dimensions
   bool carries_batch; // that dimension is as long as the batch
   bool must_be_weak; // too large to be copied in, unless it is the output of a graph
-  std::vector<int64_t> order; // dimensions by descending stride; empty: 0, 1, 2, ...
+  std::vector<int64_t> pattern; // see stride_pattern
+  std::vector<int64_t> exact; // strides and the storage offset, -1: any; empty: all are any
+  std::optional<bool> inference; // an inference tensor; nothing: either
+  PyTypeObject* type; // Tensor or Parameter
   uint64_t keys; // dispatch keys: layout, backend, conjugate and negative bits
   caffe2::TypeMeta dtype;
   c10::Device device;
+  bool requires_grad;
+  bool is_leaf;
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides; // Bound: exactly these
   const void* address;
+
+ private:
+  bool matches_strides(const at::Tensor& tensor) const;
 };
 
 struct Entry;
@@ -72,9 +90,11 @@ class Signature {
 
  private:
   bool match_parameters(PyObject* args, PyObject* kwargs, Leaves& leaves) const;
+  bool match_order(PyObject* kwargs) const;
   bool match_identities(const Leaves& leaves) const;
 
   std::vector<Parameter> parameters_;
+  std::vector<PyObject*> ordered_; // names that land in **kwargs; the parameters own them
   std::vector<Leaf> leaves_;
   std::vector<size_t> identities_; // for each leaf, the first that is the same tensor
   size_t distinct_; // how many tensors those are

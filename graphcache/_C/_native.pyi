@@ -70,6 +70,13 @@ def is_expired(tensor: Tensor) -> bool:
 def storage_key(tensor: Tensor) -> int:
     """Identifies the storage of `tensor` for as long as somebody holds it."""
 
+def stride_pattern(tensor: Tensor) -> tuple[int, ...]:
+    """Returns what code can see of strides besides the numbers; empty for a contiguous tensor.
+
+    Dimensions come from the outermost to the innermost. Each counts 4, plus 0 where its stride follows
+    from the dimensions inside, 1 where a gap lies between, and 2 where the stride is 0.
+    """
+
 def is_held(tensor: Tensor) -> bool:
     """Returns True if another tensor (another output, a view) shares the storage of `tensor`."""
 
@@ -370,7 +377,9 @@ class Leaf:
         batch_dim: where the batch would lie; -1 where the tensor has too few dimensions.
         carries_batch: whether that dimension is as long as the batch.
         must_be_weak: too large to be copied in, unless it is the output of a graph.
-        order: dimensions by descending stride; empty for 0, 1, 2, …
+        pattern: see `stride_pattern`.
+        exact: strides that calls have to repeat, and the storage offset; -1 for any. Empty: all any.
+        inference: whether it has to be an inference tensor; None for either.
         example: a tensor with the metadata that calls have to repeat.
     """
 
@@ -380,7 +389,9 @@ class Leaf:
         batch_dim: int,
         carries_batch: bool,
         must_be_weak: bool,
-        order: Sequence[int],
+        pattern: Sequence[int],
+        exact: Sequence[int],
+        inference: bool | None,
         example: Tensor,
     ) -> None: ...
 
@@ -391,11 +402,12 @@ class Parameter:
         layout: of its argument.
         position: among the positional arguments; -1 for none.
         name: None where it can't be given by name.
+        ordered: it lands in `**kwargs`, which keeps the caller's order.
     """
 
-    def __init__(self, layout: Layout, position: int, name: str | None) -> None: ...
-    def set_default(self, value: object) -> None:
-        """Sets the default of the parameter."""
+    def __init__(self, layout: Layout, position: int, name: str | None, ordered: bool) -> None: ...
+    def set_default(self, function: object, key: int | str) -> None:
+        """Lets the parameter have a default of `function`: by number from the end, or by name."""
 
 class OutputKind:
     """The origin of one output tensor."""

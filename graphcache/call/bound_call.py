@@ -10,6 +10,7 @@ from graphcache.call.object_args import ObjectArg
 from graphcache.call.pytree import ObjectRef, rebuild
 
 BATCHED, WHOLE, BOUND = _C.Role.BATCHED, _C.Role.WHOLE, _C.Role.BOUND
+PACKED, GAPPED, EXPANDED = range(3)
 
 
 class Leaf(NamedTuple):
@@ -18,12 +19,27 @@ class Leaf(NamedTuple):
     Attributes:
         role: BATCHED (copied in and padded), WHOLE (copied in as it is) or BOUND (read at its address).
         dim: the batch dimension, counted from the front; None without one.
-        order: dimensions by descending stride, None if that is 0, 1, 2, …
+        pattern: what code can see of strides besides the numbers; see `_C.stride_pattern`.
+        exact: strides that the forward may read, and the storage offset; -1 for any. Empty: all any.
+        inference: the forward may ask for an inference tensor, and this is one.
     """
 
     role: _C.Role
     dim: int | None
-    order: tuple[int, ...] | None
+    pattern: tuple[int, ...] = ()
+    exact: tuple[int, ...] = ()
+    inference: bool = False
+
+    def marks(self, dims: int) -> list[tuple[int, int]]:
+        """Returns the dimensions from the outermost, each with the mark of its stride.
+
+        A mark is PACKED, GAPPED or EXPANDED; `dims` is the number of dimensions.
+        """
+        return [divmod(each, 4) for each in self.pattern] or [(dim, PACKED) for dim in range(dims)]
+
+    def order(self, dims: int) -> list[int]:
+        """Returns the dimensions from the outermost."""
+        return [dim for dim, _ in self.marks(dims)]
 
 
 class BoundCall(NamedTuple):

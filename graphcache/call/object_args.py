@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from graphcache import _C
 from graphcache.call.pytree import NotATree
 from graphcache.errors import CaptureError
-from graphcache.report.reasons import Reason
+from graphcache.report.reasons import Bypass, Reason
 
 MAX_CHANGES = 3  # calls that change the object that the one before changed
 MAX_FILLING = 256
@@ -25,6 +27,7 @@ class ObjectArg(NamedTuple):
             equal shape are alike to a graph.
         tensors: those that it holds.
         read: reads an object, given its name; None where it is no such object.
+        shared: the positions of tensors that an earlier object of the call holds, too, and theirs.
     """
 
     name: str
@@ -32,6 +35,16 @@ class ObjectArg(NamedTuple):
     shape: tuple[tuple[int, str, Any], ...]
     tensors: list[Tensor]
     read: Callable[[Any, str], "ObjectArg | None"]
+    shared: tuple[tuple[int, int], ...] = ()
+
+    def after(self, earlier: "list[ObjectArg]") -> "ObjectArg":
+        """Returns the object with what it shares with earlier ones of the call."""
+        again = next((passed for passed in earlier if passed.value is self.value), None)
+        if again is not None:
+            return self._replace(shared=again.shared)
+        held = {id(tensor): i for i, tensor in enumerate(t for p in earlier for t in p.tensors)}
+        shared = ((i, held[id(t)]) for i, t in enumerate(self.tensors) if id(t) in held)
+        return self._replace(shared=tuple(shared))
 
     def changed(self) -> tuple[str, bool] | None:
         """Compares the object of now with the one that was read.
@@ -52,6 +65,23 @@ class ObjectArg(NamedTuple):
             return f"{self.name}{next(paths, '')}", False
         same = all(a is b for a, b in zip(self.tensors, now.tensors, strict=True))
         return None if same else (f"the tensors of {self.name}", True)
+
+
+def shared_memory(objects: list[ObjectArg], arguments: list[Tensor]) -> tuple[Any, ...]:
+    """Returns which tensors of several objects share memory, and which of them are the same.
+
+    Raises:
+        Bypass: where an argument lies in the memory of an object.
+    """
+    held = [_C.storage_key(tensor) for passed in objects for tensor in passed.tensors]
+    given = (tensor for tensor in arguments if tensor.layout is torch.strided)
+    if held and not set(map(_C.storage_key, given)).isdisjoint(held):
+        raise Bypass(Reason.SHARES_WITH_OBJECT)
+    if len(objects) < 2:
+        return ()
+    first: dict[int, int] = {}
+    memory = (first.setdefault(storage, index) for index, storage in enumerate(held))
+    return (*memory, *(passed.shared for passed in objects))
 
 
 class MutationHistory:

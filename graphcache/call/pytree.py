@@ -110,7 +110,7 @@ def _key(key: Any) -> Any:
     if kind is str:
         return key
     if kind is frozenset:
-        return Constant(kind, frozenset(map(_key, key)), key)
+        return Constant(kind, tuple(map(_key, key)), key)  # a loop over it has an order
     if kind is tuple or _is_namedtuple(kind):
         return Constant(kind, tuple(map(_key, key)), key)
     if is_dataclass(kind):

@@ -1,16 +1,17 @@
 """Reads a call: binds its arguments, finds the role of each tensor, and makes the key of its graphs."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import BATCHED, BOUND, WHOLE, BoundCall, Leaf
-from graphcache.call.object_args import MutationHistory, ObjectArg
+from graphcache.call.bound_call import BATCHED, BOUND, PACKED, WHOLE, BoundCall, Leaf
+from graphcache.call.object_args import MutationHistory, ObjectArg, shared_memory
+from graphcache.call.parameters import REQUIRED, Parameters
 from graphcache.call.pytree import Node, NotATree, ObjectRef, attributes_of_tensor, flatten, native
 from graphcache.config import BatchDim, by_path, top_name
 from graphcache.report.reasons import Bypass, Reason
@@ -18,15 +19,9 @@ from graphcache.report.reasons import Bypass, Reason
 # An unbatched argument up to this size is copied at each call (a few us); above, its address is bound.
 COPY_LIMIT = 4 * 2**20  # bytes
 
-_REQUIRED = inspect.Parameter.empty
-
-
-def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a function; for a builtin without a signature, `*args, **kwargs`."""
-    try:
-        return inspect.signature(function).parameters
-    except ValueError:
-        return inspect.signature(lambda *args, **kwargs: None).parameters
+# Methods of tensors that show what graphs leave open, unless code that ran names them.
+_OFFSET = {"storage_offset", "as_strided"}
+_NAMES = _OFFSET | {"stride", "is_inference"}
 
 
 class Signature:
@@ -41,6 +36,7 @@ class Signature:
 
     Attributes:
         mutation_history: the objects that the forward has changed.
+        parameters: the parameters of the forward.
     """
 
     def __init__(
@@ -54,30 +50,25 @@ class Signature:
         self.read_object = read_object
         self.bind = frozenset(bind)
         self.mutation_history = MutationHistory()
-        parameters = parameters_of(function).values()
-        self.defaults = {
-            p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        }
-        self.by_position_only = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
-        self.positional = [
-            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        self.parameters = Parameters(function)
+        self._names: frozenset[str] = frozenset()  # of _NAMES, those in code that ran
 
     def native(self, call: BoundCall) -> tuple[list[_C.Parameter], list[_C.Leaf]]:
         """Returns the parameters and the leaves of a call for `graphcache._C.Dispatcher.add`."""
-        positions = {name: index for index, name in enumerate(self.positional)}
+        own = self.parameters
+        positions = {name: index for index, name in enumerate(own.positional)}
         parameters = []
         for name, layout in zip(call.layout.keys, call.layout.children, strict=True):
-            extra = name.startswith("*")
+            more = name.startswith("*")
             parameter = _C.Parameter(
                 layout=native(layout, call.static_objects()),
-                position=len(positions) + int(name[1:]) if extra else positions.get(name, -1),
-                name=None if extra or name in self.by_position_only else name,
+                position=len(positions) + int(name[1:]) if more else positions.get(name, -1),
+                name=None if more or name in own.by_position_only else name,
+                ordered=not more and name not in own.defaults,
             )
-            if (default := self.defaults.get(name, _REQUIRED)) is not _REQUIRED:
-                parameter.set_default(default)
+            if own.defaults.get(name, REQUIRED) is not REQUIRED:
+                from_end = positions[name] - len(positions) if name in positions else name
+                parameter.set_default(own.function(), from_end)
             parameters.append(parameter)
         dims = map(self._dim, call.tensors, call.paths)
         leaves = [
@@ -86,31 +77,14 @@ class Signature:
                 batch_dim=-1 if dim is None else dim,
                 carries_batch=dim is not None and tensor.shape[dim] == call.batch,
                 must_be_weak=leaf.role is WHOLE and tensor.nbytes > COPY_LIMIT,
-                order=leaf.order or (),
+                pattern=leaf.pattern,
+                exact=leaf.exact,
+                inference=self._inference(tensor),
                 example=tensor,
             )
             for tensor, leaf, dim in zip(call.tensors, call.roles, dims, strict=True)
         ]
         return parameters, leaves
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments by name, given or default, in the order of the parameters."""
-        more = len(args) - len(self.positional)
-        names = (*self.positional, *(f"*{index}" for index in range(more)))
-        named = dict(zip(names, args, strict=False))
-        given = len(named)
-        for name, default in self.defaults.items():
-            if name not in named:
-                by_name = name in kwargs and name not in self.by_position_only
-                named[name] = kwargs[name] if by_name else default
-                given += by_name
-        extras = sorted(kwargs.keys() - self.defaults.keys()) if self.open else []
-        named.update((name, kwargs[name]) for name in extras)
-        is_whole = all(value is not _REQUIRED for value in named.values())
-        takes_all = given + len(extras) == len(args) + len(kwargs) and (more <= 0 or self.varargs)
-        if not (is_whole and takes_all):
-            raise Bypass(Reason.WRONG_ARGUMENTS)
-        return named
 
     def read(
         self,
@@ -130,6 +104,10 @@ class Signature:
         Raises:
             Bypass: where no graph can serve such a call.
         """
+        self.parameters.refresh()
+        named = self.parameters.by_name(args, kwargs)
+        if named is None:
+            raise Bypass(Reason.WRONG_ARGUMENTS)
         tensors: list[Tensor] = []
         paths: list[str] = []
         objects: list[ObjectArg] = []
@@ -139,12 +117,14 @@ class Signature:
             found = self.read_object(value, path)
             if found is None:
                 return None
-            objects.append(found)
+            objects.append(found.after(objects))
             return ObjectRef(len(objects) - 1, found.shape)
 
         try:
-            named = self._by_name(args, kwargs)
-            parts = [flatten(value, tensors, paths, name, read_object) for name, value in named.items()]
+            parts = [
+                flatten(value, tensors, paths, self.parameters.label(name), read_object)
+                for name, value in named.items()
+            ]
         except NotATree as error:
             raise Bypass(error.reason, str(error)) from None
         layout = Node(dict, tuple(named), tuple(parts))
@@ -154,7 +134,8 @@ class Signature:
         bound = [i in by_address or top_name(path) in self.bind for i, path in enumerate(paths)]
         batch = self._batch(tensors, paths, bound)
         roles, key_parts = zip(*map(partial(self._role, batch), tensors, paths, bound), strict=True)
-        key = (layout, modes, tensors[0].device, identities, *key_parts)
+        shared = shared_memory(objects, tensors)
+        key = (layout, modes, tensors[0].device, identities, shared, *key_parts)
         return BoundCall(
             args, kwargs, layout, tensors, paths, list(roles), identities, batch, key, objects
         )
@@ -165,28 +146,57 @@ class Signature:
             raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} has layout {tensor.layout}")
         if tensor.is_quantized:
             raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} is quantised; pass it dequantised")
+        if tensor._is_zerotensor():
+            raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} has no memory; pass its .clone()")
         if attributes := ", ".join(attributes_of_tensor(tensor)):
             detail = f"{path} has attributes ({attributes}); pass them as arguments"
             raise Bypass(Reason.ARGUMENT_TENSOR, detail)
         shape, dim = tuple(tensor.shape), self._dim(tensor, path)
         if dim is not None and shape[dim] != batch:
             dim = None
+        traits = self._traits(tensor)
         is_output = _C.is_weak(tensor)
         if is_output and is_bound:
             raise Bypass(Reason.BOUND_OUTPUT, path)
         if is_bound or (dim is None and not is_output and tensor.nbytes > COPY_LIMIT):
-            bits = (tensor.is_conj(), tensor.is_neg())
-            address = (tensor.data_ptr(), tensor.stride(), dim is not None, *bits)
-            return Leaf(BOUND, dim, None), (BOUND, tensor.dtype, shape, address)
-        order = None if tensor.is_contiguous() else _order(tensor)
-        by_stride = order or tuple(range(tensor.dim()))
-        if tensor.dim() > _C.MAX_DIMS and not tensor.permute(by_stride).is_contiguous():
+            address = (tensor.data_ptr(), tensor.stride(), dim is not None)
+            return Leaf(BOUND, dim), (BOUND, tensor.dtype, shape, address, traits)
+        role = WHOLE if dim is None else BATCHED
+        leaf = Leaf(role, dim, *self._strides(tensor, dim), bool(self._inference(tensor)))
+        if tensor.dim() > _C.MAX_DIMS and not tensor.permute(leaf.order(tensor.dim())).is_contiguous():
             detail = f"{path} has strides over more than {_C.MAX_DIMS} dimensions; pass it .contiguous()"
             raise Bypass(Reason.ARGUMENT_TENSOR, detail)
-        role = WHOLE if dim is None else BATCHED
         if dim is not None:
             shape = (*shape[:dim], -1, *shape[dim + 1 :])
-        return Leaf(role, dim, order), (role, tensor.dtype, shape, order)
+        return leaf, (role, tensor.dtype, shape, leaf.pattern, leaf.exact, traits)
+
+    def _traits(self, tensor: Tensor) -> tuple[Any, ...]:
+        """Returns what code can see of a tensor besides its values and its memory."""
+        is_leaf, inference = not tensor.requires_grad or tensor.is_leaf, self._inference(tensor)
+        bits = tensor.is_conj(), tensor.is_neg()
+        return type(tensor), *bits, tensor.requires_grad, is_leaf, inference
+
+    def _inference(self, tensor: Tensor) -> bool | None:
+        return tensor.is_inference() if "is_inference" in self._names else None
+
+    def _strides(self, tensor: Tensor, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the pattern of strides, and the numbers that the forward may read; see `Leaf`."""
+        pattern = _C.stride_pattern(tensor)
+        reads_stride, reads_offset = "stride" in self._names, not _OFFSET.isdisjoint(self._names)
+        if not (reads_stride or reads_offset):
+            return pattern, ()
+        exact = list(tensor.stride() if reads_stride else [-1] * tensor.dim())
+        marks = Leaf(WHOLE, None, pattern).marks(tensor.dim())
+        for outside, mark in [] if dim is None else takewhile(lambda each: each[0] != dim, marks):
+            if mark == PACKED:  # moves with the batch
+                exact[outside] = -1
+        return pattern, (*exact, int(tensor.storage_offset()) if reads_offset else -1)
+
+    def notice(self, names: frozenset[str]) -> bool:
+        """Lets keys tell apart what code with such names can see; return True if that is news."""
+        news = (_NAMES & names) - self._names
+        self._names |= news
+        return bool(news)
 
     def names_batch(self, call: BoundCall) -> bool:
         """Return True if `batch_dim` names every argument that carries the batch."""
@@ -212,9 +222,3 @@ class Signature:
         if not tensors:
             raise Bypass(Reason.NO_TENSOR)
         raise Bypass(Reason.NO_BATCH_DIM, f"batch_dim={self.batch_dim}")
-
-
-def _order(tensor: Tensor) -> tuple[int, ...] | None:
-    strides = tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
-    return None if order == tuple(range(tensor.dim())) or 0 in strides else order

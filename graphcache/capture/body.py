@@ -9,7 +9,7 @@ from graphcache.call.bound_call import BOUND
 from graphcache.call.pytree import NotATree, flatten
 from graphcache.capture.outputs import Geometry, Output, Result
 from graphcache.capture.plan import CapturePlan
-from graphcache.capture.static_inputs import arguments_over
+from graphcache.capture.static_inputs import arguments_over, with_bits
 from graphcache.errors import CaptureError
 from graphcache.report.reasons import Reason
 
@@ -28,7 +28,7 @@ class Body:
 
     def __call__(self) -> list[Tensor]:
         """Runs the forward, and returns the output tensors that lie in memory of the graph."""
-        arguments = arguments_over(self._plan.call, self._static)
+        arguments = arguments_over(self._plan.call, self._static, self._plan.options.pad)
         tensors: list[Tensor] = []
         try:
             result = self._plan.run(arguments)
@@ -38,7 +38,7 @@ class Body:
         self._outputs = [self._origin(tensor, arguments) for tensor in tensors]
         # The next call overwrites the static input that a view lies in.
         return [
-            tensor if copied < 0 else tensor.clone()
+            tensor if copied < 0 else with_bits(tensor.clone(), tensor)
             for tensor, copied in zip(tensors, self._outputs, strict=True)
             if isinstance(copied, int)
         ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from graphcache import _C
 from graphcache.call.bound_call import BoundCall
 from graphcache.capture.outputs import Result
+from graphcache.capture.static_inputs import with_bits
 from graphcache.guards.guards import Guards
 from graphcache.pool import Lane
 from graphcache.report.cache_info import Times
@@ -91,7 +92,9 @@ class Bucket:
     def replay(self, call: BoundCall, number: int) -> Any:
         """Serves call `number`, with the lock of the pool held."""
         stream = self.lane.follow_stream()
-        tensors = [tensor.resolve_conj().resolve_neg() for tensor in call.tensors]
+        tensors = list(call.tensors)
+        for (index, _), static in zip(call.copied_in(), self.static, strict=True):
+            tensors[index] = with_bits(tensors[index], static)
         return self.native.run(tensors, call.batch, number, stream)
 
     def try_out(self, call: BoundCall, number: int) -> Any:

@@ -237,7 +237,7 @@ def _warm_up(plan: CapturePlan, sizes: Sequence[int]) -> None:
                 plan.undo[size].protected(),
                 undo.undone(),
             ):
-                plan.run(arguments_over(plan.call, static))
+                plan.run(arguments_over(plan.call, static, plan.options.pad))
         except torch.OutOfMemoryError:
             continue  # as its capture will
 

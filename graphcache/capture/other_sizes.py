@@ -56,7 +56,7 @@ def trace_sizes(
     for size in others:
         static = inputs.at(size)
         fill_rows(call, static, size, pad, rows)
-        tensors = arguments_over(call, static)
+        tensors = arguments_over(call, static, pad)
         args, kwargs = call.arguments(tensors)
         there = call._replace(args=args, kwargs=kwargs, tensors=tensors, batch=size)
         # From the state that the first call began with: its last step may be the last one there is.

@@ -61,10 +61,17 @@ class CapturePlan:
 
     @cached_property
     def dependencies(self) -> Dependencies:
-        """Returns what the graphs will depend on besides their arguments."""
-        external = self.trace.external.items()
+        """Returns what the graphs will depend on besides their arguments.
+
+        An argument in memory that the graphs mutate, or in that of an object, is passed to no graph.
+        """
+        trace = self.trace
+        external = {key: t for key, t in trace.external.items() if key in trace.mutated_keys}
+        for tensor in (tensor for passed in self.call.objects for tensor in passed.tensors):
+            if tensor.device == self.pool.device:
+                external[_C.storage_key(tensor)] = tensor
         mutated = _C.MutatedMemory(
-            [_C.owned(tensor) for key, tensor in external if key in self.trace.mutated_keys],
+            [_C.owned(tensor) for tensor in external.values()],
             self.trace.mutated_positions(self.call),
             [index for index, _ in self.call.copied_in()],
         )
@@ -89,6 +96,8 @@ def check_trace(trace: Trace) -> None:
         raise CaptureError(text, reason=reason)
     if any(tensor.grad_fn is not None for tensor in trace.tensors):
         raise Bypass(Reason.NEEDS_GRAD)
+    if "_version" in trace.read_set.users_names:
+        raise CaptureError("it reads _version, which no graph advances", reason=Reason.READS_VALUE)
     if trace.python_mutations:
         raise CaptureError(
             CHANGES.format(", ".join(trace.python_mutations[:3])), reason=Reason.CHANGES_VALUES

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from graphcache import _C
-from graphcache.call.bound_call import BATCHED, BOUND, BoundCall, Leaf
+from graphcache.call.bound_call import BATCHED, BOUND, EXPANDED, PACKED, BoundCall, Leaf
 from graphcache.config import Fill, Pad, fill_of
+from graphcache.errors import CaptureError
 
 
 class StaticInputs:
@@ -22,33 +23,36 @@ class StaticInputs:
 
     def __init__(self, call: BoundCall, largest: int) -> None:
         self._shapes = [(tuple(call.tensors[index].shape), leaf) for index, leaf in call.copied_in()]
-        tensors = (call.tensors[index] for index, _ in call.copied_in())
+        self._like = [call.tensors[index] for index, _ in call.copied_in()]
         with torch.inference_mode(False):  # written to in any mode
             self._buffers = [
                 torch.empty(prod(_shape(*each, largest)), dtype=like.dtype, device=like.device)
-                for like, each in zip(tensors, self._shapes, strict=True)
+                for like, each in zip(self._like, self._shapes, strict=True)
             ]
 
     def at(self, size: int) -> list[Tensor]:
         """Returns the static inputs of one size: dense, with their dimensions in the caller's order.
 
-        A static input has one address at all sizes, also where the batch is an inner dimension.
+        A static input has one address at all sizes, also where the batch is an inner dimension. It is
+        conjugate or negative where the argument is: bytes are copied as they are.
         """
         tensors = []
         with torch.inference_mode(False):
-            for buffer, (shape, leaf) in zip(self._buffers, self._shapes, strict=True):
+            for buffer, like, (shape, leaf) in zip(self._buffers, self._like, self._shapes, strict=True):
                 sizes = _shape(shape, leaf, size)
-                order = leaf.order or tuple(range(len(sizes)))
+                order = leaf.order(len(sizes))
                 dense = buffer[: prod(sizes)].view([sizes[dim] for dim in order])
-                tensors.append(dense.permute([order.index(dim) for dim in range(len(sizes))]))
+                dense = dense.permute([order.index(dim) for dim in range(len(sizes))])
+                dense = torch._conj(dense) if like.is_conj() else dense
+                tensors.append(torch._neg_view(dense) if like.is_neg() else dense)
         return tensors
 
 
-def arguments_over(call: BoundCall, static: Sequence[Tensor]) -> list[Tensor]:
+def arguments_over(call: BoundCall, static: Sequence[Tensor], pad: Pad) -> list[Tensor]:
     """Returns the tensors of a call: static inputs where copied in, its own where bound."""
     tensors = list(call.tensors)
-    for (index, _), tensor in zip(call.copied_in(), static, strict=True):
-        tensors[index] = tensor
+    for (index, leaf), tensor in zip(call.copied_in(), static, strict=True):
+        tensors[index] = as_given(tensor, tensors[index], leaf, fill_of(pad, call.paths[index]))
     return [tensors[first] for first in call.identities]
 
 
@@ -74,6 +78,75 @@ def _shape(shape: tuple[int, ...], leaf: Leaf, size: int) -> tuple[int, ...]:
     if leaf.role is not BATCHED or leaf.dim is None:
         return shape
     return (*shape[: leaf.dim], size, *shape[leaf.dim + 1 :])
+
+
+def as_given(static: Tensor, like: Tensor, leaf: Leaf, fill: Fill) -> Tensor:
+    """Returns a static input as code sees the argument: with its gaps, its class and its flags.
+
+    A static input is dense. One with gaps is made of it, by a copy inside the graph.
+
+    Args:
+        static: the static input.
+        like: the argument.
+        leaf: its role.
+        fill: the fill of padded rows.
+
+    Raises:
+        CaptureError: where the forward reads strides that no other size can have.
+    """
+    given = static
+    if leaf.pattern or leaf.exact or leaf.inference:
+        with torch.inference_mode(leaf.inference), torch.no_grad():
+            given = _spread(static, leaf, fill)
+    with torch.inference_mode(False), torch.no_grad():
+        if type(like) is torch.nn.Parameter:
+            return torch.nn.Parameter(given, requires_grad=like.requires_grad)
+        if like.requires_grad:
+            given = given.detach().requires_grad_()
+            with torch.enable_grad():
+                return given if like.is_leaf else given.view_as(given)
+    return given
+
+
+def _spread(static: Tensor, leaf: Leaf, fill: Fill) -> Tensor:
+    """Returns a tensor of the same values whose strides are like the caller's."""
+    exact = leaf.exact or (-1,) * (static.dim() + 1)
+    strides, run, extent, offset = list(static.stride()), 1, 1, max(exact[-1], 0)
+    once = static  # with one element where a dimension repeats it
+    for dim, mark in reversed(leaf.marks(static.dim())):
+        size = static.shape[dim]
+        if mark == EXPANDED and (dim != leaf.dim or fill == "edge"):
+            once = once.narrow(dim, 0, 1)
+            continue
+        strides[dim] = exact[dim] if exact[dim] >= 0 else run if mark == PACKED else _after_gap(run)
+        if size > 1:
+            if strides[dim] < extent:
+                raise CaptureError(
+                    "it reads strides of an argument that overlaps itself, or would at another batch"
+                )
+            run, extent = strides[dim] * size, extent + strides[dim] * (size - 1)
+    same = all(
+        a == b or (size == 1 and not leaf.exact)
+        for size, a, b in zip(once.shape, once.stride(), strides, strict=True)
+    )
+    if leaf.inference or offset or not same:
+        made = static.new_empty(offset + extent).as_strided(once.shape, strides, offset)
+        made = torch._conj(made) if static.is_conj() else made
+        once = (torch._neg_view(made) if static.is_neg() else made).copy_(once)
+    return once.expand(static.shape)
+
+
+def _after_gap(run: int) -> int:
+    return 2 if run == 1 else run + 16  # keeps rows aligned
+
+
+def with_bits(tensor: Tensor, like: Tensor) -> Tensor:
+    """Returns the values of `tensor` in memory that is conjugate or negative where `like` is."""
+    if (tensor.is_conj(), tensor.is_neg()) == (like.is_conj(), like.is_neg()):
+        return tensor
+    tensor = tensor.resolve_conj().resolve_neg()
+    tensor = torch._conj(tensor.conj_physical()) if like.is_conj() else tensor
+    return torch._neg_view(tensor.neg()) if like.is_neg() else tensor
 
 
 def native_input_copier(static: list[Tensor], call: BoundCall, pad: Pad) -> _C.InputCopier:
@@ -102,7 +175,7 @@ def native_input_copier(static: list[Tensor], call: BoundCall, pad: Pad) -> _C.I
 def _sixteen_bytes(fill: Fill, like: Tensor) -> bytes:
     with torch.inference_mode(False), torch.no_grad():
         row = torch.empty(16 // like.element_size(), dtype=like.dtype, device="cpu")
-        row.fill_(0 if fill == "edge" else fill)
+        row.fill_(0 if fill == "edge" else -fill if like.is_neg() else fill)
         return bytes(row.view(torch.uint8).tolist())
 
 
@@ -130,8 +203,12 @@ class TorchInputCopier:
             self._views[batch] = self._slices(batch)
         rows, tails = self._views[batch]
         with torch.no_grad():
-            if rows:
-                torch._foreach_copy_(rows, [tensors[index] for index in self._positions])
+            sources = [tensors[index] for index in self._positions]
+            if any(row.is_conj() or row.is_neg() for row in rows):  # which no fused copy takes
+                for row, source in zip(rows, sources, strict=True):
+                    row.copy_(source)
+            elif rows:
+                torch._foreach_copy_(rows, sources)
             for tail, fill in tails:
                 tail.copy_(fill) if isinstance(fill, Tensor) else tail.fill_(fill)
 

@@ -9,6 +9,7 @@ from graphcache.capture.plan import CHANGES, CapturePlan, build_guards, check_tr
 from graphcache.capture.verify import check_first_replay, retraced_as_captured
 from graphcache.dispatch.store import Store
 from graphcache.errors import CaptureError
+from graphcache.guards.static_objects import lease_all
 from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.runtime.torch_state import uncollected
 from graphcache.tracing.trace import Forward, Trace, trace_forward
@@ -51,9 +52,8 @@ def make_plan(
     check_trace(trace)
     guards = build_guards(trace, forward, call)
     pool = store.pool_for(call)
-    for passed, slot in zip(call.objects, call.slots, strict=True):
-        slot.lease(passed, pool.device)
-    call = store.rebound(call, forward.instance, trace.mutated_positions(call))
+    lease_all(call, pool.device)
+    call = store.rebound(call, forward.instance, trace)
     sizes = store.sizes_to_capture(call, exactly=exactly)
     why = store.why_not_padded(call, trace)
     found = SizeTraces(trace, {call.batch: trace.undo}, why)
@@ -61,11 +61,13 @@ def make_plan(
         found = trace_sizes(forward, call, trace, sizes, store.options.pad)
         if found.trace is not trace and found.why is None:
             try:
+                check_trace(found.trace)
                 guards = build_guards(found.trace, forward, call)
             except (CaptureError, Bypass) as error:
                 found = found._replace(trace=trace, why=NOT_AT_OTHER_SIZES.format(error))
         if found.by_batch:
             store.note_by_batch(found.why)
+        call = store.rebound(call, forward.instance, found.trace)
     return CapturePlan(
         name=store.name,
         forward=forward,

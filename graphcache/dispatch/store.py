@@ -120,13 +120,17 @@ class Store:
         self.pool = pool
         return pool
 
-    def rebound(self, call: BoundCall, instance: Any, positions: list[int]) -> BoundCall:
+    def rebound(self, call: BoundCall, instance: Any, trace: Trace) -> BoundCall:
         """Returns the call with the arguments bound that the forward mutates, under the modes of now.
+
+        Its key tells apart what the code that ran can see.
 
         Switches of torch may have moved: the first attention of a process sets the order of its kernels.
         """
-        mutated, known = frozenset(positions), self.mutated.get(call.form, frozenset())
-        if mutated <= known and modes_of(instance) == call.key[1]:
+        mutated = frozenset(trace.mutated_positions(call))
+        known = self.mutated.get(call.form, frozenset())
+        sees_more = self.signature.notice(trace.read_set.users_names)
+        if mutated <= known and modes_of(instance) == call.key[1] and not sees_more:
             return call
         self.mutated[call.form] = mutated | known
         return with_slots(self.read(call.args, call.kwargs, instance), self.pool_for(call))
@@ -192,7 +196,8 @@ class Store:
         except Bypass as reason:
             raise CaptureError(error.format(reason.detail), reason=Reason.CHANGES_ARGUMENT) from None
         layouts = zip(call.layout.keys, call.layout.children, now.layout.children, strict=True)
-        changed = [name for name, before, after in layouts if before != after]
+        label = self.signature.parameters.label
+        changed = [label(name) for name, before, after in layouts if before != after]
         if not changed:
             pairs = zip(call.paths, call.tensors, now.tensors, strict=True)
             changed = [path for path, before, after in pairs if before is not after]

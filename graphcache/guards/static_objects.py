@@ -10,8 +10,9 @@ The caches of transformers are such objects: `generate` makes a new one each tim
 
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from functools import partial
+from itertools import count
 from types import FunctionType, MemberDescriptorType
 from typing import Any
 
@@ -76,6 +77,7 @@ class _Shape(Walker):
         self._name = name
         self._numbers: dict[int, int] = {}
         self._storages: dict[int, int] = {}
+        self._tensor_numbers: dict[int, int] = {}
 
     def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
         part = self._part(value, label, depth)
@@ -106,7 +108,7 @@ class _Shape(Walker):
             if kind in _CONTAINERS or _is_plain_object(value):
                 return kind
             if kind in (set, frozenset) and all(constant(item) for item in value):
-                return kind, frozenset(constant(item) for item in value)
+                return kind, tuple(constant(item) for item in value)  # a loop over it has an order
         raise NotATree(f"{label} is an object of type {kind.__module__}.{kind.__qualname__}")
 
     def _tensor(self, tensor: Tensor) -> Any:
@@ -117,7 +119,10 @@ class _Shape(Walker):
         return (
             *("tensor", type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()),
             *(tensor.storage_offset(), tensor.requires_grad, tensor.is_inference(), storage),
-            tensor.untyped_storage().nbytes(),
+            *(
+                tensor.untyped_storage().nbytes(),
+                self._tensor_numbers.setdefault(id(tensor), len(self.tensors)),
+            ),
         )
 
 
@@ -126,21 +131,34 @@ class Slot:
 
     Attributes:
         native: the object of now, as native code compares it.
+        number: slots that are older have smaller ones.
     """
 
+    _numbers = count()
+
     def __init__(self) -> None:
+        self.number = next(self._numbers)
         self.native = _C.StaticObject()
         self._guards: Guards | None = None  # native code knows it weakly
         self._memory: list[_C.LeasedMemory] | None = None
         self._idle = 0
         self._rejected: Callable[[], Any] = lambda: None
 
+    def memory(self) -> list[_C.LeasedMemory]:
+        """Returns the memory that graphs know; none before the first capture."""
+        return self._memory or []
+
     def is_empty(self) -> bool:
         """Return True if the object of the slot is gone."""
         return self.native.object is None
 
-    def adopt(self, passed: ObjectArg, pool: GraphPool) -> bool:
+    def adopt(self, passed: ObjectArg, pool: GraphPool, placed: Set[int]) -> bool:
         """Gives the object the memory that graphs know; returns False where another object uses that.
+
+        Args:
+            passed: the object.
+            pool: the pool of the graphs.
+            placed: keys of the storages of other objects of the call, which stay where they are.
 
         Raises:
             NotATree: where the object can't be guarded, or is another one each time.
@@ -156,7 +174,7 @@ class Slot:
                 Reason.OBJECT_HOLDS_OUTPUT,
             )
         self._guards = None  # it held the tensors of the last object
-        if self._memory is not None and not self._move(passed, pool):
+        if self._memory is not None and not self._move(passed, pool, placed):
             self.native.release()
             return False
         self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
@@ -168,10 +186,10 @@ class Slot:
         self.native.bind(passed.value, self._guards.native)
         return True
 
-    def _move(self, passed: ObjectArg, pool: GraphPool) -> bool:
+    def _move(self, passed: ObjectArg, pool: GraphPool, placed: Set[int]) -> bool:
         pairs = zip(self._memory or (), _storages(passed.tensors, pool.device), strict=True)
         foreign = [(memory, tensor) for memory, tensor in pairs if not memory.is_leased_to(tensor)]
-        if any(memory.is_leased() for memory, _ in foreign):
+        if any(memory.is_leased() or _C.storage_key(tensor) in placed for memory, tensor in foreign):
             return False
         again = self._rejected() is passed.value
         self._idle = 0 if again or self.native.calls or not foreign else self._idle + 1
@@ -188,10 +206,27 @@ class Slot:
             memory.adopt(tensor)
         return True
 
-    def lease(self, passed: ObjectArg, device: torch.device) -> None:
-        """Takes the memory of the object before the first capture, and leases it back."""
+    def lease(self, passed: ObjectArg, device: torch.device, known: list[_C.LeasedMemory]) -> None:
+        """Takes the memory of the object before the first capture, and leases it back.
+
+        Args:
+            passed: the object.
+            device: the device of the graphs.
+            known: memory of the call's other objects, which may hold the same storages; grows.
+        """
         if self._memory is None:
-            self._memory = [_C.LeasedMemory(tensor) for tensor in _storages(passed.tensors, device)]
+            self._memory = []
+            for tensor in _storages(passed.tensors, device):
+                shared = (memory for memory in known if memory.is_leased_to(tensor))
+                self._memory.append(next(shared, None) or _C.LeasedMemory(tensor))
+        known.extend(self._memory)
+
+
+def lease_all(call: BoundCall, device: torch.device) -> None:
+    """Takes the memory of the call's objects before the first capture, and leases it back."""
+    known = [memory for slot in call.slots for memory in slot.memory()]
+    for passed, slot in zip(call.objects, call.slots, strict=True):
+        slot.lease(passed, device, known)
 
 
 def _forget(slot: "weakref.ref[Slot]", _: Any) -> None:
@@ -212,8 +247,12 @@ def with_slots(call: BoundCall, pool: GraphPool) -> BoundCall:
     if not call.objects:
         return call
     slots = _SLOTS.setdefault(pool, Slots())
+    found: tuple[Slot, ...] = ()
+    placed: set[int] = set()
     try:
-        found = tuple(slots.of(passed, pool) for passed in call.objects)
+        for passed in call.objects:
+            found += (slots.of(passed, pool, placed, found),)
+            placed.update(map(_C.storage_key, passed.tensors))
     except NotATree as error:
         raise Bypass(error.reason, text=str(error)) from None
     return call._replace(slots=found, key=(*call.key, *found))
@@ -225,17 +264,25 @@ class Slots:
     def __init__(self) -> None:
         self._by_shape: dict[Any, weakref.WeakSet[Slot]] = {}
 
-    def of(self, passed: ObjectArg, pool: GraphPool) -> Slot:
+    def of(self, passed: ObjectArg, pool: GraphPool, placed: Set[int], taken: Collection[Slot]) -> Slot:
         """Returns a slot for the object: its own, an empty one that it moves into, or a new one.
+
+        Args:
+            passed: the object.
+            pool: the pool of the graphs.
+            placed: see `Slot.adopt`.
+            taken: the slots of other objects of the call.
 
         Raises:
             NotATree: where the object can't be guarded, or is another one each time.
         """
-        alike = self._by_shape.get(passed.shape, ())
-        slots = sorted(alike, key=lambda slot: not slot.native.holds(passed.value))
-        slot = next(slot for slot in (*slots, Slot()) if slot.adopt(passed, pool))
-        self._by_shape = {shape: slots for shape, slots in self._by_shape.items() if slots}
-        self._by_shape.setdefault(passed.shape, weakref.WeakSet()).add(slot)
+        shape = passed.shape, passed.shared
+        alike = self._by_shape.get(shape, ())
+        free = (slot for slot in alike if slot not in taken or slot.native.holds(passed.value))
+        slots = sorted(free, key=lambda slot: (not slot.native.holds(passed.value), slot.number))
+        slot = next(slot for slot in (*slots, Slot()) if slot.adopt(passed, pool, placed))
+        self._by_shape = {key: slots for key, slots in self._by_shape.items() if slots}
+        self._by_shape.setdefault(shape, weakref.WeakSet()).add(slot)
         return slot
 
 

@@ -61,6 +61,10 @@ class Reason(Enum):
         "an argument lies in memory that the forward writes",
         "Pass a .clone() of the argument.",
     )
+    SHARES_WITH_OBJECT = (
+        "an argument lies in memory of an object that is passed, too",
+        "Pass a .clone() of the argument.",
+    )
     HELD_BY_ANOTHER_THREAD = (
         "another thread holds an output of its lane",
         "Let go of the output there, or give each thread a pool of its own.",

@@ -14,8 +14,8 @@ FOLDER = Path(__file__).parent
 PAGE = FOLDER / "TRAPS.md"
 SECTIONS = (
     *("replaced_parameters", "replaced_state", "python_values", "code_and_structure", "composition"),
-    *("state", "aliasing", "padding", "other_batches", "failure", "order", "random_numbers"),
-    "interplay",
+    *("state", "aliasing", "arguments", "padding", "other_batches", "failure", "order"),
+    *("random_numbers", "interplay"),
 )
 HEAD = """# Traps of CUDA graphs
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import cuda_graphed
+from graphcache import OptionError, cuda_graphed
 from tests.helpers import Backend, assert_close_to_eager, eager, info
 from tests.models import MLP
 
@@ -98,6 +98,53 @@ def test_functions_without_a_signature(backend: Backend) -> None:
         assert torch.equal(double(input=x), x * 2)
     assert relu.cache_info().hits == 2
     assert double.cache_info().hits > 2
+
+
+def passes_on(function: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def total(x: Tensor, y: Tensor, scale: float = 2.0) -> Tensor:
+    return (x + y.sum()) * scale
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_options_name_what_a_wrapper_shows(backend: Backend, by_name: bool) -> None:
+    graphed = cuda_graphed(passes_on(total), sizes=(4,), batch_dim={"y": None}, bind=("y",))
+    x, y = backend.randn(3, 2), backend.randn(3, 2)
+    for _ in range(3):
+        got = graphed(x=x, y=y) if by_name else graphed(x, y)
+        torch.testing.assert_close(got, total(x, y))
+    (entry,) = graphed._cache().store.entries.values()
+    assert list(entry.buckets) == [4]  # y, which has 3 rows for ever, carries no batch
+    assert entry.buckets[4].native.padded_rows > 0
+    with pytest.raises(OptionError, match="bind names 'z', and total takes x, y, scale"):
+        cuda_graphed(passes_on(total), bind=("z",))
+
+
+DECORATORS = {
+    "none": lambda function: function,
+    "no_grad": torch.no_grad(),
+    "both": lambda function: torch.inference_mode()(torch.autocast("cpu", enabled=False)(function)),
+}
+
+
+@pytest.mark.parametrize("name", DECORATORS)
+def test_decorators_of_torch_pass_arguments_on(backend: Backend, name: str) -> None:
+    graphed = cuda_graphed(DECORATORS[name](total), sizes=(4,))
+    x, y = backend.randn(4, 2), backend.randn(4, 2)
+    for _ in range(2):
+        for got in (
+            graphed(x, y).clone(),
+            graphed(x, y=y).clone(),
+            graphed(y=y, x=x, scale=2.0).clone(),
+        ):
+            torch.testing.assert_close(got, total(x, y))
+    assert info(graphed).signatures == 1
 
 
 def test_wrong_arguments_raise_what_eager_raises(backend: Backend, mlp: MLP) -> None:
