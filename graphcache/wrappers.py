@@ -260,7 +260,8 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         reference, caches = weakref.ref(module), _Caches(options)
         function = class_forward(type(module)) if own is None else own
         # A forward that somebody else put on the instance is called as it is.
-        is_method = compiled or function is class_forward(type(module))
+        is_static = isinstance(inspect.getattr_static(type(module), "forward", None), staticmethod)
+        is_method = compiled or (function is class_forward(type(module)) and not is_static)
 
         # A closure, not a method: torch.compile traces it, and can't trace methods of a wrapper.
         def dispatch(

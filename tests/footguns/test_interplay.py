@@ -875,18 +875,21 @@ def test_an_instance_that_no_weak_reference_knows(x: Tensor) -> None:
         instance.scaled(x)
 
 
+def _threefold(x: Tensor) -> Tensor:
+    return x * 3
+
+
 class ByScale(nn.Module):
     def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
         return x * scale
 
 
-def test_forward_is_a_partial_method(backend: Backend, x: Tensor) -> None:
-    """A new function at each access of the class."""
-
-    class Net(ByScale):
-        forward = partialmethod(ByScale.forward, scale=3.0)
-
-    net = cuda_graphed(Net())
+@pytest.mark.parametrize(
+    "forward", [partialmethod(ByScale.forward, scale=3.0), staticmethod(_threefold)]
+)
+def test_forward_is_no_plain_method(backend: Backend, x: Tensor, forward: Any) -> None:
+    """A new function at each access of the class, or one that takes no instance."""
+    net = cuda_graphed(type("Net", (ByScale,), {"forward": forward})())
     for _ in range(3):
         equal(net(x), x * 3)
     assert info(net).hits > 0
