@@ -70,7 +70,7 @@ def memcheck(figures: dict[str, Any]) -> str:
 
 def against(figures: dict[str, Any]) -> str:
     """Host time of a replayed call of two commits."""
-    rows = [("call", "before", "now", "ratio")]
+    rows: list[tuple[str, ...]] = [("call", "before", "now", "ratio")]
     for name, each in figures["calls"].items():
         host = (f"{each[arm]:.2f} us" for arm in ("other_us", "here_us"))
         rows.append((name, *host, f"{each['ratio']:.3f}"))
