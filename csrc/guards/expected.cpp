@@ -78,7 +78,7 @@ bool Expected::equals(PyObject* object) const {
                &reinterpret_cast<PyFloatObject*>(address_)->ob_fval,
                sizeof(double)) == 0;
   }
-  return (PyLong_CheckExact(object) || PyUnicode_CheckExact(object)) &&
+  return (PyLong_CheckExact(object) || PyUnicode_CheckExact(object) || PyBytes_CheckExact(object)) &&
       PyObject_RichCompareBool(object, address_, Py_EQ) == 1;
 }
 

@@ -33,7 +33,7 @@ from graphcache.runtime import loaded_kernels
 from graphcache.runtime.base import Graph
 from graphcache.runtime.host_transfers import Constants
 from graphcache.runtime.source_lines import user_line_of
-from graphcache.runtime.torch_state import restored_afterwards, uncached_autocast
+from graphcache.runtime.torch_state import restored_afterwards, uncached_autocast, uncompiled
 from graphcache.tracing.python_snapshot import memos_restored
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ def _surroundings(plan: CapturePlan) -> Iterator[None]:
     runtime, undo = plan.pool.runtime, plan.undo[plan.call.batch]
     begun = undo.undone() if runtime.captures_run else nullcontext()
     memos = memos_restored(plan.trace.memos)
-    with runtime.ladder(plan.pool.device), inlining(), uncached_autocast(), made, begun, memos:
+    # Higher-order operators would compile themselves in the middle of a capture.
+    eager = nullcontext() if plan.trace.compiled else uncompiled()
+    with runtime.ladder(plan.pool.device), inlining(), uncached_autocast(), eager, made, begun, memos:
         yield
 
 

@@ -149,13 +149,13 @@ class Members(NamedTuple):
         """Returns the keys of members that are not the same objects any more."""
         first, second = dict(self.items), dict(self.now())
         keys = first.keys() | second.keys()
-        return [key for key in keys if first.get(key, ABSENT) is not second.get(key, ABSENT)]
+        return [k for k in keys if not is_same(first.get(k, ABSENT), second.get(k, ABSENT))]
 
     def changed(self) -> Iterable[str]:
         """Returns the names of members that are not the same objects any more."""
         now, named = self.now(), self.kind in _BY_NAME
         pairs = zip(now, self.items, strict=False)
-        same = (a is b and (k is n or not named) for (k, a), (n, b) in pairs)
+        same = (is_same(a, b) and (k is n or not named) for (k, a), (n, b) in pairs)
         if len(now) == len(self.items) and all(same):
             return ()
         if not named:
@@ -402,6 +402,14 @@ def is_opaque(module: Any) -> bool:
 def is_plain(value: Any) -> bool:
     """Return True for a value that refers to no other, and is known by itself."""
     return issubclass(type(value), _PLAIN)
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Return True for one object, and for equal numbers and texts: a native guard takes those as one."""
+    if value is other:
+        return True
+    exact = type(value) is type(other) and type(value) in (int, str, bytes)
+    return exact and bool(value == other)
 
 
 def is_iterator(value: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 from graphcache.errors import CaptureError
 from graphcache.report.reasons import Reason, text_of
@@ -60,6 +61,8 @@ def obstacle(
     func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> Obstacle | None:
     """Returns the reason for which a graph on `device` can't hold this operation; None if it can."""
+    if isinstance(func, HigherOrderOperator):
+        return Obstacle(Reason.CAPTURE_FAILED, f"{func} is not made of operators")
     if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
         return Obstacle(Reason.CALLERS_GENERATOR, f"{func}")
     if func.namespace in _COLLECTIVES:

@@ -1,12 +1,17 @@
 """Reads the schema of an operation: the tensors that it takes and mutates, and its parts."""
 
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphcache.runtime.torch_patches import Patch
 
 _aten = torch.ops.aten
 
@@ -37,6 +42,8 @@ def overrides_dispatch(tensor: Tensor) -> bool:
 
 @cache
 def _mutated_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    if isinstance(func, HigherOrderOperator):
+        return ()  # without a schema
     return tuple(
         (index, argument.name)
         for index, argument in enumerate(func._schema.arguments)
@@ -64,6 +71,14 @@ def _is_composite(func: torch._ops.OpOverload, backend: str) -> bool:
     return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, backend)
 
 
+@cache
+def _unasked(module: str) -> AbstractContextManager[None]:
+    """Answers kernels of higher-order operators that refuse to run under a mode, as torch runs them."""
+    name = "_get_current_dispatch_mode"
+    asks = hasattr(sys.modules[module], name)
+    return Patch(sys.modules[module], name, lambda: None) if asks else nullcontext()
+
+
 def take_apart(
     func: torch._ops.OpOverload,
     args: tuple[Any, ...],
@@ -73,8 +88,15 @@ def take_apart(
     """Runs `func` under `mode` if `func` is made of other operations; else returns NotImplemented.
 
     Autograd decomposes operations before a mode gets them; inference mode has no autograd. The kernel
-    is that of eager, not a decomposition written in Python.
+    is that of eager, not a decomposition written in Python. The kernel of a higher-order operator, such
+    as `torch.cond`, is Python that calls other operators.
     """
+    if isinstance(func, HigherOrderOperator):
+        kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if kernel is None:
+            return NotImplemented
+        with mode, _unasked(kernel.__module__):
+            return kernel(*args, **kwargs)
     if not torch.is_inference_mode_enabled():
         return NotImplemented
     devices = {tensor.device.type for tensor in tensors_in(args, kwargs)}

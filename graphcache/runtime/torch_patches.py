@@ -19,6 +19,8 @@ class DispatchMode(TorchDispatchMode):
     at the first operation. Without Dynamo in the process there is nobody to hide it from.
     """
 
+    supports_higher_order_operators = True  # which `take_apart` runs
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         plain = cls.__torch_dispatch__
         super().__init_subclass__(**kwargs)

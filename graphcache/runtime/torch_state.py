@@ -2,14 +2,16 @@
 
 import gc
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphcache import _C
+from graphcache.runtime.torch_patches import Patch
 
 _aten = torch.ops.aten
 # Operators that overwrite some rows, or some elements, of their first argument.
@@ -182,7 +184,8 @@ def uncached_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Runs compiled forwards eagerly inside the block.
 
     Dynamo never compiles code again that it met under a dispatch mode, for all modules that share the
@@ -190,9 +193,36 @@ def uncompiled() -> AbstractContextManager[Any]:
     """
     # Without Dynamo in the process nothing is compiled, and its import takes a second.
     if "torch._dynamo" in sys.modules:
-        with suppress(RuntimeError):  # refused between the graphs of a compiled caller
-            return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+        with _forced_eager():
+            yield
+        return
+    before, _stances.open = _stances.open, ExitStack()
+    try:
+        with _compiling, _stances.open:
+            yield
+    finally:
+        _stances.open = before
+
+
+def _forced_eager() -> AbstractContextManager[Any]:
+    with suppress(RuntimeError):  # refused between the graphs of a compiled caller
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
     return nullcontext()
+
+
+class _Stances(threading.local):
+    """The stance for code that imports Dynamo only inside the block, as `torch.cond` does."""
+
+    open = ExitStack()
+
+
+def _compile(*args: Any, **kwargs: Any) -> Any:
+    _stances.open.enter_context(_forced_eager())
+    return _compiling.before(*args, **kwargs)
+
+
+_stances = _Stances()
+_compiling = Patch(torch, "compile", _compile)
 
 
 @contextmanager

@@ -28,7 +28,10 @@ from graphcache.tracing.bytecode import NamesInCode
 from graphcache.tracing.python_snapshot import Snapshot
 
 _ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
-_COMPILED = str(Path(torch.__file__).parent / "_dynamo" / "eval_frame.py")
+_TORCH = Path(torch.__file__).parent
+_COMPILED = str(_TORCH / "_dynamo" / "eval_frame.py")
+# Their Python compiles itself, eagerly, where no dispatch mode is active: `torch.cond`, flex_attention.
+_HIGHER_ORDER = str(_TORCH / "_higher_order_ops"), str(_TORCH / "nn" / "attention")
 _ASKS = as_in_a_capture.before.__code__
 # Their kernels may run on streams of their own, which no capture is told of.
 _LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
@@ -120,7 +123,8 @@ class PythonRecorder:
         if code is _ASKS:
             self.asks = self.asks or not is_ours(frame.f_back)
         elif code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
-            self.compiled = True
+            of_torch = frame.f_back is not None and frame.f_back.f_code.co_filename
+            self.compiled = self.compiled or not (of_torch and of_torch.startswith(_HIGHER_ORDER))
             config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
             if config.get("triton.cudagraphs"):
                 self._block(Reason.COMPILED_WITH_GRAPHS, _COMPILED_WITH_GRAPHS)
