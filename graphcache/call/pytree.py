@@ -89,6 +89,11 @@ def _is_namedtuple(kind: type) -> bool:
     return issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
+def _is_return_type(kind: type) -> bool:
+    """Return True for the type of a result of torch with names, such as that of `max(dim=…)`."""
+    return kind.__module__ == "torch.return_types" and issubclass(kind, tuple)
+
+
 def constant(value: Any) -> Constant | None:
     """Returns a plain value as a constant of a layout; None for any other value."""
     kind = type(value)
@@ -170,7 +175,7 @@ def flatten(
     keys: tuple[Any, ...] | None = None
     field_names: tuple[str, ...] = ()
     extra: Any = None
-    if kind in (list, tuple) or _is_namedtuple(kind):
+    if kind in (list, tuple) or _is_namedtuple(kind) or _is_return_type(kind):
         items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
     elif is_dataclass(kind):
         # transformers' ModelOutput is a dictionary too, of those fields that are not None
@@ -179,6 +184,8 @@ def flatten(
         items = [(f"{name}.{each}", getattr(value, each, None)) for each in field_names]
     elif kind in (dict, OrderedDict, defaultdict):
         extra = value.default_factory if kind is defaultdict else None
+        if any(isinstance(key, Tensor) for key in value):
+            raise NotATree(f"{name or 'the result'} is a dictionary with tensors as keys")
         keys = tuple(map(_key, value))
         items = [(f"{name}[{key!r}]", item) for key, item in value.items()]
     elif other is not None and (found := other(value, name)) is not None:

@@ -126,7 +126,7 @@ class Members(NamedTuple):
         if key is None and self.kind is not DICT:
             return self.label
         if self.kind is DICT or type(key) is int:
-            return f"{self.label}[{key!r}]"
+            return f"{self.label}[{shown(key)}]"
         name = key if type(key) is str else getattr(key, "__name__", key)
         return f"{self.label}.{name}" if self.label else str(name)
 
@@ -402,6 +402,12 @@ def is_opaque(module: Any) -> bool:
 def is_plain(value: Any) -> bool:
     """Return True for a value that refers to no other, and is known by itself."""
     return issubclass(type(value), _PLAIN)
+
+
+def shown(key: Any) -> str:
+    """Returns the text of a key; without asking an object, which may be a tensor or hold one."""
+    plain = is_plain(key) or (type(key) is tuple and all(map(is_plain, key)))
+    return repr(key) if plain else f"<{type(key).__qualname__}>"
 
 
 def is_same(value: Any, other: Any) -> bool:

@@ -21,6 +21,7 @@ from graphcache.runtime.torch_patches import HiddenMode
 _NUMBERS = (bool, int, float, complex)
 _LISTS = (list, tuple, torch.Size)
 _MAKES = (torch.tensor, torch.as_tensor)
+_TAKES_DATA = (*_MAKES, torch.asarray, Tensor.new_tensor)
 _MOVES = (Tensor.to, Tensor.cuda, Tensor.type_as)
 _INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 Key = tuple[torch.dtype, torch.Size, bytes]
@@ -44,6 +45,19 @@ _READS = {
 }
 
 
+# Functions that read their second argument in C++, where no operator shows it. It lies on the host.
+_TAKES_OFFSETS = {
+    "tensor_split": "`tensor_split` by a tensor",
+    "tensor_split.tensor_indices_or_sections": "`tensor_split` by a tensor",
+    "_pack_padded_sequence": "the lengths of `pack_padded_sequence`",
+    "_pad_packed_sequence": "the batch sizes of `pad_packed_sequence`",
+    "lstm": "the batch sizes of a packed sequence",
+    "gru": "the batch sizes of a packed sequence",
+    "rnn_tanh": "the batch sizes of a packed sequence",
+    "rnn_relu": "the batch sizes of a packed sequence",
+}
+
+
 class HostReads(HiddenMode):
     """Finds the calls that exchange values with the host.
 
@@ -60,13 +74,17 @@ class HostReads(HiddenMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _MAKES and not is_constant(func, args, kwargs, self._device):
+        if func in _TAKES_DATA and _holds_tensors(args[-1] if args else kwargs.get("data")):
+            self.found(Obstacle(Reason.READS_VALUE, f"`{func.__name__}([tensor, …])`"))
+        elif func in _MAKES and not is_constant(func, args, kwargs, self._device):
             target = kwargs.get("device")
             on_device = target is not None and torch.device(target).type == self._device.type
             if on_device and not isinstance(args[0] if args else kwargs.get("data"), Tensor):
                 self.found(Obstacle(Reason.HOST_COPY, f"`torch.{func.__name__}(…, device=…)`"))
         elif func in _READS and args[0].device == self._device:
             self.found(Obstacle(Reason.READS_VALUE, _READS[func]))
+        elif (what := _TAKES_OFFSETS.get(getattr(func, "__name__", ""))) and _has_offsets(args, kwargs):
+            self.found(Obstacle(Reason.READS_VALUE, what))
         elif (
             func is Tensor.data_ptr
             and args[0].device == self._device
@@ -197,6 +215,18 @@ def _is_by_number(index: Any) -> bool:
 def _is_numbers(data: Any) -> bool:
     kind = type(data)
     return kind in (*_NUMBERS, range) or (kind in _LISTS and all(map(_is_numbers, data)))
+
+
+def _holds_tensors(data: Any) -> bool:
+    return type(data) in _LISTS and any(isinstance(x, Tensor) or _holds_tensors(x) for x in data)
+
+
+def _has_offsets(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True if a tensor of offsets follows the first argument."""
+    second = args[1] if len(args) > 1 else kwargs.get("tensor_indices_or_sections")
+    # gru(input, hidden, weights, …) takes a tensor there, too; a packed one has its hidden state next.
+    recurrent = len(args) > 3 and isinstance(args[2], (list, tuple)) and type(args[3]) is bool
+    return isinstance(second, Tensor) and not recurrent
 
 
 def _is_dense_on_host(tensor: Tensor) -> bool:

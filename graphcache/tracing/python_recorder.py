@@ -32,6 +32,7 @@ _TORCH = Path(torch.__file__).parent
 _COMPILED = str(_TORCH / "_dynamo" / "eval_frame.py")
 # Their Python compiles itself, eagerly, where no dispatch mode is active: `torch.cond`, flex_attention.
 _HIGHER_ORDER = str(_TORCH / "_higher_order_ops"), str(_TORCH / "nn" / "attention")
+_PICKLES = torch.Tensor._reduce_ex_internal.__code__
 _ASKS = as_in_a_capture.before.__code__
 # Their kernels may run on streams of their own, which no capture is told of.
 _LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
@@ -122,6 +123,8 @@ class PythonRecorder:
             return
         if code is _ASKS:
             self.asks = self.asks or not is_ours(frame.f_back)
+        elif code is _PICKLES:
+            self._block(Reason.READS_VALUE, "it reads a value on the host: `pickle` or `torch.save`")
         elif code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
             of_torch = frame.f_back is not None and frame.f_back.f_code.co_filename
             self.compiled = self.compiled or not (of_torch and of_torch.startswith(_HIGHER_ORDER))
