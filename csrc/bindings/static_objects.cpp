@@ -7,7 +7,7 @@ namespace graphcache {
 void bind_static_objects(py::module_& m) {
   py::class_<StaticObject, std::shared_ptr<StaticObject>>(m, "StaticObject")
       .def(py::init<>())
-      .def("bind", &StaticObject::bind, "object"_a, "guard"_a)
+      .def("bind", &StaticObject::bind, "object"_a, "guard"_a, "tensors"_a)
       .def("release", &StaticObject::release)
       .def(
           "holds",

@@ -28,15 +28,21 @@ const Lease* lease_of(const c10::Storage& storage) {
 
 } // namespace
 
-void StaticObject::bind(const py::object& object, const std::shared_ptr<Guard>& guard) {
+void StaticObject::bind(
+    const py::object& object, const std::shared_ptr<Guard>& guard, const std::vector<at::Tensor>& tensors) {
   reference_ = py::weakref(object);
   guard_ = guard;
   calls = 0;
+  versions.clear();
+  for (const auto& tensor : tensors) {
+    versions.push_back(tensor.unsafeGetTensorImpl()->version_counter());
+  }
 }
 
 void StaticObject::release() {
   reference_ = py::object();
   guard_.reset();
+  versions.clear();
 }
 
 bool StaticObject::is(PyObject* object) const {

@@ -3,9 +3,11 @@
 
 #include "guards/guard.h"
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Storage.h>
 
 #include <memory>
+#include <vector>
 
 namespace graphcache {
 
@@ -13,7 +15,8 @@ namespace graphcache {
 class StaticObject {
  public:
   // The guard holds as long as the object has the same contents.
-  void bind(const pybind11::object& object, const std::shared_ptr<Guard>& guard);
+  void bind(
+      const pybind11::object& object, const std::shared_ptr<Guard>& guard, const std::vector<at::Tensor>& tensors);
   void release();
 
   bool is(PyObject* object) const;
@@ -22,6 +25,7 @@ class StaticObject {
   pybind11::object object() const; // None once it is gone
 
   int64_t calls = 0;
+  std::vector<c10::VariableVersion> versions; // of its tensors, in the order of the object
 
  private:
   pybind11::object reference_;

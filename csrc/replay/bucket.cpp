@@ -7,6 +7,7 @@ namespace graphcache {
 py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream) {
   const Origin origin{name, call, batch, size};
   start(arguments, batch, origin, stream);
+  dependencies.mutated->raise_versions(arguments.tensors);
   lane->stream = stream;
   auto made = result.give(batch, size, arguments, origin, *lane);
   ++replays;

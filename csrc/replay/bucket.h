@@ -29,7 +29,7 @@ struct Dependencies {
   // Weakly: it refers to what may lead back here, and only Python's own reference shows that to Python's
   // cycle collector.
   std::weak_ptr<Guard> guard;
-  std::shared_ptr<const MutatedMemory> mutated;
+  std::shared_ptr<MutatedMemory> mutated;
 
   // Returns true if all of it is as it was captured, and no argument lies in memory that the graph mutates.
   bool are_met(const Leaves& arguments, bool grad) const {

@@ -161,8 +161,11 @@ class StaticObject:
     @property
     def calls(self) -> int: ...
     def __init__(self) -> None: ...
-    def bind(self, object: Any, guard: Guard) -> None:
-        """Lets the graphs stand for `object` as long as `guard` holds; the guard is known weakly too."""
+    def bind(self, object: Any, guard: Guard, tensors: Sequence[Tensor]) -> None:
+        """Lets the graphs stand for `object`, which holds `tensors`, as long as `guard` holds.
+
+        The guard is known weakly too, and of the tensors only their versions.
+        """
 
     def release(self) -> None:
         """Lets the graphs stand for nothing."""
@@ -555,11 +558,19 @@ class MutatedMemory:
         external: tensors to whose storages they write.
         bound: positions of the arguments that they write to.
         copied_in: positions of the arguments that are copied in.
+
+    Attributes:
+        versions_of_arguments: positions of the arguments whose versions replays raise.
     """
+
+    versions_of_arguments: Sequence[int]
 
     def __init__(
         self, external: Sequence[Tensor], bound: Sequence[int], copied_in: Sequence[int]
     ) -> None: ...
+    def add_version(self, tensor: Tensor, objects: Sequence[StaticObject]) -> None:
+        """Adds a tensor whose version replays raise, perhaps one of an object of `objects`."""
+
     def overlaps(self, arguments: Sequence[Tensor]) -> bool:
         """Returns True if an argument that is copied in lies in memory that is mutated."""
 

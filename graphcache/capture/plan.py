@@ -61,9 +61,15 @@ class CapturePlan:
 
     @cached_property
     def dependencies(self) -> Dependencies:
-        """Returns what the graphs will depend on besides their arguments.
+        """Returns what the graphs will depend on besides their arguments."""
+        trace = self.trace
+        ran, draws = trace.read_set.ran, trace.draws_random
+        return Dependencies(self.guards, self._mutated_memory(), trace.mutated_keys, ran, draws)
 
-        An argument in memory that the graphs mutate, or in that of an object, is passed to no graph.
+    def _mutated_memory(self) -> _C.MutatedMemory:
+        """Returns the memory that the graphs will mutate besides their own, and that of objects.
+
+        An argument in either is passed to no graph.
         """
         trace = self.trace
         external = {key: t for key, t in trace.external.items() if key in trace.mutated_keys}
@@ -72,16 +78,15 @@ class CapturePlan:
                 external[_C.storage_key(tensor)] = tensor
         mutated = _C.MutatedMemory(
             [_C.owned(tensor) for tensor in external.values()],
-            self.trace.mutated_positions(self.call),
+            trace.mutated_positions(self.call),
             [index for index, _ in self.call.copied_in()],
         )
-        return Dependencies(
-            self.guards,
-            mutated,
-            self.trace.mutated_keys,
-            self.trace.read_set.ran,
-            self.trace.draws_random,
-        )
+        arguments = {id(tensor): index for index, tensor in enumerate(self.call.tensors)}
+        mutated.versions_of_arguments = [arguments[id(t)] for t in trace.raised if id(t) in arguments]
+        for tensor in trace.raised:
+            if id(tensor) not in arguments:
+                mutated.add_version(tensor, self.call.static_objects())
+        return mutated
 
 
 def check_trace(trace: Trace) -> None:

@@ -183,7 +183,7 @@ class Slot:
                 f"{passed.name} holds tensors in a way that can't be watched", Reason.OBJECT_UNGUARDED
             )
         self._reference = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
-        self.native.bind(passed.value, self._guards.native)
+        self.native.bind(passed.value, self._guards.native, passed.tensors)
         return True
 
     def _move(self, passed: ObjectArg, pool: GraphPool, placed: Set[int]) -> bool:

@@ -47,6 +47,10 @@ class _HostReads(HostReads):
         self._recorder.note_addressed(tensor)
 
 
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class OpRecorder(DispatchMode):
     """Runs operations as they are and records the storages that they touch.
 
@@ -98,6 +102,7 @@ class OpRecorder(DispatchMode):
         # By identity: what operations gave, the arguments, and what came from elsewhere.
         self._known = {id(tensor): ref(tensor) for tensor in inputs}
         self._reached: dict[int, ref[Tensor]] = {}
+        self._versions = {id(tensor): _version_of(tensor) for tensor in inputs}
 
     def block(self, reason: Reason, detail: str) -> None:
         """Records why this forward can't be captured, with the user's line; the first reason counts."""
@@ -180,8 +185,15 @@ class OpRecorder(DispatchMode):
         if tensor.is_quantized:
             self.block(Reason.UNSUPPORTED_TENSOR, "a quantised one is read")
             return
-        self._reached[id(tensor)] = ref(tensor)
+        reached = self._reached.get(id(tensor))
+        if reached is None or reached() is not tensor:
+            self._reached[id(tensor)] = ref(tensor)
+            self._versions[id(tensor)] = _version_of(tensor)
         self._add_external(tensor)
+
+    def raised_version_of(self, tensor: Tensor) -> bool:
+        """Return True if the forward raised the version of a tensor that it was given or read."""
+        return self._versions[id(tensor)] != _version_of(tensor)
 
     def note_addressed(self, tensor: Tensor) -> None:
         """Records a tensor that a kernel past torch's operators is about to be given."""

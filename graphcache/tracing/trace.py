@@ -44,6 +44,7 @@ class Trace:
         reached: the tensors themselves, as far as somebody holds them.
         mutated: a tensor for each storage that the forward mutated and did not make.
         mutated_keys: the keys of these storages, and of those that are gone.
+        raised: tensors whose version counter the forward raised: autograd then knows that they changed.
         draws_random: whether random numbers were drawn on the device.
         constants: the tensors made of numbers and lists on the device; None where there are none.
         asks_for_capture: whether the forward asked if a capture is under way.
@@ -65,6 +66,7 @@ class Trace:
     reached: list[Tensor]
     mutated: list[Tensor]
     mutated_keys: frozenset[int]
+    raised: list[Tensor]
     draws_random: bool
     constants: dict[Key, Tensor] | None
     asks_for_capture: bool
@@ -167,6 +169,7 @@ def trace_forward(
         reached=reached,
         mutated=ops.mutated_external(),
         mutated_keys=frozenset(ops.mutated),
+        raised=[tensor for tensor in (*call.tensors, *reached) if ops.raised_version_of(tensor)],
         draws_random=ops.draws_random,
         constants=ops.constants,
         asks_for_capture=python.asks,
