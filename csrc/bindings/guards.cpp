@@ -36,6 +36,12 @@ void make_collectable(PyHeapTypeObject* heap_type) {
   };
 }
 
+py::object referent(const py::object& reference) {
+  TORCH_CHECK_TYPE(PyWeakref_Check(reference.ptr()), "graphcache: expected a weak reference");
+  return py::reinterpret_borrow<py::object>(
+      reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object);
+}
+
 } // namespace
 
 void bind_guards(py::module_& m) {
@@ -47,11 +53,13 @@ void bind_guards(py::module_& m) {
       .def("add_dict", &Guard::add_dict, py::arg("dict"), label, py::arg("named"), py::arg("held"))
       .def("add_items", &Guard::add_items, py::arg("items"), label)
       .def("add_bytes", &Guard::add_bytes, py::arg("array"), label)
+      .def("add_reference", &Guard::add_reference, py::arg("reference"), label)
       .def("add_source", &Guard::add_source, py::arg("container"), py::arg("key"), py::arg("value"), label)
       .def("add_absence", &Guard::add_absence, py::arg("container"), py::arg("key"), label)
       .def("add_tensor", &Guard::add_tensor, py::arg("tensor"), label)
       .def("check", &Guard::check, py::arg("grad"))
       .def("explain", &Guard::explain, py::arg("grad"));
+  m.def("referent", &referent, py::arg("reference"));
 }
 
 } // namespace graphcache

@@ -26,7 +26,8 @@ bool refers_to_no_module(PyObject* object) {
 }
 
 py::object reference_to(PyObject* object) {
-  if (refers_to_no_module(object)) {
+  // What keeps nothing alive may be held.
+  if (refers_to_no_module(object) || PyWeakref_Check(object)) {
     return py::reinterpret_borrow<py::object>(object);
   }
   if (auto* reference = PyWeakref_NewRef(object, nullptr)) {

@@ -70,6 +70,11 @@ Guard::Source::Source(py::object container_, py::object key_, PyObject* value, p
     index = key.cast<Py_ssize_t>();
   } else if (Py_IS_TYPE(key.ptr(), &PyMemberDescr_Type)) {
     kind = Kind::kSlot;
+    if (auto* weak = PyWeakref_NewRef(container.ptr(), nullptr)) {
+      container = py::reinterpret_steal<py::object>(weak);
+    } else {
+      PyErr_Clear();
+    }
   } else if (PyContextVar_CheckExact(container.ptr())) {
     kind = Kind::kContext;
   }
@@ -100,6 +105,10 @@ bool Guard::Source::same() const {
   if (kind == Kind::kContext) {
     PyContextVar_Get(held, nullptr, &now);
   } else if (kind == Kind::kSlot) {
+    held = PyWeakref_CheckRefExact(held) ? reinterpret_cast<PyWeakReference*>(held)->wr_object : held;
+    if (held == Py_None) {
+      return false;
+    }
     now = PyMemberDescr_Type.tp_descr_get(key.ptr(), held, nullptr);
   } else {
     now = PyObject_GetItem(held, key.ptr());
@@ -209,6 +218,14 @@ void Guard::add_bytes(py::object array, py::object label) {
   buffers_.push_back(Bytes{ExpectedBytes(std::move(array)), std::move(label)});
 }
 
+void Guard::add_reference(py::object reference, py::object label) {
+  if (!PyWeakref_Check(reference.ptr())) {
+    throw py::type_error("graphcache: expected a weak reference or a weak proxy");
+  }
+  auto* const referent = reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object;
+  references_.push_back(Reference{std::move(reference), referent, std::move(label)});
+}
+
 void Guard::add_source(py::object container, py::object key, const py::object& value, py::object label) {
   add(Source(std::move(container), std::move(key), value.ptr(), std::move(label)));
 }
@@ -242,6 +259,9 @@ Guard::Failure Guard::first_failure(bool grad) {
     scopes_.rearm();
   }
   auto* label = first_changed(sources_);
+  if (label == nullptr) {
+    label = first_changed(references_);
+  }
   if (label == nullptr) {
     label = first_changed(modules_);
   }
@@ -318,6 +338,11 @@ int Guard::traverse(visitproc visit, void* arg) const {
   stop = stop != 0 ? stop : traverse_all(lists_, visit, arg);
   stop = stop != 0 ? stop : traverse_all(dict_sources_, visit, arg);
   stop = stop != 0 ? stop : traverse_all(sources_, visit, arg);
+  for (const auto& held : references_) { // with a callback
+    if (stop == 0 && held.reference) {
+      stop = visit(held.reference.ptr(), arg);
+    }
+  }
   return stop != 0 ? stop : traverse_all(addresses_, visit, arg);
 }
 
@@ -330,6 +355,7 @@ void Guard::clear() {
   const auto dict_sources = std::move(dict_sources_);
   const auto sources = std::move(sources_);
   const auto addresses = std::move(addresses_);
+  const auto references = std::move(references_);
 }
 
 } // namespace graphcache

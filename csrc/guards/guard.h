@@ -32,6 +32,8 @@ class Guard {
   void add_items(const pybind11::object& items, pybind11::object label);
   // An array on the host keeps its bytes.
   void add_bytes(pybind11::object array, pybind11::object label);
+  // What a weak reference or proxy refers to lives on. The reference is held, which keeps nothing alive.
+  void add_reference(pybind11::object reference, pybind11::object label);
   // `value` stays where `container` has `key`. A container may also be a cell or a context variable, with
   // any key, or an object with slots, with a descriptor as the key.
   void add_source(
@@ -78,6 +80,14 @@ class Guard {
     pybind11::object label;
   };
 
+  struct Reference {
+    bool same() const { return reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object == referent; }
+
+    pybind11::object reference;
+    PyObject* referent;
+    pybind11::object label;
+  };
+
   struct Bytes : ExpectedBytes {
     pybind11::object label;
   };
@@ -91,7 +101,7 @@ class Guard {
 
     Kind kind = Kind::kOther;
     Py_ssize_t index = 0; // in a list or a tuple
-    pybind11::object container;
+    pybind11::object container; // of slots, a weak reference where that can be
     pybind11::object key;
     Expected expected;
     pybind11::object label;
@@ -128,6 +138,7 @@ class Guard {
   DictGroup dict_watcher_; // the same dicts, in the same order
   std::vector<Items> lists_;
   std::vector<Bytes> buffers_;
+  std::vector<Reference> references_;
   std::vector<Source> dict_sources_; // globals of Python modules: they change often, elsewhere
   DictGroup scopes_; // the containers of these
   std::vector<Source> sources_;

@@ -133,6 +133,8 @@ class Guard:
         """Guards the items of a list or a set."""
     def add_bytes(self, array: object, label: str) -> None:
         """Guards the bytes of an array on the host."""
+    def add_reference(self, reference: object, label: str) -> None:
+        """Guards that what a weak reference or proxy refers to lives on; holds the reference alone."""
     def add_source(self, container: object, key: object, value: object, label: str) -> None:
         """Guards that `container[key]` stays `value`.
 
@@ -147,6 +149,9 @@ class Guard:
         """Return True if all is as it was; with `grad`, only if no tensor requires gradients either."""
     def explain(self, grad: bool) -> str | None:
         """Returns the name of the first thing that is not as it was; None if all is."""
+
+def referent(reference: object) -> Any:
+    """Returns what a weak reference or proxy refers to; None where that is gone."""
 
 class StaticObject:
     """The object that the graphs of some signatures stand for at present; known weakly.

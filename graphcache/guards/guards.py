@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from types import CodeType
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from graphcache.guards.reachability import (
     CLASS,
     DICT,
     EXTRA,
+    FIXED,
     ITEMS,
     LIST,
     LONGEST,
@@ -35,6 +37,7 @@ from graphcache.guards.reachability import (
     attributes_of,
     is_iterator,
     is_plain,
+    is_weak,
     named_in,
 )
 from graphcache.runtime.op_schemas import overrides_dispatch
@@ -175,6 +178,13 @@ class _GuardBuilder(Walker):
             if id(value) not in self.tensors:
                 self.tensors[id(value)] = value
                 self.native.add_tensor(value, label)
+        elif is_weak(value):
+            if is_new:
+                self.native.add_reference(value, label)
+        elif issubclass(kind, finalize):
+            table: Any = finalize._registry  # type: ignore[attr-defined]
+            self.add_source(Source(table, value, table.get(value, ABSENT), label))
+            return False
         elif is_iterator(value):
             self.iterators.append(f"{label} ({kind.__name__})")
             return False
@@ -184,6 +194,8 @@ class _GuardBuilder(Walker):
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
         kind, container, items, label = members
+        if kind is FIXED:  # perhaps of a weak proxy, which nobody may ask
+            return members.reachable()
         if kind is SCOPE:
             items = named_in(container, self._users_names)
         elif kind in (MODULE, ATTRIBUTES, CLASS, EXTRA):

@@ -25,11 +25,12 @@ from types import (
     ModuleType,
 )
 from typing import Any, NamedTuple
-from weakref import ProxyTypes, ref
+from weakref import ProxyTypes, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
 
+from graphcache import _C
 from graphcache.runtime.source_lines import is_library
 
 DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
@@ -208,8 +209,6 @@ class Walker:
     def _follow(self, pending: list[tuple[Any, str, int, bool]]) -> None:
         while pending:
             value, label, depth, held = pending.pop()
-            if type(value) in ProxyTypes:
-                value = _unwrapped(value)
             if issubclass(type(value), nn.Module):
                 depth = DEPTH + 1
             elif issubclass(type(value), Tensor):
@@ -332,9 +331,11 @@ def _behind(value: Any) -> list[Any] | None:
     kind = type(value)
     if issubclass(kind, _REFERRING):
         return [item for item in gc.get_referents(value) if not isinstance(item, ModuleType)]
-    if not issubclass(kind, ref):
+    if not is_weak(value):
         return None
-    found = value()
+    found = _C.referent(value)
+    if kind is WeakMethod:
+        return [found, *gc.get_referents(value())] if value() is not None else []
     # Objects and modules are known weakly; other things might be gone when they are compared.
     weakly = hasattr(type(found), "__weakref__") and not isinstance(
         found, (Tensor, dict, list, set, deque)
@@ -385,18 +386,14 @@ def slots_of(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
     ]
 
 
-def _unwrapped(value: Any) -> Any:
-    """Returns the module behind a weak proxy; any other value as it is."""
-    try:
-        is_module = type(value) in ProxyTypes and isinstance(value, nn.Module)
-    except ReferenceError:  # the object behind it is gone
-        is_module = False
-    return next(value.modules()) if is_module else value
-
-
 def is_opaque(module: Any) -> bool:
     """Return True if nothing of the module of this name is state of the user's."""
     return f"{module}.".startswith(_OPAQUE)
+
+
+def is_weak(value: Any) -> bool:
+    """Return True for weak references and weak proxies; a proxy claims to be what it refers to."""
+    return issubclass(type(value), (ref, *ProxyTypes))
 
 
 def is_plain(value: Any) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "TRAPS.md"
 SECTIONS = (
-    *("replaced_parameters", "replaced_state", "python_values", "code_and_structure", "composition"),
-    *("state", "aliasing", "arguments", "padding", "other_batches", "failure", "order"),
-    *("random_numbers", "interplay"),
+    *("replaced_parameters", "replaced_state", "python_values", "weak_references"),
+    *("code_and_structure", "composition", "state", "aliasing", "arguments", "padding"),
+    *("other_batches", "failure", "order", "random_numbers", "interplay"),
 )
 HEAD = """# Traps of CUDA graphs
 
