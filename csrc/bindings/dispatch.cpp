@@ -63,8 +63,12 @@ void bind_dispatch(py::module_& m) {
   bind_signature(m);
   py::class_<MutatedMemory, std::shared_ptr<MutatedMemory>>(m, "MutatedMemory")
       .def(
-          py::init([](std::vector<at::Tensor> external, std::vector<size_t> bound, std::vector<size_t> copied_in) {
-            return MutatedMemory{std::move(external), std::move(bound), std::move(copied_in)};
+          py::init([](const std::vector<at::Tensor>& external, std::vector<size_t> bound, std::vector<size_t> copied_in) {
+            MutatedMemory mutated{{}, std::move(bound), std::move(copied_in)};
+            for (const auto& tensor : external) {
+              mutated.external.push_back(whole_storage(tensor));
+            }
+            return mutated;
           }),
           "external"_a, "bound"_a, "copied_in"_a)
       .def("add_version", &MutatedMemory::add_version, "tensor"_a, "objects"_a)

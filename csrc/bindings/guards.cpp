@@ -57,6 +57,7 @@ void bind_guards(py::module_& m) {
       .def("add_source", &Guard::add_source, py::arg("container"), py::arg("key"), py::arg("value"), label)
       .def("add_absence", &Guard::add_absence, py::arg("container"), py::arg("key"), label)
       .def("add_tensor", &Guard::add_tensor, py::arg("tensor"), label)
+      .def("keep", &Guard::keep, py::arg("object"))
       .def("check", &Guard::check, py::arg("grad"))
       .def("explain", &Guard::explain, py::arg("grad"));
   m.def("referent", &referent, py::arg("reference"));

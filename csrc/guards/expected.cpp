@@ -25,6 +25,15 @@ bool refers_to_no_module(PyObject* object) {
       is_tensor(object);
 }
 
+// Tensors whose memory guards compare; torch's `swap_tensors` refuses those with weak references.
+bool has_address(PyObject* object) {
+  if (!is_exact_tensor(object)) {
+    return false;
+  }
+  const auto& tensor = tensor_in(object);
+  return tensor.layout() == c10::kStrided && tensor.has_storage() && !tensor.is_meta();
+}
+
 py::object reference_to(PyObject* object) {
   // What keeps nothing alive may be held.
   if (refers_to_no_module(object) || PyWeakref_Check(object)) {
@@ -40,8 +49,12 @@ py::object reference_to(PyObject* object) {
 
 } // namespace
 
-Expected::Expected(PyObject* object)
-    : address_(object), object_(object != nullptr ? reference_to(object) : py::object()) {
+Expected::Expected(PyObject* object, bool keep) : address_(object) {
+  if (object != nullptr && !keep && has_address(object)) {
+    tensor_type_ = Py_TYPE(object);
+    return;
+  }
+  object_ = object != nullptr ? reference_to(object) : py::object();
   if (object != nullptr && !object_ && PyTuple_CheckExact(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
       items_.emplace_back(PyTuple_GET_ITEM(object, index));

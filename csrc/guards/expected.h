@@ -10,12 +10,14 @@
 
 namespace graphcache {
 
-// One object. Its address stands for it only while it lives, so tensors and plain values are kept alive.
+// One object. Its address stands for it only while it lives, so plain values are kept alive. Tensors are not: they
+// may be large, and `Guard::add_tensor` compares the memory of whatever tensor is at that address.
 // Other objects are known by a weak reference, since they may refer to the owner of this; those that
 // allow none (lists, dicts) by nothing but their address, and tuples by their items besides.
 class Expected {
  public:
-  explicit Expected(PyObject* object); // null: nothing is to be there
+  // null: nothing is to be there. `keep`: keep a tensor alive, too.
+  explicit Expected(PyObject* object, bool keep = false);
 
   // The same object; or, of numbers and texts, one of the same type and value.
   bool is(PyObject* object) const;
@@ -27,6 +29,7 @@ class Expected {
 
   PyObject* address_;
   pybind11::object object_; // the object itself, a weak reference to it, or nothing
+  PyTypeObject* tensor_type_ = nullptr; // of a tensor that is not kept alive
   std::vector<Expected> items_; // of a tuple that is not kept
 };
 
@@ -38,6 +41,9 @@ inline bool is_alive(PyObject* reference) {
 inline bool Expected::is(PyObject* object) const {
   if (object != address_) {
     return object != nullptr && equals(object);
+  }
+  if (tensor_type_ != nullptr) {
+    return Py_TYPE(object) == tensor_type_;
   }
   return object_ ? object_.ptr() == address_ || is_alive(object_.ptr()) : items_.empty() || holds_items();
 }

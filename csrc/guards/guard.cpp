@@ -60,7 +60,7 @@ bool Guard::Module::same() const {
 // Sources
 
 Guard::Source::Source(py::object container_, py::object key_, PyObject* value, py::object label_)
-    : container(std::move(container_)), key(std::move(key_)), expected(value), label(std::move(label_)) {
+    : container(std::move(container_)), key(std::move(key_)), expected(value, true), label(std::move(label_)) {
   if (is_read_as_dict(container.ptr())) {
     kind = Kind::kDict;
   } else if (PyCell_Check(container.ptr())) {
@@ -77,6 +77,9 @@ Guard::Source::Source(py::object container_, py::object key_, PyObject* value, p
     }
   } else if (PyContextVar_CheckExact(container.ptr())) {
     kind = Kind::kContext;
+  }
+  if (kind != Kind::kOther && kind != Kind::kContext) { // what these give, nobody else need hold
+    expected = Expected(value);
   }
 }
 
@@ -128,13 +131,12 @@ int Guard::Source::traverse(visitproc visit, void* arg) const {
 
 // Addresses
 
-Guard::Address::Address(py::object object_, py::object label_, std::vector<int64_t>& all_strides)
-    : object(std::move(object_)), label(std::move(label_)) {
-  if (!THPVariable_Check(object.ptr())) {
-    throw py::type_error(
-        "graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
+Guard::Address::Address(PyObject* object_, py::object label_, std::vector<int64_t>& all_strides)
+    : object(object_), label(std::move(label_)) {
+  if (!THPVariable_Check(object)) {
+    throw py::type_error("graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object)->tp_name));
   }
-  const auto& tensor = THPVariable_Unpack(object.ptr());
+  const auto& tensor = THPVariable_Unpack(object);
   TORCH_CHECK_TYPE(
       tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
   storage = tensor.storage().unsafeGetStorageImpl();
@@ -148,7 +150,7 @@ Guard::Address::Address(py::object object_, py::object label_, std::vector<int64
 
 // Strides and the number of elements stand for the layout: all of the sizes would double the time.
 bool Guard::Address::same(const int64_t* strides) const {
-  const auto* impl = THPVariable_Unpack(object.ptr()).unsafeGetTensorImpl();
+  const auto* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
   const auto now = impl->strides();
   bool same = impl->unsafe_storage().unsafeGetStorageImpl() == storage &&
       impl->storage_offset() == offset && impl->numel() == numel && now.size() == dims &&
@@ -160,12 +162,7 @@ bool Guard::Address::same(const int64_t* strides) const {
 }
 
 bool Guard::Address::requires_grad() const {
-  return THPVariable_Unpack(object.ptr()).requires_grad();
-}
-
-int Guard::Address::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(object.ptr());
-  return 0;
+  return THPVariable_Unpack(object).requires_grad();
 }
 
 // All of them. What is added is made before it is put into place: the cycle collector may come meanwhile.
@@ -243,8 +240,8 @@ void Guard::add(Source source) {
   }
 }
 
-void Guard::add_tensor(py::object tensor, py::object label) {
-  addresses_.push_back(Address(std::move(tensor), std::move(label), strides_));
+void Guard::add_tensor(const py::object& tensor, py::object label) {
+  addresses_.push_back(Address(tensor.ptr(), std::move(label), strides_));
 }
 
 // Sources first: they keep their containers alive, which may hold what is compared after them.
@@ -339,11 +336,12 @@ int Guard::traverse(visitproc visit, void* arg) const {
   stop = stop != 0 ? stop : traverse_all(dict_sources_, visit, arg);
   stop = stop != 0 ? stop : traverse_all(sources_, visit, arg);
   for (const auto& held : references_) { // with a callback
-    if (stop == 0 && held.reference) {
-      stop = visit(held.reference.ptr(), arg);
-    }
+    stop = stop != 0 ? stop : visit(held.reference.ptr(), arg);
   }
-  return stop != 0 ? stop : traverse_all(addresses_, visit, arg);
+  for (const auto& held : kept_) {
+    stop = stop != 0 ? stop : visit(held.ptr(), arg);
+  }
+  return stop;
 }
 
 void Guard::clear() {
@@ -354,7 +352,7 @@ void Guard::clear() {
   const auto lists = std::move(lists_);
   const auto dict_sources = std::move(dict_sources_);
   const auto sources = std::move(sources_);
-  const auto addresses = std::move(addresses_);
+  const auto kept = std::move(kept_);
   const auto references = std::move(references_);
 }
 

@@ -40,8 +40,11 @@ class Guard {
       pybind11::object container, pybind11::object key, const pybind11::object& value, pybind11::object label);
   // Nothing comes where `container` has `key`.
   void add_absence(pybind11::object container, pybind11::object key, pybind11::object label);
-  // A tensor keeps its storage, address and layout.
-  void add_tensor(pybind11::object tensor, pybind11::object label);
+  // A tensor keeps its storage, address and layout. It is not kept alive: its source was added, and is compared
+  // before. Where no source is compared, the tensor has to be kept.
+  void add_tensor(const pybind11::object& tensor, pybind11::object label);
+  // Keeps an object alive.
+  void keep(pybind11::object object) { kept_.push_back(std::move(object)); }
 
   // True if all is as it was; with `grad`, also that nothing requires gradients.
   bool check(bool grad) { return first_failure(grad).label == nullptr; }
@@ -108,12 +111,11 @@ class Guard {
   };
 
   struct Address {
-    Address(pybind11::object object, pybind11::object label, std::vector<int64_t>& all_strides);
+    Address(PyObject* object, pybind11::object label, std::vector<int64_t>& all_strides);
     bool same(const int64_t* strides) const;
     bool requires_grad() const;
-    int traverse(visitproc visit, void* arg) const;
 
-    pybind11::object object; // not its TensorImpl: torch may swap that, if nobody else holds it
+    PyObject* object; // not its TensorImpl: torch may swap that, if nobody else holds it
     c10::StorageImpl* storage;
     const void* data;
     int64_t offset;
@@ -143,6 +145,7 @@ class Guard {
   DictGroup scopes_; // the containers of these
   std::vector<Source> sources_;
   std::vector<Address> addresses_;
+  std::vector<pybind11::object> kept_;
   std::vector<int64_t> strides_; // those of all addresses, one after another
   pybind11::object never_; // the label of what failed from the start; null: nothing
 };

@@ -1,17 +1,10 @@
 #include "guards/mutated_memory.h"
 
-#include "tensors/extent.h"
-
 #include <algorithm>
 #include <cstring>
 
 namespace graphcache {
 namespace {
-
-Extent whole_storage(const at::Tensor& tensor) {
-  const auto* data = static_cast<const char*>(tensor.storage().data());
-  return {data, data + tensor.storage().nbytes()};
-}
 
 // A counter is compared by its address: that is all that a version holds.
 bool is_same(const c10::VariableVersion& a, const c10::VariableVersion& b) {
@@ -66,7 +59,7 @@ bool MutatedMemory::overlaps(at::ArrayRef<const at::Tensor*> arguments) const {
     return std::any_of(
                external.begin(),
                external.end(),
-               [&](const at::Tensor& tensor) { return read.overlaps(whole_storage(tensor)); }) ||
+               [&](const Extent& mutated) { return read.overlaps(mutated); }) ||
         std::any_of(bound.begin(), bound.end(), [&](size_t index) {
              return read.overlaps(extent_of(*arguments[index]));
            });

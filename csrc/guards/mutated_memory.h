@@ -2,6 +2,7 @@
 #pragma once
 
 #include "guards/static_object.h"
+#include "tensors/extent.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -14,7 +15,7 @@ namespace graphcache {
 // Arguments are copied in before the graph runs. If one lies in memory that the graph mutates, eager would have
 // read the new values.
 struct MutatedMemory {
-  std::vector<at::Tensor> external; // their storages are mutated
+  std::vector<Extent> external; // storages that are mutated, at the addresses that guards compare
   std::vector<size_t> bound; // positions of the arguments that are mutated
   std::vector<size_t> copied_in; // and of those that are copied in
   // By which autograd finds out that a tensor that it saved was changed. A graph raises none of them itself.

@@ -24,4 +24,9 @@ inline Extent extent_of(const at::Tensor& tensor) {
   return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.itemsize())};
 }
 
+inline Extent whole_storage(const at::Tensor& tensor) {
+  const auto* data = static_cast<const char*>(tensor.storage().data());
+  return {data, data + tensor.storage().nbytes()};
+}
+
 } // namespace graphcache

@@ -144,7 +144,12 @@ class Guard:
     def add_absence(self, container: object, key: object, label: str) -> None:
         """Guards that `container` gets nothing for `key`."""
     def add_tensor(self, tensor: Tensor, label: str) -> None:
-        """Guards the storage of a tensor, its address, and the layout in it."""
+        """Guards the storage of a tensor, its address, and the layout in it.
+
+        The tensor is not kept alive: a source that was added is compared before.
+        """
+    def keep(self, object: object) -> None:
+        """Keeps an object alive that no source leads to."""
     def check(self, grad: bool) -> bool:
         """Return True if all is as it was; with `grad`, only if no tensor requires gradients either."""
     def explain(self, grad: bool) -> str | None:

@@ -187,6 +187,8 @@ def _bucket(
         mutated=plan.dependencies.mutated,
     )
     native.time_at = AFTER
+    given = (_C.storage_key(tensor) for tensor in plan.call.tensors)
+    graph.release({*plan.trace.external, *given})
     launch = "torch" if copier is None else "copies" if graph.node is None else "node"
     resources = [graph, *(plan.trace.constants or {}).values()]
     return Bucket(size, lane, static, result, native, plan.dependencies, launch, resources)

@@ -77,7 +77,7 @@ class CapturePlan:
             if tensor.device == self.pool.device:
                 external[_C.storage_key(tensor)] = tensor
         mutated = _C.MutatedMemory(
-            [_C.owned(tensor) for tensor in external.values()],
+            list(external.values()),
             trace.mutated_positions(self.call),
             [index for index, _ in self.call.copied_in()],
         )

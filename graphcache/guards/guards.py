@@ -29,6 +29,7 @@ from graphcache.guards.reachability import (
     ITEMS,
     LIST,
     LONGEST,
+    LOOSE,
     MODULE,
     SCOPE,
     Members,
@@ -196,6 +197,9 @@ class _GuardBuilder(Walker):
         kind, container, items, label = members
         if kind is FIXED:  # perhaps of a weak proxy, which nobody may ask
             return members.reachable()
+        if kind is LOOSE:
+            for _, item in items:
+                self.native.keep(item)  # not compared, so it has to live
         if kind is SCOPE:
             items = named_in(container, self._users_names)
         elif kind in (MODULE, ATTRIBUTES, CLASS, EXTRA):

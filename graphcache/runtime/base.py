@@ -3,7 +3,7 @@
 The defaults are those of a device without streams, kernels and times: of emulation on the CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +35,9 @@ class Graph:
     """
 
     node: _C.CopyInNode | None
+
+    def release(self, keys: Iterable[int]) -> None:
+        """Stops to keep the storages with these keys alive, which guards or the caller keep."""
 
     def replay(self) -> None:
         """Runs the captured operations on the current stream, over the captured addresses."""

@@ -4,7 +4,7 @@ The rules and the hazards are those of CUDA graphs. Outputs live in memory that 
 Addresses and Python values are frozen. An operation that needs a value on the host can't be captured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,11 @@ class EmulatedGraph(Graph):
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
         self.external: dict[int, Tensor] = {}  # memory that the capture read but did not make
+
+    def release(self, keys: Iterable[int]) -> None:
+        """Stops to keep the storages with these keys alive."""
+        for key in keys:
+            self.external.pop(key, None)
 
     def replay(self) -> None:
         """Runs the operations over the recorded addresses."""

@@ -59,7 +59,7 @@ def test_another_object_at_the_same_address_is_noticed() -> None:
         (lambda: float("1.5"), True),
         (lambda: (float("1.5"), "text"), True),
         (lambda: torch.device("cpu", 0), True),
-        (lambda: torch.ones(1), True),
+        (lambda: torch.ones(1), False),
         (nn.Identity, False),
         (lambda: [nn.Identity()], False),
         (lambda: (nn.Identity(),), False),
