@@ -30,7 +30,7 @@ class Lane:
         self.arena = runtime.new_arena(device)
         self._runtime, self._device = runtime, device
         self._weak = weak
-        self.native = _C.Lane()
+        self.native = _C.Lane(self.arena)
         self.follow_stream()
         self._first_results: list[StorageWeakRef] = []
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()

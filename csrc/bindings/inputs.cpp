@@ -1,6 +1,7 @@
 // The Python face of the copies that bring arguments into static inputs.
 #include "bindings/bindings.h"
 #include "replay/copy_in_node.h"
+#include "tensors/weak.h"
 
 namespace graphcache {
 
@@ -17,6 +18,19 @@ void bind_inputs(py::module_& m) {
             return copier.read(leaves_of(tensors).tensors.data(), batch);
           },
           "tensors"_a, "batch"_a)
+      .def(
+          "move",
+          [](InputCopier& copier, const std::vector<std::pair<at::Tensor, at::Tensor>>& outputs) {
+            std::vector<c10::Storage> storages;
+            std::vector<PendingMove> moves;
+            storages.reserve(outputs.size());
+            for (const auto& [output, memory] : outputs) {
+              storages.push_back(storage_of(output));
+              moves.push_back({&storages.back(), c10::DataPtr(memory.mutable_data_ptr(), memory.device())});
+            }
+            return copier.move(moves);
+          },
+          "outputs"_a)
       .def("copy", &InputCopier::copy)
       .def("copied_bytes", &InputCopier::copied_bytes)
       .def_property_readonly("count", [](const InputCopier& copier) { return copier.copies().size(); });
@@ -39,6 +53,8 @@ void bind_inputs(py::module_& m) {
   m.def("check_driver", [] { driver::api(); });
   m.attr("MAX_DIMS") = kMaxDims;
   m.attr("INPUT_BYTES") = sizeof(InputCopy);
+  m.attr("MOVES_BYTES") = sizeof(OutputMoves);
+  m.attr("MAX_MOVES") = kMaxMoves;
 }
 
 } // namespace graphcache

@@ -12,7 +12,7 @@ void bind_lanes(py::module_& m) {
       // In a forked child the owner of a held lock is nobody.
       .def("renew", [](PoolLock& lock) { new (&lock) PoolLock; });
   py::class_<Lane, std::shared_ptr<Lane>>(m, "Lane")
-      .def(py::init<>())
+      .def(py::init<py::object>(), "arena"_a)
       .def_readwrite("stream", &Lane::stream)
       .def("holds_outputs", &Lane::holds_outputs)
       .def("is_held_elsewhere", &Lane::is_held_elsewhere);

@@ -16,6 +16,14 @@ py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int
   return made;
 }
 
+// torch's own replay lets other threads run before outputs point at their copies: there, nothing moves inside.
+size_t Bucket::room() const {
+  if (launch_.node == nullptr) {
+    return kMaxMoves;
+  }
+  return launch_.replay ? 0 : launch_.node->room();
+}
+
 // An argument may be an output that this replay overwrites: it is read, or found expired, before.
 void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream) {
   if (!launch_.copier) {
@@ -31,18 +39,26 @@ void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin,
   // Whatever raises before the patch, the node lacks the recorded parameters: the next call must patch it.
   const bool unpatched = std::exchange(unpatched_, true);
   const bool changed = launch_.copier->read(arguments.tensors.data(), batch);
-  invalidated += lane->invalidate(origin);
+  invalidated += lane->invalidate(origin, room());
+  const bool moves = launch_.copier->move(lane->moves());
   if (!launch_.node) {
     launch_.copier->copy();
+    lane->moved();
     launch_.replay();
     return;
   }
-  if (changed || unpatched) {
+  if (changed || moves || unpatched) {
     launch_.node->patch();
   }
   unpatched_ = false;
   if (launch_.replay) {
     launch_.replay(); // torch's own: it advances the random generator
+    return;
+  }
+  if (!lane->moves().empty()) {
+    // Until the copies are launched and the outputs point at them, no other thread may look.
+    launch_.node->launch(reinterpret_cast<driver::Stream>(stream));
+    lane->moved();
     return;
   }
   // Others may run meanwhile, and a full queue blocks; the pool's lock keeps them off this graph.

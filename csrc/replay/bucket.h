@@ -77,6 +77,7 @@ class Bucket {
   Invalidated invalidated; // by replays
 
  private:
+  size_t room() const; // held outputs that the graph can copy out itself
   void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);
 
   Launch launch_;

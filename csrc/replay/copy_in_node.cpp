@@ -39,8 +39,12 @@ class InContext {
 CopyInKernel::CopyInKernel(const std::string& image, size_t capacity) : capacity_(capacity) {
   check(api().cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
   check(api().cuModuleLoadData(&module_, image.data()), "cuModuleLoadData");
-  check(api().cuModuleGetFunction(&strided_, module_, "graphcache_copy_in"), "cuModuleGetFunction");
-  check(api().cuModuleGetFunction(&dense_, module_, "graphcache_copy_in_dense"), "cuModuleGetFunction");
+  const auto load = [&](driver::Function& function, const char* name) {
+    check(api().cuModuleGetFunction(&function, module_, name), "cuModuleGetFunction");
+  };
+  load(strided_, "graphcache_copy_in");
+  load(dense_, "graphcache_copy_in_dense");
+  load(dense_with_moves_, "graphcache_move_dense");
 }
 
 CopyInKernel::~CopyInKernel() {
@@ -55,16 +59,18 @@ CopyInNode::CopyInNode(std::shared_ptr<const CopyInKernel> kernel, std::shared_p
       copier_->copies().size() <= kernel_->capacity(), "graphcache: more inputs than the kernel takes");
   dense_.resize(kernel_->capacity());
   strided_.resize(kernel_->capacity());
-  params_.grid[0] = copier_->blocks();
-  params_.grid[1] = static_cast<unsigned>(copier_->copies().size());
   params_.block[0] = kThreads;
   params_.grid[2] = params_.block[1] = params_.block[2] = 1;
   params_.parameters = parameters_;
+  parameters_[1] = const_cast<OutputMoves*>(&copier_->moves()); // the driver copies it
 }
 
 void CopyInNode::fill_in() {
+  const auto& moves = copier_->moves();
   const bool dense = copier_->to_dense(dense_);
-  params_.function = kernel_->function(dense);
+  params_.function = kernel_->function(dense, moves.count != 0);
+  params_.grid[0] = moves.count == 0 ? copier_->blocks() : copier_->blocks_with_moves();
+  params_.grid[1] = static_cast<unsigned>(copier_->copies().size()) + moves.count;
   parameters_[0] = dense ? static_cast<void*>(dense_.data()) : strided_.data();
   if (!dense) {
     std::copy(copier_->copies().begin(), copier_->copies().end(), strided_.begin());

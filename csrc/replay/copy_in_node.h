@@ -1,4 +1,4 @@
-// The first kernel of a captured graph copies the inputs. It is patched before every launch.
+// The first kernel of a captured graph copies the inputs in, and held outputs out. It is patched before a launch.
 #pragma once
 
 #include "driver/driver.h"
@@ -10,7 +10,7 @@
 
 namespace graphcache {
 
-// The kernel in its two forms, loaded into the current context.
+// The kernel in its three forms, loaded into the current context.
 class CopyInKernel {
  public:
   // `image`: copy_in_kernel.h compiled for the device, for at most `capacity` inputs.
@@ -19,7 +19,10 @@ class CopyInKernel {
   CopyInKernel(const CopyInKernel&) = delete;
   CopyInKernel& operator=(const CopyInKernel&) = delete;
 
-  driver::Function function(bool dense) const { return dense ? dense_ : strided_; }
+  // `dense`: takes inputs in the short form. The other form takes moves in any case.
+  driver::Function function(bool dense, bool moves) const {
+    return !dense ? strided_ : moves ? dense_with_moves_ : dense_;
+  }
   driver::Context context() const { return context_; }
   size_t capacity() const { return capacity_; }
 
@@ -27,6 +30,7 @@ class CopyInKernel {
   driver::Module module_ = nullptr;
   driver::Function strided_ = nullptr;
   driver::Function dense_ = nullptr;
+  driver::Function dense_with_moves_ = nullptr;
   driver::Context context_ = nullptr;
   size_t capacity_;
 };
@@ -47,6 +51,9 @@ class CopyInNode {
   void launch(driver::Stream stream) const;
   bool is_capturing(driver::Stream stream) const;
 
+  // Outputs that it can move out.
+  size_t room() const { return copier_->copies().empty() ? 0 : kMaxMoves; }
+
   // Nodes of the graph, this one included.
   size_t nodes() const { return nodes_; }
 
@@ -57,7 +64,7 @@ class CopyInNode {
   std::shared_ptr<InputCopier> copier_;
   std::vector<DenseInputCopy> dense_; // the parameter of the kernel in its short form
   std::vector<InputCopy> strided_; // and in its long one
-  void* parameters_[1];
+  void* parameters_[2];
   driver::KernelNodeParams params_{};
   driver::GraphNode node_ = nullptr;
   driver::GraphExec executable_ = nullptr;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace graphcache {
 namespace {
@@ -17,6 +18,10 @@ constexpr int64_t kMaxBlocks = 512; // enough to fill the largest GPUs
 // The largest power of two, at most 16, that divides all that was or-ed into `lengths`.
 int unit_of(uint64_t lengths) {
   return static_cast<int>(std::min<uint64_t>(16, lengths == 0 ? 16 : lengths & (~lengths + 1)));
+}
+
+unsigned blocks_for(int64_t bytes) {
+  return static_cast<unsigned>(std::min<int64_t>((bytes + kBytesPerBlock - 1) / kBytesPerBlock, kMaxBlocks));
 }
 
 } // namespace
@@ -46,8 +51,7 @@ InputCopier::InputCopier(std::vector<StaticInput> inputs)
     copy.given = copy.period;
     copy.batch_dim = -1;
     copy.unit = copy.element;
-    const int64_t wanted = (copy.bytes + kBytesPerBlock - 1) / kBytesPerBlock;
-    blocks_ = std::max(blocks_, static_cast<unsigned>(std::min<int64_t>(wanted, kMaxBlocks)));
+    blocks_ = std::max(blocks_, blocks_for(copy.bytes));
   }
 }
 
@@ -141,6 +145,26 @@ bool InputCopier::to_dense(std::vector<DenseInputCopy>& dense) const {
   return true;
 }
 
+bool InputCopier::move(const std::vector<PendingMove>& outputs) {
+  if (outputs.empty() && moves_.count == 0) {
+    return false;
+  }
+  TORCH_CHECK_VALUE(outputs.size() <= kMaxMoves, "graphcache: more outputs than one launch moves");
+  const auto count = static_cast<unsigned>(outputs.size());
+  bool changed = std::exchange(moves_.count, count) != count;
+  move_blocks_ = 0;
+  for (size_t index = 0; index < outputs.size(); ++index) {
+    const auto& [storage, memory] = outputs[index];
+    const OutputMove move{
+        static_cast<const char*>(storage->data()), static_cast<char*>(memory.get()),
+        static_cast<long long>(storage->nbytes())};
+    changed = changed || std::memcmp(&moves_.moves[index], &move, sizeof(move)) != 0;
+    moves_.moves[index] = move;
+    move_blocks_ = std::max(move_blocks_, blocks_for(move.bytes));
+  }
+  return changed;
+}
+
 int64_t InputCopier::copied_bytes() const {
   int64_t bytes = 0;
   for (const auto& copy : copies_) {
@@ -151,6 +175,11 @@ int64_t InputCopier::copied_bytes() const {
 }
 
 void InputCopier::copy() const {
+  for (unsigned index = 0; index < moves_.count; ++index) {
+    for (long long position = 0; position < moves_.moves[index].bytes; position += kMoveUnit) {
+      move_unit(moves_.moves[index], position);
+    }
+  }
   for (const auto& copy : copies_) {
     for (long long position = 0; position < copy.bytes; position += copy.unit) {
       const char* from = origin(copy, position);

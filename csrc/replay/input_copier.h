@@ -1,11 +1,14 @@
-// Copies the tensors of a call into static buffers: as data that a kernel or the CPU follows.
+// Copies the tensors of a call into static buffers, and held outputs out of the graph's memory: as data that a
+// kernel or the CPU follows.
 #pragma once
 
 #include "copy_in_kernel.h"
+#include "replay/stale_outputs.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/DimVector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,7 +32,10 @@ class InputCopier {
   // Raises the stored text if an argument has expired.
   bool read(const at::Tensor* const* arguments, int64_t batch);
 
-  // Bytes that a launch writes: no more than padding, where buffers are given as arguments.
+  // Records the outputs that move. Returns true if any differs from the last call.
+  bool move(const std::vector<PendingMove>& outputs);
+
+  // Bytes that a launch writes to static buffers: no more than padding, where buffers are given as arguments.
   int64_t copied_bytes() const;
 
   // Copies on the CPU.
@@ -39,7 +45,9 @@ class InputCopier {
   bool to_dense(std::vector<DenseInputCopy>& dense) const;
 
   const std::vector<InputCopy>& copies() const { return copies_; } // one for each input
-  unsigned blocks() const { return blocks_; } // that a launch needs for each
+  const OutputMoves& moves() const { return moves_; }
+  unsigned blocks() const { return blocks_; } // that a launch needs for each input, without moves
+  unsigned blocks_with_moves() const { return std::max(blocks_, move_blocks_); }
 
  private:
   void read_strided(InputCopy& copy, size_t index, const at::Tensor& source, int64_t batch);
@@ -47,7 +55,9 @@ class InputCopier {
   std::vector<StaticInput> inputs_;
   std::vector<c10::DimVector> orders_; // of each buffer, its dimensions from the outermost
   std::vector<InputCopy> copies_;
+  OutputMoves moves_{};
   unsigned blocks_ = 1;
+  unsigned move_blocks_ = 0;
 };
 
 } // namespace graphcache

@@ -1,27 +1,39 @@
 #include "replay/lane.h"
 
-#include <algorithm>
+#include <utility>
 
 namespace graphcache {
 
 Lane::~Lane() {
   try {
     invalidate(Origin{});
-  } catch (...) { // at exit, the device may be gone already
+  } catch (...) { // there is no memory; or, at exit, no device
+    try {
+      live_->expire_held(Origin{});
+    } catch (...) {
+    }
   }
 }
 
-bool Lane::holds_outputs() const {
-  return std::any_of(live_.begin(), live_.end(), [](const auto& shared) { return shared->held(); });
-}
-
-Invalidated Lane::invalidate(const Origin& overwritten_by) {
-  Invalidated invalidated;
-  for (const auto& shared : live_) {
-    invalidated += shared->invalidate(overwritten_by);
+Invalidated Lane::invalidate(const Origin& overwritten_by, size_t room) {
+  moves_.clear(); // those of a call that failed: their outputs are where they were
+  if (live_ == nullptr) {
+    return {};
   }
-  live_.clear();
+  const auto invalidated = live_->invalidate(overwritten_by, room, moves_);
+  if (moves_.empty()) {
+    live_.reset();
+  }
   return invalidated;
+}
+
+void Lane::moved() {
+  for (auto& [output, memory] : moves_) {
+    give_memory(*output, std::move(memory));
+    *output = c10::Storage();
+  }
+  moves_.clear();
+  live_.reset();
 }
 
 } // namespace graphcache

@@ -61,6 +61,8 @@ py::object Result::give(
     }
   }
   shared_->origin = made_by;
+  shared_->stream = first_.empty() ? std::nullopt : current_stream_of(first_.front().device());
+  lane.track(shared_); // first: to build the result may run Python code, which may call other graphs
   made_.clear();
   for (size_t index = 0; index < outputs_.size(); ++index) {
     made_.push_back(tensor(index, batch, size, arguments));
@@ -68,7 +70,6 @@ py::object Result::give(
   auto next = made_.cbegin();
   auto result = layout_.build(next);
   made_.clear();
-  lane.track(shared_);
   return result;
 }
 

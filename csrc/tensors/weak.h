@@ -47,6 +47,10 @@ bool is_expired(const c10::Storage& storage);
 // ownership.cpp: other holders of a storage, and memory of its own for a weak one.
 bool is_held(const c10::Storage& storage);
 void materialize(const c10::Storage& storage);
+// Allocates as many bytes as the storage has, on the current stream.
+c10::DataPtr memory_for(const c10::Storage& storage);
+// Points the storage at memory that it owns from here on. All views follow, none is rebuilt.
+void give_memory(const c10::Storage& storage, c10::DataPtr memory);
 
 // capture/recovery.cpp: ends a failed capture.
 void end_host_capture(uint64_t pool_first, uint64_t pool_second);

@@ -9,6 +9,8 @@ from torch import Stream, Tensor, nn
 
 INPUT_BYTES: int
 MAX_DIMS: int
+MAX_MOVES: int
+MOVES_BYTES: int
 
 # Tensors
 
@@ -245,8 +247,15 @@ class InputCopier:
             RuntimeError: the stored text, if an argument has expired.
         """
 
+    def move(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Records outputs that move, with their memory. Returns True if any differs from last time.
+
+        Raises:
+            ValueError: for more than `MAX_MOVES`.
+        """
+
     def copy(self) -> None:
-        """Copies the recorded arguments on the CPU."""
+        """Copies the recorded arguments and outputs on the CPU."""
 
     def copied_bytes(self) -> int:
         """Returns the bytes that a launch writes: none for an argument that is the static input."""
@@ -478,14 +487,17 @@ class PoolLock:
         """Frees the lock, in the child of a fork."""
 
 class Lane:
-    """The shared outputs of one lane; they expire with it.
+    """The shared outputs of one lane; they are invalidated with it.
+
+    Args:
+        arena: the memory of the lane, which is held until then.
 
     Attributes:
         stream: the handle of the stream that the last replay was launched on.
     """
 
     stream: int
-    def __init__(self) -> None: ...
+    def __init__(self, arena: Any) -> None: ...
     def holds_outputs(self) -> bool:
         """Returns True if somebody holds an output that the next replay would overwrite."""
 

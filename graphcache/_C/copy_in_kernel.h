@@ -1,5 +1,5 @@
-// The copy of one input into its static buffer. Compiled twice: by the C++ compiler for emulation, and by
-// NVRTC, as text, for the first node of every captured graph. So it includes nothing.
+// The copy of one input into its static buffer, and of a held output out of the graph's memory. Compiled twice:
+// by the C++ compiler for emulation, and by NVRTC, as text, for the first node of every graph. So it includes nothing.
 #pragma once
 
 #ifdef __CUDACC__
@@ -44,6 +44,39 @@ struct DenseInputCopy {
   unsigned row; // 0: padded rows hold `fill`; else they repeat the last one, of so many bytes
   int unit;
 };
+
+// A held output on its way to memory of its own, before the graph overwrites it. At any address, of any length.
+struct OutputMove {
+  const char* source;
+  char* target;
+  long long bytes;
+};
+
+constexpr int kMoveUnit = 16; // bytes that one thread copies at a time
+constexpr int kMaxMoves = 8; // of one launch
+
+struct OutputMoves {
+  unsigned count;
+  OutputMove moves[kMaxMoves];
+};
+
+// Copies the bytes from `position` on, at most a unit of them.
+GRAPHCACHE_INLINE void move_unit(const OutputMove& move, long long position) {
+  const long long end = position + kMoveUnit < move.bytes ? position + kMoveUnit : move.bytes;
+#ifdef __CUDACC__
+  const bool aligned = (((unsigned long long)move.source | (unsigned long long)move.target) & (kMoveUnit - 1)) == 0;
+  if (aligned && end - position == kMoveUnit) {
+    *reinterpret_cast<uint4*>(move.target + position) = *reinterpret_cast<const uint4*>(move.source + position);
+    return;
+  }
+#pragma unroll 1
+  for (; position < end; ++position) {
+    move.target[position] = move.source[position];
+  }
+#else
+  __builtin_memcpy(move.target + position, move.source + position, end - position);
+#endif
+}
 
 // Returns the source of the bytes at `position` of the static buffer; null: they stay.
 GRAPHCACHE_INLINE const char* origin(const InputCopy& input, long long position) {
@@ -107,29 +140,33 @@ __device__ __forceinline__ void copy_unit(const char* from, char* to, int unit) 
   }
 }
 
-// A row of blocks for each input. No loop is unrolled: the first call waits for the compiler.
+// A row of blocks for each input, and one for each output that moves. The first call waits for the compiler: so no
+// loop is unrolled, a kernel less is a kernel gained, and only the common case has one without moves.
 
-extern "C" __global__ void graphcache_copy_in_dense(const __grid_constant__ Inputs<DenseInputCopy> dense) {
-  const DenseInputCopy& input = dense.inputs[blockIdx.y];
+__device__ __forceinline__ void copy_in(const DenseInputCopy& input) {
   const unsigned long long step = (unsigned long long)gridDim.x * kThreads * input.unit;
   unsigned long long position = (blockIdx.x * kThreads + threadIdx.x) * (unsigned long long)input.unit;
+  unsigned long long fill[2] = {0, input.fill};
 #pragma unroll 1
   for (; position < input.bytes; position += step) {
-    if (position >= input.given && input.row != 0) {
-      const char* source = input.source == nullptr ? input.target : input.source;
-      const unsigned long long within = input.given - input.row + (position - input.given) % input.row;
-      copy_unit(source + within, input.target + position, input.unit);
-    } else if (position >= input.given) {
-      const unsigned long long fill[2] = {input.fill >> (8 * (position & 7)), input.fill};
-      copy_unit(reinterpret_cast<const char*>(fill), input.target + position, input.unit);
-    } else if (input.source != nullptr) {
-      copy_unit(input.source + position, input.target + position, input.unit);
+    const char* from = input.source;
+    if (position < input.given) {
+      if (from == nullptr) {
+        continue;
+      }
+      from += position;
+    } else if (input.row != 0) {
+      const unsigned within = input.given - input.row + ((unsigned)position - input.given) % input.row;
+      from = (from == nullptr ? input.target : from) + within;
+    } else {
+      fill[0] = input.fill >> (8 * (position & 7));
+      from = reinterpret_cast<const char*>(fill);
     }
+    copy_unit(from, input.target + position, input.unit);
   }
 }
 
-extern "C" __global__ void graphcache_copy_in(const __grid_constant__ Inputs<InputCopy> strided) {
-  const InputCopy& input = strided.inputs[blockIdx.y];
+__device__ __forceinline__ void copy_in(const InputCopy& input) {
   const long long step = (long long)gridDim.x * kThreads * input.unit;
   long long position = (blockIdx.x * kThreads + threadIdx.x) * (long long)input.unit;
 #pragma unroll 1
@@ -138,6 +175,37 @@ extern "C" __global__ void graphcache_copy_in(const __grid_constant__ Inputs<Inp
     if (from != nullptr) {
       copy_unit(from, input.target + position, input.unit);
     }
+  }
+}
+
+__device__ __forceinline__ void move_out(const OutputMove& move) {
+  const long long step = (long long)gridDim.x * kThreads * kMoveUnit;
+  long long position = (blockIdx.x * kThreads + threadIdx.x) * (long long)kMoveUnit;
+#pragma unroll 1
+  for (; position < move.bytes; position += step) {
+    move_unit(move, position);
+  }
+}
+
+extern "C" __global__ void graphcache_copy_in_dense(const __grid_constant__ Inputs<DenseInputCopy> dense) {
+  copy_in(dense.inputs[blockIdx.y]);
+}
+
+extern "C" __global__ void graphcache_move_dense(
+    const __grid_constant__ Inputs<DenseInputCopy> dense, const __grid_constant__ OutputMoves moves) {
+  if (blockIdx.y < moves.count) {
+    move_out(moves.moves[blockIdx.y]);
+  } else {
+    copy_in(dense.inputs[blockIdx.y - moves.count]);
+  }
+}
+
+extern "C" __global__ void graphcache_copy_in(
+    const __grid_constant__ Inputs<InputCopy> strided, const __grid_constant__ OutputMoves moves) {
+  if (blockIdx.y < moves.count) {
+    move_out(moves.moves[blockIdx.y]);
+  } else {
+    copy_in(strided.inputs[blockIdx.y - moves.count]);
   }
 }
 

@@ -10,8 +10,10 @@ from graphcache import _C
 
 _SOURCE = Path(_C.__file__).parent / "copy_in_kernel.h"
 # Inputs that a kernel takes. To patch the kernel's parameter costs a nanosecond a byte, so there are
-# several capacities. A parameter may have 4 KiB, and 32,764 bytes from CUDA 12.1 on.
-_CAPACITIES = (2, 4, 8, 12, 16, 4096 // _C.INPUT_BYTES, 32764 // _C.INPUT_BYTES)
+# several capacities. Together with the moves of outputs, parameters may have 4 KiB, and 32,764 bytes
+# from CUDA 12.1 on.
+_LIMITS = ((bytes_ - _C.MOVES_BYTES) // _C.INPUT_BYTES for bytes_ in (4096, 32764))
+_CAPACITIES = (2, 4, 8, 12, 16, *_LIMITS)
 
 
 class CompileError(RuntimeError):

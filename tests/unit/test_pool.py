@@ -8,7 +8,7 @@ import torch
 
 import graphcache
 from graphcache import GraphPool, OptionError, cuda_graphed, default_pool
-from tests.helpers import Backend
+from tests.helpers import Backend, eager
 from tests.models import MLP
 
 MIB = 2**20
@@ -118,7 +118,7 @@ def test_graphs_die_with_their_module(backend: Backend) -> None:
 
 def test_an_output_that_outlives_its_pool_expires(backend: Backend) -> None:
     pool = backend.pool()
-    model = cuda_graphed(MLP().to(backend.device), sizes=(2,), pool=pool)
+    model = cuda_graphed(MLP().to(backend.device), sizes=(2,), pool=pool, stale="error")
     x = backend.randn(2, 8)
     model(x)
     output = model(x)
@@ -126,6 +126,23 @@ def test_an_output_that_outlives_its_pool_expires(backend: Backend) -> None:
     gc.collect()
     with pytest.raises(RuntimeError, match="the deletion of its graph pool"):
         output + 1
+
+
+def test_a_held_output_outlives_its_pool(backend: Backend) -> None:
+    """Whichever goes first, the memory of the lane is there until the output has moved out."""
+    for order in range(2):
+        pool = backend.pool()
+        model = cuda_graphed(MLP().to(backend.device), sizes=(2,), pool=pool)
+        x = backend.randn(2, 8)
+        model(x)
+        output, expected = model(x), eager(model, x)
+        gone = [model, pool] if order else [pool, model]
+        del model, pool
+        while gone:
+            gone.pop()
+        gc.collect()
+        torch.full((64, 8), 9.0, device=backend.device)
+        assert torch.equal(output, expected)
 
 
 def test_a_pool_is_used_again_after_its_last_graph_died(backend: Backend) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,16 +253,93 @@ def test_a_call_that_raised_leaves_nothing_of_its_inputs(backend: Backend) -> No
     assert torch.equal(graphed(x, y), x - y)
 
 
-def test_output_that_cannot_be_moved_leaves_no_inputs(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphed = cuda_graphed(lambda x: x * 2, sizes=(2,), stale="copy")
-    x, other = (values(backend, (2, 3), torch.int32) for _ in range(2))
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no limit on memory here")
+def test_no_memory_for_a_copy_overwrites_nothing(backend: Backend) -> None:
+    """The call raises before anything changes: its inputs are copied in anew, and outputs are whole."""
+    long = 1 << 24  # 64 MiB
+    graphed = cuda_graphed(lambda x: (x * 2).expand(1, long).contiguous(), sizes=(1,))
+    x, other = (values(backend, (1, 1), torch.int32) for _ in range(2))
     other += 1000
     for _ in range(3):
         held = graphed(x)
-    _C.expire(held, "gone")  # so that moving it raises
-    with pytest.raises(RuntimeError, match="gone"):
+    with no_more_memory(backend), pytest.raises(RuntimeError, match="memory"):
         graphed(other)
-    del held
-    assert torch.equal(graphed(other), other * 2)
+    assert torch.equal(held, (x * 2).expand(1, long))
+    first, second = graphed(other), graphed(x)
+    for got, given in ((held, x), (first, other), (second, x)):
+        assert torch.equal(got, (given * 2).expand(1, long))
+    assert graphed.cache_info().hits == 4
+
+
+@contextmanager
+def no_more_memory(backend: Backend) -> Iterator[None]:
+    """Sets a limit to the memory of this process, and takes what is left in large pieces."""
+    if backend.device.type == "cuda":
+        torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info()
+        limit = partial(torch.cuda.set_per_process_memory_fraction, device=backend.device)
+        least, most = (torch.cuda.memory_reserved() + (64 << 20)) / total, 1.0
+    else:
+        import resource
+
+        def limit(of_two: tuple[int, int]) -> None:
+            resource.setrlimit(resource.RLIMIT_AS, of_two)
+
+        most = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        least = used + (64 << 20), most[1]
+    taken = []
+    limit(least)
+    try:
+        with suppress(RuntimeError):
+            while True:
+                taken.append(torch.empty(32 << 20, dtype=torch.uint8, device=backend.device))
+        yield
+    finally:
+        limit(most)
+
+
+def moving() -> _C.InputCopier:
+    return _C.InputCopier([_C.StaticInput(torch.zeros(3, 2), 0, 0, bytes(16), False)])
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_outputs_of_any_length_move(length: int, offset: int) -> None:
+    output = torch.randint(0, 256, (length,), dtype=torch.uint8)
+    memory = torch.zeros(offset + length + 20, dtype=torch.uint8)
+    copier = moving()
+    copier.read([torch.ones(3, 2)], 3)
+    copier.move([(output, memory[offset:])])
+    copier.copy()
+    assert torch.equal(memory[offset : offset + length], output)
+    assert memory[:offset].sum() == memory[offset + length :].sum() == 0
+
+
+def test_moves_are_patched_where_they_change() -> None:
+    a, b, c = (torch.ones(4) for _ in range(3))
+    copier = moving()
+    assert not copier.move([])
+    assert copier.move([(a, b)])
+    assert not copier.move([(a, b)])
+    assert copier.move([(a, c)])
+    assert copier.move([(b, c)])
+    assert copier.move([(b, c), (a, c)])
+    assert copier.move([])  # the next call moves nothing
+    assert not copier.move([])
+    copier.move([(a, b)] * _C.MAX_MOVES)
+    with pytest.raises(ValueError, match="more outputs than one launch moves"):
+        copier.move([(a, b)] * (_C.MAX_MOVES + 1))
+
+
+def test_more_outputs_than_one_launch_moves(backend: Backend) -> None:
+    count = _C.MAX_MOVES + 3
+    graphed = cuda_graphed(lambda x: [x + number for number in range(count)], sizes=(4,))
+    kept = []
+    for _ in range(5):
+        x = values(backend, (3, 5), torch.int32)
+        kept.append((x, graphed(x)))
+    for x, outs in kept:
+        for number, out in enumerate(outs):
+            assert torch.equal(out, x + number)
+    assert graphed.cache_info().copied == 2 * count

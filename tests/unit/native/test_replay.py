@@ -146,6 +146,85 @@ def test_one_launch_for_each_call(backend: Backend, replayed: Callable[[], Any])
     assert all("GraphLaunch" in name for name in names), names
 
 
+def plain(model: Any, xs: list[Tensor]) -> Any:
+    for x in xs:
+        model(x)
+
+
+def to_a_name(model: Any, xs: list[Tensor]) -> Any:
+    for x in xs:
+        out = model(x)
+    return out
+
+
+def to_a_part(model: Any, xs: list[Tensor]) -> Any:
+    for x in xs:
+        last = model(x)[:, -1]
+    return last
+
+
+def fed_back(model: Any, xs: list[Tensor]) -> Any:
+    h = xs[0]
+    for _ in xs:
+        h = model(h)
+    return h
+
+
+def to_a_dict(model: Any, xs: list[Tensor]) -> Any:
+    kept = {}
+    for x in xs:
+        kept["out"] = model(x)
+    return kept
+
+
+def of_a_generator(model: Any, xs: list[Tensor]) -> Any:
+    last = None
+    for out in (model(x) for x in xs):
+        last = out
+    return last
+
+
+def to_a_list(model: Any, xs: list[Tensor]) -> Any:
+    return [model(x) for x in xs]
+
+
+LOOPS = [to_a_name, to_a_part, fed_back, to_a_dict, of_a_generator, to_a_list]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_held_outputs_take_no_launch(backend: Backend, loop: Callable[..., Any], strided: bool) -> None:
+    """On the CPU, operations are counted; on CUDA also launches, and allocations."""
+    if backend.launch == "torch":
+        pytest.skip("inputs and outputs are copied by torch there")
+    model: Any = cuda_graphed(MLP(64).to(backend.device).eval(), sizes=(8,))
+    rows = [backend.randn(8, 64) for _ in range(10)]
+    xs = list(torch.stack(rows, 1).unbind(1)) if strided else rows
+    plain(model, xs)
+    want = operations_of(lambda: plain(model, xs))
+    assert operations_of(lambda: loop(model, xs)) == want
+    assert model.forward.cache_info().copied >= 9
+    if backend.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        loop(model, xs)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] - before <= len(xs)
+
+
+def operations_of(call: Callable[[], Any]) -> Counter[str]:
+    """Returns the operations of torch that make or copy memory, and the driver calls, of one call."""
+    cuda = torch.cuda.is_available()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + cuda]) as profiler:
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+    parts = ("Launch", "Memcpy", "Memset", "::clone", "::copy_", "::empty", "::contiguous")
+    names = (event.name for event in profiler.events() or ())
+    return Counter(name for name in names if any(part in name for part in parts))
+
+
 def launches_of(call: Callable[[], Any]) -> Counter[str]:
     """Returns the driver calls of ten calls."""
     with warnings.catch_warnings():
