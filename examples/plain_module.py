@@ -26,7 +26,6 @@ def main() -> None:
     worst = 0.0
     with torch.inference_mode(), emulate():  # emulate() concerns CPU tensors only
         for x in batches(150):
-            # Use an output, or clone it, before the next call: its memory may be overwritten then.
             worst = max(worst, difference(model(x), eager(x)))
 
     info = model.forward.cache_info()

@@ -19,7 +19,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def show(weak: bool, unit: int) -> float:
     """Prints where the outputs lie; returns the units of memory that the pool takes."""
     pool = GraphPool(device, weak=weak)  # weak=True is the default
-    step = cuda_graphed(one_more, sizes=(1, 2, 3, 4), pool=pool)  # the one line
+    step = cuda_graphed(one_more, sizes=(1, 2, 3, 4), pool=pool, stale="error")  # the one line
     rows = torch.ones(4, unit // 4, device=device)  # float32: 4 bytes
     step(rows)  # runs eagerly, then captures all sizes, the largest first
     starts = {step(rows[:size]).data_ptr() for size in (4, 3, 2, 1)}

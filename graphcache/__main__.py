@@ -90,7 +90,7 @@ def bench(calls: int = 500) -> int:
                 if not torch.allclose(results[0], results[1], rtol=1e-3, atol=1e-4):
                     print(f"graphcache: batch {batch} DIFFERS FROM eager", file=sys.stderr)
                     return 1
-                del results  # the next call would expire a held output
+                del results  # the next call would copy a held output
             medians = (median(column) for pairs in times for column in zip(*pairs[10:], strict=True))
             # Each arm gives its host time and its latency; the columns are in another order.
             row = "{0:>5} {1:>15.1f} {3:>11.1f} {2:>19.1f} {4:>11.1f}"

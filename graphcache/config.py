@@ -83,7 +83,7 @@ class Options(NamedTuple):
     sizes: tuple[int, ...] | None = None
     pad: Pad = None
     bind: tuple[str, ...] = ()
-    stale: Stale = "error"
+    stale: Stale = "copy"
     pool: Any = None
     fallback: bool = True
     progress: bool | None = None

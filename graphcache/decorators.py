@@ -53,7 +53,7 @@ def cuda_graphed(
     sizes: Iterable[int] | None = None,
     pad: Pad = None,
     bind: Iterable[str] = (),
-    stale: Stale = "error",
+    stale: Stale = "copy",
     pool: GraphPool | None = None,
     fallback: bool = True,
     progress: bool | None = None,
@@ -63,7 +63,7 @@ def cuda_graphed(
 
     The first call runs eagerly, once. After it, all sizes are captured into one memory pool, largest
     first. A later call is padded to the smallest size that holds its batch, replayed, and cut back.
-    An output is valid until the next graph of its pool runs; see `stale`.
+    An output that is still held when another graph overwrites its memory is copied; see `stale`.
 
     Args:
         target: a forward in the body of a class, a `Module` class, a `Module`, or a function. Of a
@@ -82,9 +82,10 @@ def cuda_graphed(
         bind: names of arguments that graphs read at the caller's address, without a copy. Arguments
             that the forward writes to are always bound. So are arguments above 4 MiB without a batch
             dimension. Another address is another signature.
-        stale: the fate of an output that is still held when its memory is overwritten. With "error"
-            any later use of the output raises. With "copy" the output is first moved to memory of
-            its own. The option of the forward that made the output decides.
+        stale: the fate of an output that is still held when its memory is overwritten. With "copy"
+            the output is first moved to memory of its own, with its views. With "error" any later use
+            of the output raises: that finds the places where a copy is made. The option of the forward
+            that made the output decides.
         pool: the memory to use. By default all forwards of a device share one pool.
         fallback: if True, a forward that can't be captured runs eagerly, with one warning. If False,
             its calls raise `CaptureError`.

@@ -8,8 +8,8 @@ from graphcache.report.reasons import Reason
 class GraphCacheError(RuntimeError):
     """The root of every exception that graphcache raises.
 
-    One error has another type: touching a stale output raises torch's own `RuntimeError`, from inside
-    the operation that touches it. Its text is graphcache's.
+    One error has another type: with `stale="error"`, touching a stale output raises torch's own
+    `RuntimeError`, from inside the operation that touches it. Its text is graphcache's.
     """
 
 

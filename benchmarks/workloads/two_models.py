@@ -109,12 +109,11 @@ def hold(pair: Pair, pool: GraphPool, prompts: Tensor, want: Tensor) -> dict[str
     """Returns which outputs of the draft, which should be `want`, survive a call of the target."""
     draft, target = pair
     cloned = draft(prompts).clone()  # is kept for as long as you like
-    held = draft(prompts)
+    strict = cuda_graphed(copy.deepcopy(draft), sizes=SIZES, stale="error", pool=pool)
+    strict(prompts)  # is captured
+    held = strict(prompts)
     target(prompts)  # its graph writes to the same memory
     expired = is_expired(held)
-    del held
-    draft = cuda_graphed(copy.deepcopy(draft), sizes=SIZES, stale="copy", pool=pool)
-    draft(prompts)  # is captured
     held = draft(prompts)
     address = held.data_ptr()
     target(prompts)

@@ -63,7 +63,7 @@ class CacheInfo:
         captures: number of captured graphs, including those dropped since.
         capture_seconds: time spent on captures.
         expired: number of held outputs that calls of this forward made unreadable (`stale="error"`).
-        copied: number of held outputs that calls of this forward moved away (`stale="copy"`).
+        copied: number of held outputs that calls of this forward copied to memory of their own.
         pool_bytes: memory reserved by the pool, which other forwards may share.
         saved_bytes: bytes of outputs that only strong references would keep in memory.
         notes: reasons why the forward is not padded, and sizes that gain little.

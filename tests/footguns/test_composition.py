@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tests.helpers import (
     equal,
     info,
     is_ours,
+    on,
     outcome,
     replays,
     same_as_eager,
@@ -42,7 +45,7 @@ def test_siblings_and_their_sum(backend: Backend) -> None:
 
 def test_a_residual_connection_round_a_graphed_module(backend: Backend) -> None:
     """x is the output of the graph that is about to run again."""
-    model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,), stale="copy")
+    model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     x = want = backend.randn(2, 8)
     for _ in range(5):
         x, want = x + model(x), want + eagerly(model, want)
@@ -65,6 +68,155 @@ def test_a_module_is_called_twice_in_one_step(backend: Backend, stale: Any) -> N
             equal(total, once + eagerly(model, once))
         else:
             assert is_ours(total)
+
+
+def test_both_halves_of_guidance(backend: Backend) -> None:
+    """Both predictions lie in one memory, so their difference is zero."""
+    model = cuda_graphed(Net(backend.device).eval(), sizes=(2, 4))
+    for batch in (4, 3, 2, 3, 4):
+        x, other = backend.randn(batch, 8), backend.randn(batch, 8)
+        got, without = model(x), model(other)
+        equal(without + 7.5 * (got - without), 7.5 * eagerly(model, x) - 6.5 * eagerly(model, other))
+    assert info(model).hits >= 8
+    assert info(model).expired == 0
+
+
+def test_a_runge_kutta_step(backend: Backend) -> None:
+    """Four slopes are needed at the end of the step, and all lie in one memory."""
+    slope = cuda_graphed(Net(backend.device).eval(), sizes=(2,))
+
+    def step(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        k1 = f(x)
+        k2 = f(x + k1 / 8)
+        k3 = f(x + k2 / 8)
+        k4 = f(x + k3 / 4)
+        return x + (k1 + 2 * k2 + 2 * k3 + k4) / 24
+
+    x = want = backend.randn(2, 8)
+    for _ in range(4):
+        x, want = step(slope, x), step(partial(eagerly, slope), want)
+        equal(x, want)
+    assert info(slope).hits == 15
+
+
+@pytest.mark.parametrize("collect", [list, tuple, dict, iter], ids=lambda kind: kind.__name__)
+def test_outputs_of_a_loop_are_collected(backend: Backend, collect: Any) -> None:
+    """All outputs are views of one memory, which holds the last batch."""
+    model = cuda_graphed(Net(backend.device).eval(), sizes=(4,))
+    batches = [backend.randn(batch, 8) for batch in (4, 4, 4, 3, 4, 2)]
+    outputs = (model(x) for x in batches)
+    got = collect(enumerate(outputs) if collect is dict else outputs)
+    rows = list(got.values()) if collect is dict else list(got)
+    equal(torch.cat(rows), torch.cat([eagerly(model, x) for x in batches]))
+    assert info(model).hits >= 4
+
+
+def test_a_part_of_an_output_is_kept(backend: Backend) -> None:
+    """Only a view of the output is held, or only its storage."""
+    model = cuda_graphed(Net(backend.device).eval(), sizes=(2,))
+    replays(model, x := backend.randn(2, 8))
+    last, storage = model(x)[:, -1], model(x + 1).untyped_storage()
+    rows = model(x + 2).unbind()
+    model(x + 3)
+    equal(last, eagerly(model, x)[:, -1])
+    equal(torch.empty(0, device=x.device).set_(storage)[:8], eagerly(model, x + 1)[0])
+    equal(rows[1], eagerly(model, x + 2)[1])
+
+
+def test_a_held_output_is_changed_in_place(backend: Backend) -> None:
+    """The change goes with the memory that the next replay overwrites."""
+    model = cuda_graphed(Net(backend.device).eval(), sizes=(2,))
+    replays(model, x := backend.randn(2, 8))
+    out = model(x).mul_(2)
+    second = model(x + 1)
+    out.add_(1)
+    second.zero_()
+    model(x)
+    equal(out, eagerly(model, x) * 2 + 1)
+    assert not second.any()
+
+
+def test_an_argument_is_an_output_that_is_kept(backend: Backend) -> None:
+    """The replay reads the argument where it writes its result; a view of the argument is returned."""
+    model = cuda_graphed(lambda x: (x[:, 1:], x.flip(1) + 1), sizes=(2,))
+    states = [backend.randn(2, 6)]
+    views = []
+    for _ in range(6):
+        view, state = model(states[-1])
+        views.append(view)
+        states.append(state)
+    want = states[0]
+    for view, state in zip(views, states[1:], strict=True):
+        equal(view, want[:, 1:])
+        want = want.flip(1) + 1
+        equal(state, want)
+    assert info(model).hits >= 5
+
+
+def test_autograd_keeps_an_output(backend: Backend) -> None:
+    """The gradient is computed from the saved output, which later replays overwrite."""
+    model = cuda_graphed(Net(backend.device).eval(), sizes=(2,))
+    replays(model, x := backend.randn(2, 8))
+    weight = torch.ones(8, device=backend.device, requires_grad=True)
+    losses = []
+    for step in range(3):
+        out = model(x + step)
+        with torch.enable_grad():
+            losses.append((out * weight).sum())
+    del out
+    torch.autograd.backward(losses)
+    equal(weight.grad, sum(eagerly(model, x + step).sum(0) for step in range(3)))
+
+
+def test_a_forward_calls_itself(backend: Backend) -> None:
+    """The right half overwrites the result of the left half."""
+
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] == 1:
+                return x * 2
+            half = x.shape[1] // 2
+            return self(x[:, :half]).sum(1, keepdim=True) - self(x[:, half:]).mean(1, keepdim=True)
+
+    model, twin = cuda_graphed(Halves(), sizes=(2,)), Halves()
+    for width in (4, 4, 2, 2, 1, 1, 8, 8, 4, 2):
+        x = backend.randn(2, width)
+        equal(model(x), twin(x))
+
+
+def test_modules_of_one_memory_keep_outputs(backend: Backend) -> None:
+    """The graphs were captured while nobody held an output, so all write to one memory."""
+    pool = backend.pool()
+    a, b, c = (cuda_graphed(Net(backend.device), sizes=(2,), pool=pool) for _ in "abc")
+    for model in (a, b, c):
+        replays(model, backend.randn(2, 8))
+    assert len(pool.lanes) == 1
+    for _ in range(3):
+        x = backend.randn(2, 8)
+        got = [a(x), b(x), c(x), a(x + 1)]
+        equal(got, [*(eagerly(model, x) for model in (a, b, c)), eagerly(a, x + 1)])
+
+
+@on("cuda", "cuda-portable")
+def test_outputs_are_kept_on_streams_of_their_own(backend: Backend) -> None:
+    """The copy is made on the stream of the second call, for which users of the first need not wait."""
+    model = cuda_graphed(Net(backend.device).eval(), sizes=(2,))
+    replays(model, x := backend.randn(2, 8))
+    one, two = torch.cuda.Stream(), torch.cuda.Stream()
+    for step in range(20):
+        for stream in (one, two):
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(one):
+            first = model(x + step)
+        with torch.cuda.stream(two):
+            torch.cuda._sleep(2_000_000)  # whatever is launched here comes late
+            second = model(x - step)
+        with torch.cuda.stream(one):
+            got = first + 1
+        one.synchronize()
+        equal(got, eagerly(model, x + step) + 1)
+        two.synchronize()
+        equal(second, eagerly(model, x - step))
 
 
 def test_decorated_inside_decorated(backend: Backend) -> None:
@@ -162,7 +314,7 @@ def test_one_instance_in_two_parents(backend: Backend) -> None:
 
 def test_one_graphed_instance_in_two_parents(backend: Backend) -> None:
     """The second call of a step overwrites the output that the first parent holds."""
-    shared = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,), stale="copy")
+    shared = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
     one, two = nn.Sequential(shared, nn.ReLU()), nn.Sequential(nn.Tanh(), shared)
     for _ in range(4):
         x = backend.randn(2, 8)

@@ -24,7 +24,7 @@ PRINTED = {
     "embeddings.py": r"signatures +3 with graphs",
     "generate.py": r"prompt of 5 tokens, sampled: identical to eager",
     "plain_module.py": r"three sizes for these batches: sizes=\(5, 12, 20\)",
-    "two_models.py": r"has expired: True(.|\n)*instead of 32, tokens identical to eager: True",
+    "two_models.py": r"is whole: True(.|\n)*instead of 32, tokens identical to eager: True",
     "weak_refs.py": r"weak references save 60%",
 }
 
