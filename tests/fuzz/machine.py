@@ -42,6 +42,7 @@ from tests.fuzz.pairs import (
 )
 
 CARES = ("clear", "trim", "collect", "warm up", "drop")
+STALE = "a stale output"  # an error of ours
 TOO_LONG = 120  # seconds for one sequence: what hangs is ended, and tells where
 
 
@@ -396,7 +397,10 @@ class Fuzz(RuleBasedStateMachine):
     def _judge(self, pair: Pair, expected: Attempt, actual: Attempt, where: str) -> bool:
         """Return True if both sides returned something; raise if one did that should not have."""
         if is_ours(actual.error):
-            self.stats.our_errors[_short(actual.error)] += 1
+            short = _short(actual.error)
+            if short == STALE and not self._may_be_stale():
+                raise Mismatch(f"{where}: an output is stale, and all are to be copied")
+            self.stats.our_errors[short] += 1
             return False
         if type(expected.error) is not type(actual.error):
             raise Mismatch(f"{where}: {_told(actual)}, and eager {_told(expected)}")
@@ -450,7 +454,12 @@ class Fuzz(RuleBasedStateMachine):
             return difference(mine, theirs, tolerance, where)
         except RuntimeError as error:
             self.stats.stale += 1
-            return None if is_ours(error) else repr(error)
+            return None if is_ours(error) and self._may_be_stale() else f"{where}: {error!r}"
+
+    def _may_be_stale(self) -> bool:
+        """Return True if outputs of a pair expire; those of all others are copied."""
+        pairs = [*self.pairs, *(held.pair for held in self.held)]
+        return any(pair.setup.stale == "error" for pair in pairs)
 
     def _require(self, wrong: str | None) -> None:
         if wrong:
@@ -475,7 +484,7 @@ def _restore(
 
 def _short(error: BaseException | None) -> str:
     stale = "its memory was overwritten" in str(error)
-    return "a stale output" if stale else f"{type(error).__name__}: {str(error)[:90]}"
+    return STALE if stale else f"{type(error).__name__}: {str(error)[:90]}"
 
 
 def _told(done: Attempt) -> str:

@@ -422,7 +422,7 @@ class Twice(nn.Module):
 
 
 class Sum(nn.Module):
-    """Calls one decorated child twice and needs both results: the first is stale by then."""
+    """Calls one decorated child twice and needs both results: the second overwrites the first."""
 
     def __init__(self) -> None:
         super().__init__()
