@@ -1,7 +1,8 @@
 """Reads the schema of an operation: the tensors that it takes and mutates, and its parts."""
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -22,6 +23,42 @@ _BATCH_NORMS = (
     _aten.cudnn_batch_norm.default,
     _aten.miopen_batch_norm.default,
 )
+
+# An index out of bounds stops the device there, or reaches past the end of a tensor.
+_TAKES_INDICES = re.compile(
+    "index|gather|scatter|take|put$|embedding|nll_loss|unpool|repeat_interleave|segment|grouped_mm|ctc"
+)
+_ASSERTS = re.compile("binary_cross_entropy|assert|multinomial|linalg|bincount")
+_LEAVES_NAN_OUT = re.compile("nan|^fmax|^fmin|sign|heaviside")
+# Their integers are valid indices, whatever they are given.
+_BOUNDED = ("argmax", "argmin", "topk", "sort", "max", "min", "cummax", "cummin", "kthvalue", "median")
+
+
+def base_name(func: torch._ops.OpOverload) -> str:
+    """Returns the name of an operation without namespace, overload and the mark of writes in place."""
+    return func._schema.name.rpartition(":")[2].rstrip("_")
+
+
+def bears_nan(operators: Iterable[torch._ops.OpOverload], *, hidden: bool) -> bool:
+    """Return True if NaN in floating point can't make these operations stop the device.
+
+    Args:
+        operators: all operations of a forward.
+        hidden: whether one of them can hide NaN; see `discretises`.
+    """
+    if any(getattr(func, "namespace", "") != "aten" for func in operators):
+        return False
+    names = {base_name(func) for func in operators}
+    return not any(_ASSERTS.search(name) or (hidden and _TAKES_INDICES.search(name)) for name in names)
+
+
+def discretises(func: torch._ops.OpOverload, given: Any, result: Any) -> bool:
+    """Return True if an operation can hide NaN: it made integers or booleans of it, or leaves it out."""
+    return _LEAVES_NAN_OUT.search(base_name(func)) is not None or (
+        any(tensor.is_floating_point() for tensor in tensors_in(given))
+        and any(not t.is_floating_point() and not t.is_complex() for t in tensors_in(result))
+        and base_name(func) not in _BOUNDED
+    )
 
 
 def tensors_in(*trees: Any) -> Iterator[Tensor]:

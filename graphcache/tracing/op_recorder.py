@@ -19,7 +19,14 @@ from graphcache import _C
 from graphcache.report.reasons import Reason, text_of
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
 from graphcache.runtime.obstacles import Obstacle, obstacle
-from graphcache.runtime.op_schemas import mutated_by, overrides_dispatch, take_apart, tensors_in
+from graphcache.runtime.op_schemas import (
+    bears_nan,
+    discretises,
+    mutated_by,
+    overrides_dispatch,
+    take_apart,
+    tensors_in,
+)
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import DispatchMode
 from graphcache.runtime.torch_state import UndoLog, uncached_autocast, uncompiled
@@ -67,6 +74,7 @@ class OpRecorder(DispatchMode):
         blocker: the first thing that no graph can hold, with file and line, and its kind; or None.
         draws_random: whether random numbers were drawn.
         constants: the tensors made of numbers and lists on the device, or None; see `Constants`.
+        hides_nan: whether an operation can make NaN of its arguments disappear.
         made: weak references to the storages that the forward made, by their keys.
         undo: copies of what the forward overwrote outside what it made.
     """
@@ -98,6 +106,8 @@ class OpRecorder(DispatchMode):
         self._inputs = {_C.storage_key(tensor) for tensor in inputs}
         # Weak references keep the keys of dead storages from being used again.
         self.made: dict[int, StorageWeakRef] = {}
+        self._operators: set[torch._ops.OpOverload] = set()
+        self.hides_nan = self._addressed = False
         self._constants: set[int] = set()  # of those, what was written out in the source
         # By identity: what operations gave, the arguments, and what came from elsewhere.
         self._known = {id(tensor): ref(tensor) for tensor in inputs}
@@ -164,6 +174,8 @@ class OpRecorder(DispatchMode):
         # cuDNN takes over the storage of all its weights, which no operation reads.
         there = self._storages_before if func in _TAKES_STORAGE else ()
         result = func(*args, **kwargs)
+        self._operators.add(func)
+        self.hides_nan = self.hides_nan or discretises(func, args, result)
         for tensor in tensors_in(result):
             if there and _C.storage_key(tensor) in there:
                 self._add_external(tensor)
@@ -197,6 +209,7 @@ class OpRecorder(DispatchMode):
 
     def note_addressed(self, tensor: Tensor) -> None:
         """Records a tensor that a kernel past torch's operators is about to be given."""
+        self._addressed = True
         self.note_read(tensor)
         if tensor.layout is torch.strided and _C.storage_key(tensor) not in self.made:
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
@@ -225,6 +238,10 @@ class OpRecorder(DispatchMode):
         key = _C.storage_key(tensor)
         if key not in self.external and key not in self._inputs and key not in self.made:
             self.made[key] = StorageWeakRef(tensor.untyped_storage())
+
+    def bears_nan(self) -> bool:
+        """Return True if NaN in the arguments can't make a kernel stop the device."""
+        return not self._addressed and bears_nan(self._operators, hidden=self.hides_nan)
 
     def mutated_external(self) -> list[Tensor]:
         """Returns a tensor for each storage that was mutated and that the forward did not make."""

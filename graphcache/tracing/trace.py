@@ -57,6 +57,8 @@ class Trace:
         snapshot: the Python values before the run, if they are the same after it; or None.
         memos: tables of results that functions keep, as `functools.lru_cache` does.
         effect: something that the run did and that nothing puts back, such as printing; or None.
+        bears_nan: whether NaN in the arguments can't make a kernel stop the device.
+        hides_nan: whether an operation can make NaN of its arguments disappear.
     """
 
     result: Any
@@ -79,6 +81,8 @@ class Trace:
     snapshot: Snapshot | None
     memos: list[dict[Any, Any]]
     effect: str | None
+    bears_nan: bool
+    hides_nan: bool
 
     @property
     def changes(self) -> list[str]:
@@ -107,6 +111,8 @@ class Trace:
             else None,
             read_set=self.read_set.united(other.read_set),
             memos=[*self.memos, *other.memos],
+            bears_nan=self.bears_nan and other.bears_nan,
+            hides_nan=self.hides_nan or other.hides_nan,
         )
 
     def made(self, call: BoundCall) -> list[Tensor]:
@@ -185,6 +191,8 @@ def trace_forward(
         snapshot=python.valid,
         memos=python.memos,
         effect=python.effect,
+        bears_nan=ops.bears_nan(),
+        hides_nan=ops.hides_nan,
     )
 
 
