@@ -5,6 +5,7 @@ from graphcache.config import disabled, emulate
 from graphcache.decorators import cuda_graphed
 from graphcache.errors import (
     CaptureError,
+    CheckError,
     GraphCacheError,
     GraphCacheWarning,
     NativeModuleError,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheInfo",
     "CaptureError",
+    "CheckError",
     "GraphCacheError",
     "GraphCacheWarning",
     "GraphPool",

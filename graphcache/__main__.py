@@ -33,7 +33,7 @@ def doctor() -> int:
     return 0 if all(equal.values()) else 1
 
 
-_SWITCHES = tuple(f"GRAPHCACHE_{name}" for name in ("DISABLE", "EMULATE", "PORTABLE", "LINEAR"))
+_SWITCHES = tuple(f"GRAPHCACHE_{name}" for name in ("DISABLE", "EMULATE", "PORTABLE", "LINEAR", "CHECK"))
 
 
 def _try(device: torch.device) -> bool:

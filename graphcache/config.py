@@ -32,16 +32,19 @@ def _switch(name: str) -> bool:
 
 _DISABLE, _EMULATE = _switch("GRAPHCACHE_DISABLE"), _switch("GRAPHCACHE_EMULATE")
 _PORTABLE, _LINEAR = _switch("GRAPHCACHE_PORTABLE"), _switch("GRAPHCACHE_LINEAR")
+_CHECK = _switch("GRAPHCACHE_CHECK")
 disabled_var: ContextVar[bool] = ContextVar("graphcache_disabled", default=_DISABLE)
 emulated_var: ContextVar[bool] = ContextVar("graphcache_emulated", default=_EMULATE)
 
 portable_var: ContextVar[bool] = ContextVar("graphcache_portable", default=_PORTABLE)
 linear_var: ContextVar[bool] = ContextVar("graphcache_linear", default=_LINEAR)
+check_var: ContextVar[bool] = ContextVar("graphcache_check", default=_CHECK)
 
 is_disabled = disabled_var.get
 is_emulated = emulated_var.get
 is_portable = portable_var.get  # copy in by torch calls, as where the driver lacks copy-in nodes
 is_linear = linear_var.get  # capture without branches, for a comparison
+is_checking = check_var.get  # compare each replay with eager; on before anything is captured
 
 
 @contextmanager

@@ -26,6 +26,10 @@ class CaptureError(GraphCacheError):
         self.reason = reason
 
 
+class CheckError(GraphCacheError):
+    """A replay returned something else than eager; raised only with `GRAPHCACHE_CHECK=1`."""
+
+
 class OptionError(GraphCacheError, ValueError):
     """An option of `cuda_graphed`, of a pool or of the environment has a value that makes no sense."""
 

@@ -86,6 +86,10 @@ void bind_buckets(py::module_& m) {
             return Launch{std::move(copier), std::move(node), copy_in, null_if_none(replay)};
           }),
           "copier"_a, "node"_a, "copy_in"_a, "replay"_a);
+  py::class_<Versions, std::shared_ptr<Versions>>(m, "Versions")
+      .def(py::init<const std::vector<at::Tensor>&>(), "tensors"_a)
+      .def("current", &Versions::current)
+      .def("drop", &Versions::drop, "index"_a);
   py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
       .def(
           py::init([](const std::string& name,
@@ -113,6 +117,11 @@ void bind_buckets(py::module_& m) {
           },
           "dims"_a)
       .def("retire", &Bucket::retire)
+      .def("is_proved", &Bucket::is_proved, "batch"_a)
+      .def("prove", &Bucket::prove, "batch"_a)
+      .def("serves", &Bucket::serves, "batch"_a)
+      .def_readwrite("versions", &Bucket::versions)
+      .def_property_readonly("forward_name", [](const Bucket& bucket) { return *bucket.name; })
       .def_readonly("size", &Bucket::size)
       .def_readonly("retired", &Bucket::retired)
       .def_readwrite("time_at", &Bucket::time_at)

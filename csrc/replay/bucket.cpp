@@ -24,6 +24,15 @@ size_t Bucket::room() const {
   return launch_.replay ? 0 : launch_.node->room();
 }
 
+void Bucket::prove(int64_t batch) {
+  const int64_t sum = versions == nullptr ? 0 : versions->sum();
+  if (proved_.empty() || sum != proved_at_) {
+    proved_.assign(static_cast<size_t>(size), false);
+  }
+  proved_at_ = sum;
+  proved_.at(static_cast<size_t>(batch)) = true;
+}
+
 // An argument may be an output that this replay overwrites: it is read, or found expired, before.
 void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream) {
   if (!launch_.copier) {

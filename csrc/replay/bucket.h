@@ -7,11 +7,13 @@
 #include "replay/copy_in_node.h"
 #include "replay/result.h"
 #include "replay/input_copier.h"
+#include "tensors/versions.h"
 
 #include <limits>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace graphcache {
 
@@ -70,6 +72,16 @@ class Bucket {
   void retire() { launch_ = Launch{}; retired = true; }
 
   bool retired = false;
+  // Return true if calls of `batch` rows, fewer than `size`, were compared with eager, and nothing that
+  // `versions` count was written since.
+  bool is_proved(int64_t batch) const {
+    return !proved_.empty() && proved_[static_cast<size_t>(batch)] &&
+        (versions == nullptr || versions->sum() == proved_at_);
+  }
+  void prove(int64_t batch);
+  bool serves(int64_t batch) const { return batch == size || (check_budget > 0 && is_proved(batch)); }
+
+  std::shared_ptr<Versions> versions; // of what the graph reads; null where no write matters
   int64_t check_budget = 0; // how many padded calls it may serve until one is compared with eager
   int64_t time_at = std::numeric_limits<int64_t>::max(); // replays after which Python times it
   int64_t replays = 0;
@@ -81,6 +93,8 @@ class Bucket {
   void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);
 
   Launch launch_;
+  std::vector<bool> proved_; // by batch; empty until the first one
+  int64_t proved_at_ = 0; // the sum of the versions then
   bool unpatched_ = true; // the node lacks the recorded parameters
 };
 

@@ -58,8 +58,7 @@ Bucket* Entry::find(int64_t batch) const {
     return nullptr;
   }
   auto* bucket = found->get();
-  const bool serves = bucket->check_budget > 0 || batch == bucket->size;
-  return serves && bucket->replays < bucket->time_at && !bucket->retired ? bucket : nullptr;
+  return bucket->serves(batch) && bucket->replays < bucket->time_at && !bucket->retired ? bucket : nullptr;
 }
 
 py::object Dispatcher::miss() {

@@ -522,6 +522,22 @@ class Launch:
         replay: Callable[[], None] | None,
     ) -> None: ...
 
+class Versions:
+    """The version counters of tensors, which torch advances with each write in place that it knows of.
+
+    Keeps no tensor alive.
+
+    Args:
+        tensors: any tensors; those of inference mode have no counter.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None: ...
+    def current(self) -> list[int]:
+        """Returns the versions of now, in the order of the tensors."""
+
+    def drop(self, index: int) -> None:
+        """Counts the writes to one of the tensors no longer."""
+
 class Bucket:
     """One captured size.
 
@@ -536,16 +552,21 @@ class Bucket:
 
     Attributes:
         check_budget: how many padded calls it may serve until one is compared with eager.
+        versions: of what its graph reads; a write to that ends what is proved. None for no such thing.
         time_at: replays after which Python serves a call, to time it.
+        forward_name: for messages.
         retired: its graph is released, and Python serves such calls.
         expired: held outputs that its replays made unreadable.
         copied: held outputs that its replays moved out.
     """
 
     check_budget: int
+    versions: Versions | None
     time_at: int
     replays: int
     padded_rows: int
+    @property
+    def forward_name(self) -> str: ...
     @property
     def size(self) -> int: ...
     @property
@@ -566,6 +587,15 @@ class Bucket:
     ) -> None: ...
     def retire(self) -> None:
         """Releases its graph, for good."""
+
+    def prove(self, batch: int) -> None:
+        """Records that calls of `batch` rows, fewer than its size, were compared with eager."""
+
+    def is_proved(self, batch: int) -> bool:
+        """Returns True if that was recorded, and nothing was written since that `versions` count."""
+
+    def serves(self, batch: int) -> bool:
+        """Returns True if a call of `batch` rows is served without another comparison."""
 
     def set_batch_dims(self, dims: Sequence[Sequence[int]]) -> None:
         """Sets for each output the dimensions that are cut back to the batch."""

@@ -45,6 +45,10 @@ class Output:
         """Return True if another replay of the lane overwrites the output."""
         return self.kind is _C.OutputKind.POOL
 
+    def is_made(self) -> bool:
+        """Return True if its values are the graph's: in the pool, or a constant on the host."""
+        return self.kind in (_C.OutputKind.POOL, _C.OutputKind.CONSTANT)
+
     def native(self) -> _C.Output:
         """Returns this output for native code."""
         return _C.Output(self.kind, self.tensor, self.argument)
@@ -71,6 +75,8 @@ class Output:
                     f"dimension {dim} of an output goes from {other.shape[dim]} to {shape[dim]} where "
                     f"the batch goes from {other_size} to {size}"
                 )
+        if self.batch_dims is not None and self.batch_dims != tuple(changed):
+            return "an output follows the batch at some batches only"
         self.batch_dims = tuple(changed)
         return None
 

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from graphcache.call.modes import inlining
 from graphcache.capture.bucket import SETTLED, Bucket
 from graphcache.capture.other_sizes import why_unlike_captured
 from graphcache.capture.outputs import find_batch_dims
-from graphcache.capture.verify import ROWS_ALIKE
+from graphcache.capture.verify import ROWS_ALIKE, checked_replay
 from graphcache.config import Options
 from graphcache.dispatch.bypass import (
     check_bucket,
@@ -95,22 +96,26 @@ class GraphCache:
         """
         check_pool(pool)
         with pool.lock:
-            call, compares = with_slots(call, pool), False
+            call, checks, compares = with_slots(call, pool), config.is_checking(), False
             entry = self._entry(forward, call)
             bucket = None if entry is None else entry.bucket(call.batch)
             if entry is not None and bucket is not None:
                 check_bucket(bucket, call)
-                compares = call.batch != bucket.size and bucket.native.check_budget <= 0
+                compares = not bucket.native.serves(call.batch)
                 is_timed = bucket.native.replays >= bucket.native.time_at
                 times_eager = is_timed and entry.is_pure and bucket.timing.eager is None
-                if not compares and not times_eager:
+                if not compares and not times_eager and not checks:
                     return (self._timed_replay if is_timed else self._replay)(call, bucket)
-        if not compares and entry is not None and bucket is not None:
+        if entry is not None and bucket is not None and times_eager and not compares:
             return self._timed_eager(forward, call, bucket)
         check_no_profiler()
         if entry is None or bucket is None:
             return first_call(self.store, forward, call, exactly=False, restore=False)
-        if entry.padding.is_ambiguous(call) and not self.store.signature.names_batch(call):
+        if checks and not compares:
+            replay = partial(self._replay, call, bucket)
+            return checked_replay(forward, call, bucket, replay, self.native.calls)
+        names_batch = not entry.is_pure or self.store.signature.names_batch(call)  # by pad
+        if entry.padding.is_ambiguous(call) and not names_batch:
             return first_call(self.store, forward, call, exactly=True, restore=False)
         return self._compare(forward, call, entry, bucket)
 
@@ -141,7 +146,7 @@ class GraphCache:
         try:
             trace = trace_forward(forward, call, restore=False)
         except torch.OutOfMemoryError:  # which a replay needs none of
-            if not entry.is_pure or not bucket.native.padded_rows:
+            if not entry.is_pure or not bucket.native.is_proved(call.batch):
                 raise
             bucket.native.check_budget = entry.padding.interval
             return self._replay(call, bucket)
@@ -150,11 +155,11 @@ class GraphCache:
             why = why_unlike_captured(trace, bucket, call.batch) or find_batch_dims(
                 [bucket], call.batch, trace.layout, trace.tensors
             )
-            if why is None and entry.is_pure:
+            if why is None:
                 pad = self.store.options.pad
-                why = entry.padding.why_unlike(trace.tensors, call, bucket, pad, self.native.calls)
+                why = entry.padding.why_unlike(trace, call, bucket, pad, self.native.calls)
             if trace.changes:
-                self.store.note_by_batch(str(why))
+                self.store.note_by_batch(why)
             if why is not None:
                 entry.no_padding_reason = why
                 self.store.hand_over(call, None, entry)
@@ -242,6 +247,7 @@ class GraphCache:
             calls,
             [entry.buckets for entry in graphed],
             [entry.no_padding_reason for entry in graphed if entry.no_padding_reason is not None],
+            sorted({note for entry in graphed for note in entry.padding.notes}),
             next((store.pool for store in stores if store.pool is not None), None),
             batches,
         )

@@ -66,7 +66,8 @@ class CacheInfo:
         copied: number of held outputs that calls of this forward copied to memory of their own.
         pool_bytes: memory reserved by the pool, which other forwards may share.
         saved_bytes: bytes of outputs that only strong references would keep in memory.
-        notes: reasons why the forward is not padded, and sizes that gain little.
+        notes: reasons why the forward is not padded, how padding can't be compared, and sizes that
+            gain little.
     """
 
     backend: str
@@ -194,6 +195,7 @@ class Counts:
         calls: int,
         signatures: Sequence[Mapping[int, Any]],
         no_padding_reasons: Iterable[str],
+        notes: Iterable[str],
         pool: Any,
         batches: Mapping[int, int],
     ) -> CacheInfo:
@@ -203,6 +205,7 @@ class Counts:
             calls: the number of all calls.
             signatures: the graphs of each signature, by size.
             no_padding_reasons: the reasons why signatures are captured at exact sizes only.
+            notes: how padding can't be compared.
             pool: the pool of the graphs, or None.
             batches: the number of calls by their number of rows.
         """
@@ -232,6 +235,7 @@ class Counts:
             saved_bytes=_saved_bytes(live) if pool is not None and pool.weak else 0,
             notes=(
                 *(f"exact sizes only: {reason}" for reason in no_padding_reasons),
+                *notes,
                 *(
                     f"size {size}: a replay takes {1 - gain:.0%} of eager's time"
                     for size, gain in gains.items()

@@ -94,29 +94,31 @@ class UndoLog:
             for region, copy in reversed(self._steps):
                 region.write(region.tensor, copy)
 
-    def forget(self) -> None:
-        """Drops the copies."""
-        self._steps.clear()
-        self._known.clear()
+    def values(self) -> list[Tensor]:
+        """Returns copies of what all regions hold now."""
+        with _plainly():
+            return [region.read(region.tensor) for region, _ in self._steps]
 
     @contextmanager
-    def protected(self) -> Iterator[None]:
-        """Keeps the contents of all regions: what the block writes there is put back afterwards."""
-        with _plainly():
-            now = [(region, region.read(region.tensor)) for region, _ in self._steps]
+    def protected(self) -> Iterator[list[Tensor]]:
+        """Keeps the contents of all regions, which it yields: they are put back after the block."""
+        now = self.values()
         try:
-            yield
+            yield now
         finally:
             with _plainly():
-                for region, copy in now:
+                for (region, _), copy in zip(self._steps, now, strict=True):
                     region.write(region.tensor, copy)
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Begins the block in the state before the operations; brings that of now back afterwards."""
-        with self.protected():
+    def undone(self) -> Iterator[list[Tensor]]:
+        """Begins the block in the state before the operations; brings that of now back afterwards.
+
+        Yields the contents of all regions now.
+        """
+        with self.protected() as now:
             self.undo()
-            yield
+            yield now
 
 
 def has_memory(tensor: Tensor) -> bool:

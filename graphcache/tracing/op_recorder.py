@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from graphcache import _C
+from graphcache import _C, config
 from graphcache.report.reasons import Reason, text_of
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
 from graphcache.runtime.obstacles import Obstacle, obstacle
@@ -99,7 +99,7 @@ class OpRecorder(DispatchMode):
             if device.type == "cpu"
             else torch.cuda.default_generators[device.index]
         )
-        self.undo = UndoLog(None if restore else MAX_UNDO)
+        self.undo = UndoLog(None if restore or config.is_checking() else MAX_UNDO)
         self._restore = restore
         self._suspects = [*inputs, *suspects]
         self._bytes = Checksums()

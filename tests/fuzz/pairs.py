@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphcache import GraphCacheError, GraphPool, cuda_graphed
+from graphcache import CheckError, GraphCacheError, GraphPool, cuda_graphed
 from tests.fuzz.modules import FLOATS, KINDS, Arguments, Inputs, children, itself
 
 HELD = 6  # results that a sequence keeps at most
@@ -229,8 +229,10 @@ class Held:
 
 
 def is_ours(error: BaseException | None) -> bool:
-    return isinstance(error, GraphCacheError) or (
-        isinstance(error, RuntimeError) and "graphcache:" in str(error)
+    return (
+        isinstance(error, GraphCacheError | RuntimeError)
+        and not isinstance(error, CheckError)
+        and (isinstance(error, GraphCacheError) or "graphcache:" in str(error))
     )
 
 

@@ -19,7 +19,7 @@ def test_demo_shows_a_module_at_work(
 ) -> None:
     assert run("demo", monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert "48: 44 replayed, 4 eager" in printed
+    assert "48: 36 replayed, 12 eager" in printed
     assert [line.split()[0] for line in printed.splitlines()[-5:]] == ["1", "2", "4", "8", "16"]
 
 

@@ -66,15 +66,15 @@ def test_example_is_short_and_shows_the_one_line_first(name: str) -> None:
     ("name", "right"),
     [("char_decode.py", 'pad={"slots": TEXTS}'), ("continuous_batching.py", 'pad={"slots": SPARE}')],
 )
-def test_example_notices_padded_rows_in_a_real_slot(tmp_path: Path, name: str, right: str) -> None:
-    """A check that can't fail is worth nothing: here padded rows write into the first row's slot."""
+def test_padded_rows_in_a_real_slot_are_found_out(tmp_path: Path, name: str, right: str) -> None:
+    """Here padded rows write into the first row's slot, which eager wrote to, too."""
     text = (EXAMPLES / name).read_text()
     assert right in text
     broken = tmp_path / "broken.py"
     broken.write_text(text.replace(right, 'pad={"slots": 0}').replace(", 600\n", ", 20\n"))
     done = run(broken, tmp_path, "cpu")
-    assert done.returncode == 1
-    assert "differ from eager" in done.stderr
+    assert done.returncode == 0
+    assert "changes its result (it computes something else at this batch)" in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted({*PROGRAMS} - {"generate.py", "char_decode.py"}))

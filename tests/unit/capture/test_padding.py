@@ -61,8 +61,9 @@ def test_poisoned_rows_of_a_large_batch_do_not_reach_a_small_one(backend: Backen
     model = cuda_graphed(KeepsRows().to(backend.device), sizes=(1, 8), pad=7.0)
     model(backend.randn(8, 3))
     model(torch.full((8, 3), float("nan"), device=backend.device))
-    small = backend.randn(3, 3)
-    assert torch.equal(model(small), small * 2)
+    for _ in range(2):  # the first is compared with eager
+        small = backend.randn(3, 3)
+        assert torch.equal(model(small), small * 2)
     assert torch.equal(model.seen[:3], small)
     assert model.seen[3:].eq(7.0).all()
 
@@ -189,7 +190,7 @@ def test_batch_dimensions_are_learned(backend: Backend) -> None:
 
 def test_one_size_learns_from_the_first_padded_call(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(4,))
-    for batch in (4, 4, 3, 3, 2):
+    for batch in (4, 4, 3, 3, 2, 2):
         assert_close_to_eager(mlp, backend.randn(batch, 8))
     assert info(mlp).replays == {4: 3}
 
@@ -235,11 +236,11 @@ def test_rows_that_depend_on_each_other_are_found_out(backend: Backend) -> None:
 
 def test_sizes_none_grows_with_the_batches(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp)
-    for batch in (5, 5, 5, 3, 3, 12, 12, 9, 9, 11, 4):
+    for batch in (5, 5, 5, 3, 3, 12, 12, 9, 9, 11, 11, 4):
         assert_close_to_eager(mlp, backend.randn(batch, 8))
     assert info(mlp).sizes == (1, 2, 4, 5, 8, 12)
     assert info(mlp).captures == 6
-    assert info(mlp).misses == 2 + 2  # first calls, and the first padded ones of 4 and 12
+    assert info(mlp).misses == 2 + 3  # first calls, and the first padded ones of 3, 9 and 11
 
 
 def test_unbatched_arguments_are_staged_or_bound(backend: Backend) -> None:
@@ -270,7 +271,7 @@ def test_bind_binds_by_name(backend: Backend) -> None:
 
     model = cuda_graphed(Uses(), sizes=(4,), bind="table")
     table = backend.randn(8, 8)
-    for batch in (3, 3, 3, 2):
+    for batch in (3, 3, 3, 2, 2):
         assert_close_to_eager(model, table, backend.randn(batch, 8))
     assert info(model).replays == {4: 2}
 

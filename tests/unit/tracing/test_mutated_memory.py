@@ -19,13 +19,13 @@ def test_a_counter_advances_once_a_call(backend: Backend) -> None:
 def test_padded_rows_write_to_the_sink_only(backend: Backend) -> None:
     model = cuda_graphed(Cached().to(backend.device), sizes=(4, 8), pad={"slots": -1})
     plain = Cached().to(backend.device)
-    for batch in (8, 3, 5, 2, 8, 1, 4):
+    for batch in (8, 3, 3, 5, 5, 2, 2, 8, 1, 1, 4):
         x = backend.randn(batch, 2)
         slots = torch.randperm(8, device=backend.device)[:batch]
         assert torch.allclose(model(x, slots), plain(x, slots))
         assert torch.allclose(model.cache[:-1], plain.cache[:-1])
     told = model.forward.cache_info()
-    assert told.misses == 1
+    assert told.misses == 1 + 4
     assert told.padded_rows == 1 + 3 + 2 + 3
 
 
@@ -95,7 +95,7 @@ def test_mutated_argument_is_bound_and_reaches_the_caller(backend: Backend) -> N
         expected.index_add_(0, slots, x)
         assert torch.allclose(out, expected[slots])
         assert torch.allclose(cache[:-1], expected[:-1])
-    assert model.forward.cache_info().misses == 1
+    assert model.forward.cache_info().misses == 2
 
 
 def test_another_cache_is_another_capture_and_the_first_stays(backend: Backend) -> None:
