@@ -225,7 +225,8 @@ def _graphed_method(function: Callable[..., Any], instance: Any, options: Option
 
 
 _MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})
-_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+_PLAIN_CALL = nn.Module._call_impl
+_MODULE_FILE = _PLAIN_CALL.__code__.co_filename
 
 
 def _called_module() -> Any:
@@ -297,7 +298,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         are hooks, or another forward, the call goes torch's usual way.
         """
         kind = type(module)
-        plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
+        plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is _PLAIN_CALL
         if plain and not has_compiled_call(module):
             vars(module)["_compiled_call_impl"] = _module_call(weakref.ref(module), self)
 

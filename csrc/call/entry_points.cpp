@@ -146,9 +146,13 @@ void define_call(py::type& type) {
   type.attr("__call__") = checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition));
 }
 
+// What nn.Module runs at a call; profilers replace it.
+PyObject* plain_call = nullptr;
+
 // Returns true if nn.Module would do no more than to call `forward`, and that is still ours.
 bool only_calls_forward(PyObject* module, PyObject* forward) {
   static PyObject* const name = interned("forward");
+  static PyObject* const impl = interned("_call_impl");
   static PyObject* const own_hooks[] = {
       interned("_forward_hooks"),
       interned("_forward_pre_hooks"),
@@ -162,7 +166,7 @@ bool only_calls_forward(PyObject* module, PyObject* forward) {
     }
     return dicts;
   }();
-  if (own_attribute(module, name) != forward) {
+  if (own_attribute(module, name) != forward || _PyType_Lookup(Py_TYPE(module), impl) != plain_call) {
     return false;
   }
   for (auto* const hooks : own_hooks) {
@@ -210,6 +214,7 @@ py::object module_call(const py::tuple& served, const py::object& forward, const
 } // namespace
 
 void bind_calls(py::module_& m) {
+  plain_call = py::object(py::module_::import("torch.nn").attr("Module").attr("_call_impl")).release().ptr();
   m.def("module_call", &module_call, "served"_a, "forward"_a, "called_module"_a);
   m.def("serve_calls", &define_call<serve_own>, "type"_a);
   m.def("serve_bound_calls", &define_call<serve_bound>, "type"_a);
