@@ -131,7 +131,7 @@ int Guard::Source::traverse(visitproc visit, void* arg) const {
 
 // Addresses
 
-Guard::Address::Address(PyObject* object_, py::object label_, std::vector<int64_t>& all_strides)
+Guard::Address::Address(PyObject* object_, py::object label_, std::vector<int64_t>& all_dims)
     : object(object_), label(std::move(label_)) {
   if (!THPVariable_Check(object)) {
     throw py::type_error("graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object)->tp_name));
@@ -143,20 +143,29 @@ Guard::Address::Address(PyObject* object_, py::object label_, std::vector<int64_
   data = storage->data();
   offset = tensor.storage_offset();
   numel = tensor.numel();
-  dims = tensor.strides().size();
+  dims = static_cast<uint32_t>(tensor.dim());
+  keys = tensor.key_set().raw_repr();
+  dtype = tensor.dtype();
   grad = tensor.requires_grad();
-  all_strides.insert(all_strides.end(), tensor.strides().begin(), tensor.strides().end());
+  all_dims.insert(all_dims.end(), tensor.sizes().begin(), tensor.sizes().end());
+  all_dims.insert(all_dims.end(), tensor.strides().begin(), tensor.strides().end());
 }
 
-// Strides and the number of elements stand for the layout: all of the sizes would double the time.
-bool Guard::Address::same(const int64_t* strides) const {
+bool Guard::Address::same(const int64_t* expected) const {
   const auto* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
-  const auto now = impl->strides();
+  const auto strides = impl->strides();
   bool same = impl->unsafe_storage().unsafeGetStorageImpl() == storage &&
-      impl->storage_offset() == offset && impl->numel() == numel && now.size() == dims &&
+      impl->storage_offset() == offset && impl->numel() == numel &&
+      impl->key_set().raw_repr() == keys && impl->dtype() == dtype && strides.size() == dims &&
       storage->data() == data;
-  for (size_t dim = 0; same && dim < dims; ++dim) {
-    same = now[dim] == strides[dim];
+  for (uint32_t dim = 0; same && dim < dims; ++dim) {
+    same = strides[dim] == expected[dims + dim];
+  }
+  if (same && dims > 1) { // of one dimension, the number of elements is the size
+    const auto sizes = impl->sizes();
+    for (uint32_t dim = 0; same && dim < dims; ++dim) {
+      same = sizes[dim] == expected[dim];
+    }
   }
   return same;
 }
@@ -241,7 +250,7 @@ void Guard::add(Source source) {
 }
 
 void Guard::add_tensor(const py::object& tensor, py::object label) {
-  addresses_.push_back(Address(tensor.ptr(), std::move(label), strides_));
+  addresses_.push_back(Address(tensor.ptr(), std::move(label), dims_));
 }
 
 // Sources first: they keep their containers alive, which may hold what is compared after them.
@@ -304,10 +313,10 @@ Guard::Failure Guard::changed_table() {
 PyObject* Guard::changed_address(bool grad) const {
   const auto* address = addresses_.data();
   const auto* const end = address + addresses_.size();
-  const auto* strides = strides_.data();
+  const auto* dims = dims_.data();
   try {
-    for (; address != end; strides += address->dims, ++address) {
-      if (!address->same(strides) || (grad && address->requires_grad()) ||
+    for (; address != end; dims += 2 * address->dims, ++address) {
+      if (!address->same(dims) || (grad && address->requires_grad()) ||
           (grads_ && address->requires_grad() != address->grad)) {
         break;
       }

@@ -40,8 +40,8 @@ class Guard {
       pybind11::object container, pybind11::object key, const pybind11::object& value, pybind11::object label);
   // Nothing comes where `container` has `key`.
   void add_absence(pybind11::object container, pybind11::object key, pybind11::object label);
-  // A tensor keeps its storage, address and layout. It is not kept alive: its source was added, and is compared
-  // before. Where no source is compared, the tensor has to be kept.
+  // A tensor keeps its storage, address and metadata. It is not kept alive: its source was added, and is
+  // compared before. Where no source is compared, the tensor has to be kept.
   void add_tensor(const pybind11::object& tensor, pybind11::object label);
   // Keeps an object alive.
   void keep(pybind11::object object) { kept_.push_back(std::move(object)); }
@@ -111,8 +111,8 @@ class Guard {
   };
 
   struct Address {
-    Address(PyObject* object, pybind11::object label, std::vector<int64_t>& all_strides);
-    bool same(const int64_t* strides) const;
+    Address(PyObject* object, pybind11::object label, std::vector<int64_t>& all_dims);
+    bool same(const int64_t* dims) const;
     bool requires_grad() const;
 
     PyObject* object; // not its TensorImpl: torch may swap that, if nobody else holds it
@@ -120,7 +120,9 @@ class Guard {
     const void* data;
     int64_t offset;
     int64_t numel;
-    size_t dims;
+    uint64_t keys; // of dispatch: conjugate and negative bits among them
+    uint32_t dims;
+    caffe2::TypeMeta dtype;
     bool grad;
     pybind11::object label;
   };
@@ -146,7 +148,7 @@ class Guard {
   std::vector<Source> sources_;
   std::vector<Address> addresses_;
   std::vector<pybind11::object> kept_;
-  std::vector<int64_t> strides_; // those of all addresses, one after another
+  std::vector<int64_t> dims_; // sizes and strides of each address, one after another
   pybind11::object never_; // the label of what failed from the start; null: nothing
 };
 

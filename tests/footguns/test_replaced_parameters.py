@@ -222,6 +222,37 @@ def test_weights_are_tied(backend: Backend) -> None:
     survives(model, lambda: setattr(model.head, "weight", model.embed.weight), tokens)
 
 
+@pytest.mark.parametrize(
+    ("make", "view"),
+    [
+        (lambda: torch.randn(3, dtype=torch.complex64), Tensor.conj),
+        (lambda: torch.randn(3, dtype=torch.complex64).imag, Tensor._neg_view),
+        (lambda: torch.arange(1, 4, dtype=torch.int32), lambda w: w.view(torch.float32)),
+        (lambda: torch.randn(3).bfloat16(), lambda w: w.view(torch.float16)),
+        (lambda: torch.arange(36.0).view(6, 6)[:2, :3], lambda w: w.as_strided((3, 2), (6, 1))),
+        (lambda: torch.randn(2, 3, 1), lambda w: w.as_strided((2, 1, 3), (3, 1, 1))),
+        (lambda: torch.zeros(0, 3), lambda w: w.as_strided((0, 1), (3, 1))),
+        (lambda: torch.randn(3, 1), lambda w: w.view(3)),
+    ],
+)
+def test_p_data_becomes_another_view_of_its_memory(
+    backend: Backend, make: Callable[[], Tensor], view: Callable[[Tensor], Tensor]
+) -> None:
+    """The graph reads the memory as it was to be read at the capture."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w", make().to(backend.device))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch.view_as_real(self.w.resolve_conj()) if self.w.is_complex() else self.w
+            return x[:, :1, None] * w.sum(0) + w.shape[-1]
+
+    model = cuda_graphed(Reads(), sizes=(2,))
+    survives(model, lambda: setattr(model.w, "data", view(model.w.data)), backend.randn(2, 3))
+
+
 def test_set_puts_another_memory_under_a_parameter(net: Net, x: Tensor) -> None:
     """The graph reads the old memory after `weight.set_(...)` and `swap_tensors`."""
     survives(net, lambda: net.up.weight.set_(net.up.weight.detach() * 2), x)
