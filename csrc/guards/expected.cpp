@@ -47,32 +47,63 @@ py::object reference_to(PyObject* object) {
   return PyObject_IS_GC(object) ? py::object() : py::reinterpret_borrow<py::object>(object);
 }
 
+// What an object of C refers to, in its own order; calls `visit` until it returns false.
+template <typename Visit>
+void each_referent(PyObject* object, Visit visit) {
+  Py_TYPE(object)->tp_traverse(
+      object,
+      [](PyObject* item, void* visit) { return (*static_cast<Visit*>(visit))(item) ? 0 : 1; },
+      &visit);
+}
+
+// Tuples, and what Python itself made and never changes; iterators, frames and errors change.
+bool is_known_by_items(PyObject* object) {
+  const auto* type = Py_TYPE(object);
+  const std::string_view name(type->tp_name);
+  const bool of_python = name.find('.') == std::string_view::npos
+      ? (type->tp_flags & Py_TPFLAGS_HEAPTYPE) == 0
+      : name.rfind("operator.", 0) == 0 && (type->tp_flags & Py_TPFLAGS_IMMUTABLETYPE) != 0;
+  return PyTuple_Check(object) ||
+      (of_python && type->tp_traverse != nullptr && type->tp_iternext == nullptr && !PyDict_Check(object) &&
+       !PyList_Check(object) && !PyAnySet_Check(object) && !PyCell_Check(object) && !PyFrame_Check(object) &&
+       !PyTraceBack_Check(object) && !PyExceptionInstance_Check(object));
+}
+
 } // namespace
 
-Expected::Expected(PyObject* object, bool keep) : address_(object) {
+Expected::Expected(PyObject* object, bool keep, int depth) : address_(object) {
   if (object != nullptr && !keep && has_address(object)) {
     tensor_type_ = Py_TYPE(object);
     return;
   }
   object_ = object != nullptr ? reference_to(object) : py::object();
-  if (object != nullptr && !object_ && PyTuple_CheckExact(object)) {
-    for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
-      items_.emplace_back(PyTuple_GET_ITEM(object, index));
-    }
+  if (object == nullptr || object_ || depth == 0 || !is_known_by_items(object)) {
+    return;
+  }
+  type_ = Py_TYPE(object);
+  std::vector<py::object> held; // a weak reference is an allocation, which may set off the cycle collector
+  each_referent(object, [&](PyObject* item) {
+    held.push_back(py::reinterpret_borrow<py::object>(item));
+    return true;
+  });
+  for (const auto& item : held) {
+    items_.emplace_back(item.ptr(), keep, depth - 1);
   }
 }
 
-// The caller found something at the address: if that is a tuple of this length, it lives.
-bool Expected::holds_items() const {
-  if (!PyTuple_CheckExact(address_) || PyTuple_GET_SIZE(address_) != static_cast<Py_ssize_t>(items_.size())) {
+// The caller found something at the address: if that is of the type, and refers to the same, it is the same.
+bool Expected::refers_to_items() const {
+  if (Py_TYPE(address_) != type_) {
     return false;
   }
-  for (size_t index = 0; index < items_.size(); ++index) {
-    if (!items_[index].is(PyTuple_GET_ITEM(address_, static_cast<Py_ssize_t>(index)))) {
-      return false;
-    }
-  }
-  return true;
+  size_t index = 0;
+  bool same = true;
+  each_referent(address_, [&](PyObject* item) {
+    same = index < items_.size() && items_[index].is(item);
+    ++index;
+    return same;
+  });
+  return same && index == items_.size();
 }
 
 int Expected::traverse(visitproc visit, void* arg) const {

@@ -12,12 +12,14 @@ namespace graphcache {
 
 // One object. Its address stands for it only while it lives, so plain values are kept alive. Tensors are not: they
 // may be large, and `Guard::add_tensor` compares the memory of whatever tensor is at that address.
-// Other objects are known by a weak reference, since they may refer to the owner of this; those that
-// allow none (lists, dicts) by nothing but their address, and tuples by their items besides.
+// Other objects are known by a weak reference, since they may refer to the owner of this. Lists, dicts and
+// sets allow none: they are known by their address, as their contents are compared. All else that allows
+// none (tuples, slices, properties) is known by its type and by what it refers to.
 class Expected {
  public:
-  // null: nothing is to be there. `keep`: keep a tensor alive, too.
-  explicit Expected(PyObject* object, bool keep = false);
+  // null: nothing is to be there. `keep`: keep a tensor alive, too. `depth`: how deep objects are known by what they
+  // refer to.
+  explicit Expected(PyObject* object, bool keep = false, int depth = 4);
 
   // The same object; or, of numbers and texts, one of the same type and value.
   bool is(PyObject* object) const;
@@ -25,12 +27,13 @@ class Expected {
 
  private:
   bool equals(PyObject* object) const;
-  bool holds_items() const;
+  bool refers_to_items() const;
 
   PyObject* address_;
   pybind11::object object_; // the object itself, a weak reference to it, or nothing
   PyTypeObject* tensor_type_ = nullptr; // of a tensor that is not kept alive
-  std::vector<Expected> items_; // of a tuple that is not kept
+  PyTypeObject* type_ = nullptr; // of one that is known by its items; never read
+  std::vector<Expected> items_; // what it refers to
 };
 
 // True if the object of a weak reference still lives.
@@ -45,7 +48,7 @@ inline bool Expected::is(PyObject* object) const {
   if (tensor_type_ != nullptr) {
     return Py_TYPE(object) == tensor_type_;
   }
-  return object_ ? object_.ptr() == address_ || is_alive(object_.ptr()) : items_.empty() || holds_items();
+  return object_ ? object_.ptr() == address_ || is_alive(object_.ptr()) : type_ == nullptr || refers_to_items();
 }
 
 // Shows Python's cycle collector all of some things, until it stops.

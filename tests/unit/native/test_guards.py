@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import operator
 import sys
 import weakref
-from collections import UserDict, defaultdict, deque
+from collections import UserDict, defaultdict, deque, namedtuple
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,6 +40,9 @@ class Anything:
     pass
 
 
+Pair = namedtuple("Pair", "first second")
+
+
 def test_another_object_at_the_same_address_is_noticed() -> None:
     module = nn.Identity()
     module.held = there = Anything()
@@ -51,6 +56,33 @@ def test_another_object_at_the_same_address_is_noticed() -> None:
     ctypes.pythonapi._PyWeakref_ClearRef(ctypes.py_object(reference))
     module.held = there
     assert not held.check(False)
+
+
+PLACES = [Anything(), Anything()]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda index: slice(index, 3),
+        lambda index: (slice(index, 3), PLACES[0]),
+        lambda index: Pair(index, PLACES[index]),
+        lambda index: PLACES[index].__str__,
+        lambda index: property([guard, guard_of_tensors][index]),
+        lambda index: staticmethod([guard, guard_of_tensors][index]),
+        operator.itemgetter,
+        lambda index: operator.methodcaller("view", index),
+    ],
+)
+def test_object_without_references_is_known_by_its_items(make: Callable[[int], object]) -> None:
+    module = nn.Identity()
+    module.held = make(0)
+    held = guard(module)
+    assert held.check(False)
+    for _ in range(100):  # some of them lie where the first one lay
+        module.held = None
+        module.held = make(1)
+        assert not held.check(False)
 
 
 @pytest.mark.parametrize(
