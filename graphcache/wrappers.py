@@ -5,7 +5,8 @@ import gc
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from traceback import walk_stack
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -384,7 +385,10 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
         sys.getrefcount(forward) == forward._self_known_counts.get(caller)
     ):
         return
-    for holder in gc.get_referrers(forward):
+    holders = gc.get_referrers(forward)
+    if gc.get_freeze_count():  # frozen objects have no known referrers
+        holders += map(vars, _modules_in_frames())
+    for holder in holders:
         if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
             raise GraphCacheError(
                 f"graphcache: {type(owner).__qualname__}.forward was called by itself, and a shallow "
@@ -392,6 +396,16 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
                 "module, or copy it with copy.deepcopy"
             )
     forward._self_known_counts[caller] = sys.getrefcount(forward)
+
+
+def _modules_in_frames() -> Iterator[nn.Module]:
+    """Yields the modules that the calling code has at hand, with their children."""
+    for frame, _ in walk_stack(sys._getframe(1)):
+        for value in (*frame.f_locals.values(), *frame.f_globals.values()):
+            items = value.values() if type(value) is dict else value
+            for item in items if type(items) in (list, tuple, type({}.values())) else (value,):
+                if issubclass(type(item), nn.Module):
+                    yield from item.modules()
 
 
 def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Callable[..., Any]:

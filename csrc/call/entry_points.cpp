@@ -146,7 +146,7 @@ void define_call(py::type& type) {
   type.attr("__call__") = checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition));
 }
 
-// What nn.Module runs at a call; profilers replace it.
+// The method that nn.Module runs at a call; profilers replace it.
 PyObject* plain_call = nullptr;
 
 // Returns true if nn.Module would do no more than to call `forward`, and that is still ours.

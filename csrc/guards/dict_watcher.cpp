@@ -1,7 +1,8 @@
 #include "guards/dict_watcher.h"
 
-#if PY_VERSION_HEX >= 0x030C0000
 #include <algorithm>
+
+#if PY_VERSION_HEX >= 0x030C0000
 #include <unordered_map>
 #endif
 
@@ -89,6 +90,12 @@ DictGroup::~DictGroup() {
   }
 }
 
+void DictGroup::add_once(PyObject* dict) {
+  if (std::find(dicts_.begin(), dicts_.end(), dict) == dicts_.end()) {
+    add(dict);
+  }
+}
+
 void DictGroup::add(PyObject* dict) {
   dicts_.push_back(dict);
   if (DictWatcher::id() < 0 || PyDict_Watch(DictWatcher::id(), dict) < 0) {
@@ -122,6 +129,13 @@ uint64_t version(PyObject* dict) {
 } // namespace
 
 DictGroup::~DictGroup() = default;
+
+void DictGroup::add_once(PyObject* dict) {
+  const auto is_same = [dict](const Version& known) { return known.dict == dict; };
+  if (std::none_of(versions_.begin(), versions_.end(), is_same)) {
+    add(dict);
+  }
+}
 
 void DictGroup::add(PyObject* dict) {
   versions_.push_back({dict, version(dict)});

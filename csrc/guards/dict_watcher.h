@@ -20,6 +20,9 @@ class DictGroup {
   // so each must be known to live, or be held by one that was added before it.
   void add(PyObject* dict);
 
+  // Adds a dict that is held, unless it was added; then indexes do not count.
+  void add_once(PyObject* dict);
+
   // True if none has changed since it was added, or since `rearm`. May err towards "changed".
   bool clean() const;
 

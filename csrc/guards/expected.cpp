@@ -47,7 +47,7 @@ py::object reference_to(PyObject* object) {
   return PyObject_IS_GC(object) ? py::object() : py::reinterpret_borrow<py::object>(object);
 }
 
-// What an object of C refers to, in its own order; calls `visit` until it returns false.
+// Calls `visit` with each object that this one refers to, until it returns false.
 template <typename Visit>
 void each_referent(PyObject* object, Visit visit) {
   Py_TYPE(object)->tp_traverse(

@@ -242,7 +242,7 @@ void Guard::add_absence(py::object container, py::object key, py::object label) 
 
 void Guard::add(Source source) {
   if (source.kind == Kind::kDict) {
-    scopes_.add(source.container.ptr());
+    scopes_.add_once(source.container.ptr());
     dict_sources_.push_back(std::move(source));
   } else {
     sources_.push_back(std::move(source));

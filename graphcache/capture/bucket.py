@@ -1,5 +1,6 @@
 """One captured size: its graph, its inputs and outputs, and the times of its calls."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -52,7 +53,7 @@ class Dependencies:
     guards: Guards
     mutated: _C.MutatedMemory
     mutated_keys: frozenset[int]
-    ran: frozenset[CodeType]
+    ran: Mapping[tuple[int, int], CodeType]
     draws_random: bool
 
 

@@ -8,9 +8,9 @@ once; the native guard compares.
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from types import CodeType
+from types import CodeType, MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import finalize
 
@@ -37,6 +37,8 @@ from graphcache.guards.reachability import (
     Walker,
     attributes_of,
     is_iterator,
+    is_library_function,
+    is_library_module,
     is_plain,
     is_weak,
     named_in,
@@ -54,14 +56,14 @@ class ReadSet(NamedTuple):
         users_names: names in code that is no library's; they are looked up in Python modules.
         code: the forward, and the classes and functions among its arguments.
         sources: those of globals, imports and closures.
-        ran: all code that ran.
+        ran: all code that ran, by its address and that of its globals.
     """
 
     names: frozenset[str] | None
     users_names: frozenset[str]
     code: list[Any]
     sources: list[Source]
-    ran: frozenset[CodeType] = frozenset()
+    ran: Mapping[tuple[int, int], CodeType] = MappingProxyType({})
 
     def united(self, other: "ReadSet") -> "ReadSet":
         """Returns what either of two runs of one forward can read."""
@@ -71,7 +73,7 @@ class ReadSet(NamedTuple):
             self.users_names | other.users_names,
             self.code,
             [*self.sources, *other.sources],
-            self.ran | other.ran,
+            {**self.ran, **other.ran},
         )
 
 
@@ -128,7 +130,7 @@ class Guards:
             builder.walk(os.environ, "os.environ")
         for source in reads.sources:
             builder.add_source(source)
-            if source.value is not ABSENT:
+            if source.value is not ABSENT and not is_library_function(source.value):
                 builder.walk(source.value, source.label)
         storages = {_C.storage_key(tensor) for tensor in builder.tensors.values()}
         unguarded = [tensor for tensor in reached if id(tensor) not in builder.tensors]
@@ -202,7 +204,10 @@ class _GuardBuilder(Walker):
                 self.native.keep(item)  # not compared, so it has to live
         if kind is SCOPE:
             items = named_in(container, self._users_names)
-        elif kind in (MODULE, ATTRIBUTES, CLASS, EXTRA):
+            if self._names is None and not is_library_module(container):
+                items += [item for item in container.items() if is_plain(item[1])]
+        # Code of C shows all of a namespace to whoever prints it.
+        elif kind in (MODULE, ATTRIBUTES, CLASS, EXTRA) and not isinstance(container, SimpleNamespace):
             items = [item for item in items if self.counts(item[0])]
         members = Members(kind, container, items, label)
         is_long = kind is not SCOPE and len(items) > LONGEST
@@ -212,7 +217,9 @@ class _GuardBuilder(Walker):
             self._add_sources(members, plain=not is_long)
         elif kind is LIST:
             self.native.add_items(container, label)
-        elif kind is ATTRIBUTES and hasattr(type(container), "__weakref__"):
+        elif isinstance(container, SimpleNamespace):
+            self.native.add_dict(vars(container), label, named=False, held=held)
+        elif kind is ATTRIBUTES and type(container).__weakrefoffset__:
             self.native.add_object(container, label)
         elif kind in (DICT, ATTRIBUTES, CLASS):
             table: Any = attributes_of(container) if kind is ATTRIBUTES else container

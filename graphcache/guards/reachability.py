@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import _C
-from graphcache.runtime.source_lines import is_library
+from graphcache.runtime.source_lines import is_installed, is_library
 
 DEPTH = 4  # containers inside an attribute that are searched: self.caches[i]["k"] is two deep
 LONGEST = 4096  # items of a list, entries of a dict: longer ones are known by their length
@@ -56,10 +56,10 @@ _PACKAGES = ("graphcache", "triton", "cupy", "numba", "cuda", "torch.ops", "torc
 _OPAQUE = (*(f"{package}." for package in _PACKAGES), "torch._")  # not a file such as cuda_ops.py
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
-_NOT_SEARCHED = (*_PLAIN, *CODE, logging.Logger, Tensor)
+_NOT_SEARCHED = (*CODE, logging.Logger, Tensor)
 # Objects of these refer to the same others for ever; a view to its dict.
 _REFERRING: tuple[type[Any], ...] = (
-    *(partial, MethodType, BuiltinFunctionType, staticmethod, classmethod, MappingProxyType),
+    *(partial, MethodType, BuiltinFunctionType, staticmethod, classmethod, MappingProxyType, property),
     *(type({}.keys()), type({}.values()), type({}.items())),
 )
 
@@ -136,7 +136,7 @@ class Members(NamedTuple):
         found = [
             (self.label_of(key), item)
             for key, item in self.items
-            if not issubclass(type(item), _PLAIN) and not (self.kind is MODULE and key in OF_MODULE)
+            if not is_plain(item) and not (self.kind is MODULE and key in OF_MODULE)
         ]
         if self.kind is DICT:
             found += [(self.label, key) for key, _ in self.items if not is_plain(key)]
@@ -274,13 +274,13 @@ def members_of(value: Any, label: str) -> Iterator[Members]:
             if isinstance(table, dict):  # a scripted module has others
                 yield Members.of(TABLE, table, label)
         yield from _slots_and_class(value, label)
-    elif issubclass(kind, _PLAIN) or is_opaque(kind.__module__):
+    elif is_plain(value) or is_opaque(kind.__module__):
         return
     elif issubclass(kind, ModuleType):
         if not is_opaque(value.__name__):
             yield Members(SCOPE, vars(value), [], label)  # there may be thousands
     elif issubclass(kind, type):
-        if value.__flags__ & HEAP_TYPE and not _is_of_library(value):
+        if value.__flags__ & HEAP_TYPE and not is_of_library(value):
             yield from classes_of(value)
             if kind is not type:
                 yield Members(TYPE, kind, [], label)
@@ -367,7 +367,7 @@ def _items(kind: Kind, container: Any) -> list[tuple[Any, Any]]:
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """Returns the `__dict__` of an object that has one, and is not known to matter to no forward."""
     try:
-        if isinstance(value, _NOT_SEARCHED) or is_opaque(type(value).__module__):
+        if isinstance(value, _NOT_SEARCHED) or is_plain(value) or is_opaque(type(value).__module__):
             return None
         found = getattr(value, "__dict__", None)
     except Exception:  # a property of that name, or a weak proxy whose object is gone
@@ -388,7 +388,19 @@ def slots_of(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
 
 def is_opaque(module: Any) -> bool:
     """Return True if nothing of the module of this name is state of the user's."""
-    return f"{module}.".startswith(_OPAQUE)
+    return is_of_package(str(module), _OPAQUE)
+
+
+def is_of_package(module: str, packages: tuple[str, ...]) -> bool:
+    """Return True if a module of this name is one of some installed packages, each with a dot behind it.
+
+    A user's file may have the name of a package; it lies elsewhere.
+    """
+    if not f"{module}.".startswith(packages):
+        return False
+    top = sys.modules.get(module.partition(".")[0])
+    file = getattr(top, "__file__", None)
+    return not isinstance(file, str) or is_library(file) or is_installed(file)
 
 
 def is_weak(value: Any) -> bool:
@@ -398,7 +410,10 @@ def is_weak(value: Any) -> bool:
 
 def is_plain(value: Any) -> bool:
     """Return True for a value that refers to no other, and is known by itself."""
-    return issubclass(type(value), _PLAIN)
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    return issubclass(kind, _PLAIN) and kind.__dictoffset__ == 0 and not slots_of(value)
 
 
 def shown(key: Any) -> str:
@@ -435,6 +450,14 @@ def is_library_module(table: dict[str, Any]) -> bool:
     return is_library(file) if isinstance(file, str) else name in sys.builtin_module_names
 
 
-def _is_of_library(kind: type) -> bool:
+def is_library_function(value: Any) -> bool:
+    """Return True for a function of torch's or of Python's, which leads to no state of the user's."""
+    if type(value) is FunctionType:
+        return is_library(value.__code__.co_filename)
+    return type(value) is BuiltinFunctionType and isinstance(value.__self__, ModuleType)
+
+
+def is_of_library(kind: type) -> bool:
+    """Return True if a class is torch's, Python's own, or of no user's state."""
     module = sys.modules.get(kind.__module__)
     return is_opaque(kind.__module__) or (module is not None and is_library_module(vars(module)))

@@ -126,6 +126,7 @@ class Reason(Enum):
         "it draws random numbers on the host",
         "Draw on the device, or outside the forward.",
     )
+    READS_CLOCK = "it reads the clock", "Pass the time as a tensor, or read it outside the forward."
     TENSOR_SUBCLASS = "it uses a tensor subclass", "Use plain tensors inside the forward."
     UNSUPPORTED_TENSOR = (
         "it uses a nested, sparse or quantised tensor",

@@ -16,7 +16,7 @@ from torch import Tensor
 from graphcache.report.reasons import Reason
 from graphcache.runtime.obstacles import Obstacle
 from graphcache.runtime.source_lines import is_library
-from graphcache.runtime.torch_patches import HiddenMode
+from graphcache.runtime.torch_patches import HiddenMode, unpatched
 
 _NUMBERS = (bool, int, float, complex)
 _LISTS = (list, tuple, torch.Size)
@@ -73,7 +73,7 @@ class HostReads(HiddenMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = unpatched(func), kwargs or {}
         if func in _TAKES_DATA and _holds_tensors(args[-1] if args else kwargs.get("data")):
             self.found(Obstacle(Reason.READS_VALUE, f"`{func.__name__}([tensor, …])`"))
         elif func in _MAKES and not is_constant(func, args, kwargs, self._device):
@@ -137,7 +137,7 @@ class Constants(HiddenMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = unpatched(func), kwargs or {}
         if func in _INDEXES and args[0].device.type == self._device.type:
             index, value = self._index(args[1]), args[2:]
             if value and type(value[0]) in (bool, int, float) and _is_by_number(index):

@@ -21,7 +21,8 @@ _GENERATED = ("<frozen", "<built-in", "<eval_with_key>")  # `<stdin>` and `<stri
 # Decorators: their frames lie between a user's call and what it calls.
 _WRAPPERS = (str(Path(wrapt.__file__).parent) + os.sep, contextlib.__file__)
 _NOT_THE_USERS = (_TORCH, OURS, *_WRAPPERS, *_GENERATED)
-_PATHS = sysconfig.get_paths()
+_STDLIB = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib"))
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def is_ours(frame: FrameType | None) -> bool:
@@ -34,8 +35,17 @@ def is_library(file: str) -> bool:
     """Return True if code in `file` is torch's, graphcache's, or Python's own."""
     if file.startswith((_TORCH, OURS, "<frozen", "<built-in")):
         return True
-    installed = (_PATHS["purelib"], _PATHS["platlib"])
-    return file.startswith((_PATHS["stdlib"], _PATHS["platstdlib"])) and not file.startswith(installed)
+    return file.startswith(_STDLIB) and not is_installed(file)
+
+
+def is_torch(file: str) -> bool:
+    """Return True if code in `file` is torch's."""
+    return file.startswith(_TORCH)
+
+
+def is_installed(file: str) -> bool:
+    """Return True if `file` lies where packages are installed; a project's own files do not."""
+    return not _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def _user_frame() -> FrameType:

@@ -4,12 +4,15 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphcache.runtime.source_lines import is_torch
 
 
 class DispatchMode(TorchDispatchMode):
@@ -70,6 +73,7 @@ class Patch:
                 setattr(self._module, self._name, self.before)
 
 
+_HANDLES = torch.overrides.handle_torch_function.__code__
 # Libraries skip what a capture can't hold, such as checks of values, where they believe to be in one.
 as_in_a_capture = Patch(torch.cuda, "is_current_stream_capturing", lambda: True)
 
@@ -87,6 +91,21 @@ class HiddenMode(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         _hiding.__exit__(*error)
+
+
+def unpatched(func: Any) -> Any:
+    """Returns the function of torch that asked the mode, where the user's stands in its place.
+
+    A function of torch hands a mode what the module of torch holds under its name. If the user has
+    replaced that, and the replacement calls the function, it would run once more for each mode.
+    """
+    if not isinstance(func, FunctionType) or is_torch(func.__code__.co_filename):
+        return func
+    frame = sys._getframe(2)
+    caller = frame.f_back if frame.f_code is _HANDLES else None
+    if caller is None or caller.f_code is func.__code__ or caller.f_code.co_freevars:
+        return func
+    return FunctionType(caller.f_code, caller.f_globals)
 
 
 def _has_torch_function(args: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 # Code with these may read an attribute that it does not name.
 _DYNAMIC = {
-    "getattr", "hasattr", "vars", "__dict__", "attrgetter", "__getattribute__", "eval", "exec",
-    "asdict", "astuple", "_asdict",
+    "getattr", "hasattr", "vars", "dir", "__dict__", "__getstate__", "__reduce_ex__", "attrgetter",
+    "__getattribute__", "eval", "exec", "asdict", "astuple", "_asdict",
 }  # fmt: skip
 _BY_NAME = {"getattr", "hasattr"}
 _SCOPE_BY_TEXT = {"globals", "__globals__", "eval", "exec"}
@@ -48,7 +48,7 @@ class NamesInCode:
         imports_by_text = not _IMPORTS_BY_TEXT.isdisjoint(names)
         self._imports = {text.lstrip(".") for text in texts} if imports_by_text else set()
         if not _BY_TEXT.isdisjoint(names):  # such as "{0.scale}".format(config)
-            words = {word for text in texts for word in re.findall(r"[^\W\d]\w*", text)}
+            words = {word for text in texts for word in words_in(text)}
             self.attributes |= words
             self.scope |= words if not _SCOPE_BY_TEXT.isdisjoint(names) else set()
         high = 0
@@ -74,6 +74,11 @@ class NamesInCode:
                     module = sys.modules.get(each)
                     if isinstance(module, ModuleType):
                         yield module
+
+
+def words_in(text: str) -> list[str]:
+    """Returns the names that a format may read."""
+    return re.findall(r"[^\W\d]\w*", text)
 
 
 _LOADS = {"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CONST"}

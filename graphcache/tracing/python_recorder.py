@@ -4,30 +4,40 @@ A graph replays kernels and no Python. So whatever Python value the forward read
 guarded afterwards; what the forward changes, no replay will change.
 """
 
-import gc
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from traceback import walk_stack
-from types import CellType, CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
 
 from graphcache import _C
 from graphcache.guards.guards import ReadSet
-from graphcache.guards.reachability import ABSENT, CODE, OF_MODULE, SPECIAL, Source, code_in, is_opaque
+from graphcache.guards.reachability import (
+    ABSENT,
+    OF_MODULE,
+    SPECIAL,
+    Source,
+    code_in,
+    is_of_package,
+    is_opaque,
+)
 from graphcache.report.reasons import Reason
-from graphcache.runtime.source_lines import OURS, is_library, is_ours
+from graphcache.runtime.source_lines import OURS, is_library, is_ours, is_torch
 from graphcache.runtime.torch_patches import as_in_a_capture
-from graphcache.tracing.bytecode import NamesInCode
+from graphcache.tracing.bytecode import NamesInCode, words_in
+from graphcache.tracing.closures import Closures, contents_of
+from graphcache.tracing.library_code import LibraryCode
 from graphcache.tracing.python_snapshot import Snapshot
 
-_ALWAYS = OF_MODULE | SPECIAL | {"training", "forward"}
+_ALWAYS = OF_MODULE | SPECIAL | {"training", "forward", "_call_impl"}
 _TORCH = Path(torch.__file__).parent
 _COMPILED = str(_TORCH / "_dynamo" / "eval_frame.py")
 # Their Python compiles itself, eagerly, where no dispatch mode is active: `torch.cond`, flex_attention.
@@ -42,6 +52,16 @@ _EFFECTS = {"print", "input", "open", "write", "writelines", "system", "send", "
 _EFFECTS_OF = frozenset({"_io", "_queue", "_socket", "_multiprocessing", "sqlite3", "mmap"})
 _SEEDS = ("manual_seed", "seed", "set_state", "graphsafe_set_state")
 _DRAWS = "it draws random numbers of Python's or numpy's, which a graph freezes"
+_READERS = {"getattr", "hasattr", "vars", "dir", "eval", "exec"}
+_GENERATORS = ("random.", "_random.", "numpy.random.")
+_SYSTEM = ("posix", "nt", "_uuid")
+_OF_SYSTEM = ("urandom", "getrandom", "generate_time_safe")
+_CLOCKS = {
+    f"{name}{unit}"
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time", "clock_gettime")
+    for unit in ("", "_ns")
+} | {"localtime", "gmtime", "ctime", "strftime"}
+_DATES = ("now", "utcnow", "today")
 _HAND_OVER = ("_to_dlpack", "_to_dlpack_versioned")
 _COMPILED_WITH_GRAPHS = (
     "torch.compile makes CUDA graphs of it (mode='reduce-overhead' or 'max-autotune'), which no graph "
@@ -77,12 +97,13 @@ class PythonRecorder:
         snapshot: Snapshot | None = None,
     ) -> None:
         self.code = [function, *code_in(arguments)]
-        self._ran: set[CodeType] = set()
-        # That of them which is no library's, with its names and its globals.
-        self._named: dict[CodeType, tuple[NamesInCode, dict[str, Any]]] = {}
+        # By code and globals, since code of two files may be equal; with what takes each call.
+        self._ran: dict[tuple[int, int], tuple[CodeType, Callable[[FrameType], None] | None]] = {}
+        self._dull: set[tuple[Any, str, type]] = set()  # functions of C that do not matter
+        self._named: list[tuple[NamesInCode, dict[str, Any]]] = []  # of users' code, with its globals
         self._dynamic = False
-        self._closures: dict[CodeType, dict[str, Any]] = {}
-        self._in_cells: list[tuple[str, Any]] = []  # functions and classes in other closures
+        self._closures = Closures()
+        self._library = LibraryCode()
         self.asks = self.compiled = False
         self.effect: str | None = None
         self.memos: list[dict[Any, Any]] = []
@@ -105,6 +126,7 @@ class PythonRecorder:
             yield
         finally:
             sys.setprofile(profile)
+            self._closures.settle()
             if any(a is not None and a != b for a, b in zip(random_before, _host_random(), strict=True)):
                 self._block(Reason.HOST_RANDOM, _DRAWS)
 
@@ -112,14 +134,25 @@ class PythonRecorder:
         self.blocker = self.blocker or (text, reason)
 
     def _called(self, frame: FrameType, event: str, what: Any) -> None:
-        if event == "c_call":
+        if event == "call":
+            self._closures.settle()
+            self._called_python(frame)
+        elif event == "c_call":
+            self._closures.settle()
             if not self._importing:
                 self._called_native(what, frame)
-            return
-        code = frame.f_code
-        if code.co_name == "_find_and_load" and code.co_filename.startswith("<frozen importlib"):
-            self._importing += {"call": 1, "return": -1}.get(event, 0)
-        if event != "call" or self._importing:
+        elif event == "return":
+            self._closures.settle()
+            if self._importing and _imports(frame):
+                self._importing -= 1
+            if frame.f_code.co_freevars:
+                self._closures.leave(frame)
+
+    def _called_python(self, frame: FrameType) -> None:
+        code, scope = frame.f_code, frame.f_globals
+        if _imports(frame):
+            self._importing += 1
+        if self._importing:
             return
         if code is _ASKS:
             self.asks = self.asks or not is_ours(frame.f_back)
@@ -131,57 +164,92 @@ class PythonRecorder:
             config = getattr(frame.f_locals.get("self"), "compiler_config", None) or {}
             if config.get("triton.cudagraphs"):
                 self._block(Reason.COMPILED_WITH_GRAPHS, _COMPILED_WITH_GRAPHS)
-        if code in self._ran:
-            return
-        self._ran.add(code)
-        self._note_launcher(frame.f_globals.get("__name__"))
-        if is_library(code.co_filename) or is_opaque(frame.f_globals.get("__name__")):
-            return
-        named, scope = self._named[code] = NamesInCode(code), frame.f_globals
+        key = id(code), id(scope)
+        if known := self._ran.get(key):
+            enter = known[1]
+        else:
+            self._note_launcher(scope.get("__name__"))
+            enter = self._entered(frame)
+            self._ran[key] = code, enter
+        if enter is not None:
+            enter(frame)
+
+    def _entered(self, frame: FrameType) -> Callable[[FrameType], None] | None:
+        """Takes code that runs for the first time; returns what takes each call of it."""
+        code, scope = frame.f_code, frame.f_globals
+        if is_ours(frame):
+            return None
+        if _is_of_library(frame):
+            if self._library.add(code, scope):
+                return self._library.enter
+            in_closures = code.co_freevars and not is_torch(code.co_filename)
+            return self._enter_library if in_closures else None
+        named = NamesInCode(code)
+        self._named.append((named, scope))
         self.snapshot.add_names(named.attributes)
         for name in named.scope:
             self.snapshot.add_global(scope, name, f"global {name}")
         for module in named.imports(scope):
             self.snapshot.walk(module, module.__name__)
-        if code.co_freevars:
-            values = frame.f_locals
-            held = {name: values[name] for name in code.co_freevars if name in values}
-            if not all(isinstance(value, CODE) for value in held.values()):
-                self._closures[code] = held
-            else:  # to find their cells takes long
-                self._in_cells.extend(held.items())
-            for name, value in held.items():
-                if not _is_local_to_a_caller(frame, name, value):
-                    self.snapshot.walk(value, name)
+        return self._enter_closure if code.co_freevars else None
+
+    def _enter_library(self, frame: FrameType) -> None:
+        self._closures.enter(frame)
+
+    def _enter_closure(self, frame: FrameType) -> None:
+        for name, value in self._closures.enter(frame).items():
+            if not _is_local_to_a_caller(frame, name, value):
+                self.snapshot.walk(value, name)
 
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        self._note_launcher(getattr(function, "__module__", None) or type(owner).__module__)
-        is_effect = name in _EFFECTS or type(owner).__module__ in _EFFECTS_OF
-        if is_effect and not (
-            is_library(caller.f_code.co_filename) or is_opaque(caller.f_globals.get("__name__"))
-        ):
-            self.effect = self.effect or f"{name}()"
+        module = getattr(function, "__module__", None)
+        key = module, name, owner if isinstance(owner, type) else type(owner)
+        if key in self._dull:
+            return
+        self._note_launcher(module or type(owner).__module__)
+        if name in _EFFECTS or type(owner).__module__ in _EFFECTS_OF:
+            if not _is_of_library(caller):
+                self.effect = self.effect or f"{name}()"
+            return
         if name in _HAND_OVER:
             self._block(Reason.FOREIGN_KERNELS, _FOREIGN.format("hands memory over by DLPack"))
-        if isinstance(owner, torch.Generator) and name in _SEEDS:
+        elif issubclass(type(owner), torch.Generator) and name in _SEEDS:
             self._block(Reason.SEEDS_GENERATOR, f"it sets the state of a random generator ({name})")
-        if (
-            type(owner).__module__.startswith(("random", "numpy.random"))
-            and name != "getstate"
-            # A kernel that is compiled at its first call draws the names of temporary files.
-            and all(frame.f_code.co_filename != tempfile.__file__ for frame, _ in walk_stack(caller))
-        ):
+        elif name in _READERS:  # under another name
+            of_user = not is_library(caller.f_code.co_filename)
+            self._dynamic = self._dynamic or (of_user and name not in caller.f_code.co_names)
+        elif module == "_pickle":
+            self._dynamic = True
+        elif type(owner) is str and name == "format":
+            self._library.names.update(words_in(owner))
+        elif not self._note_draw(module, owner, name, caller):
+            self._dull.add(key)
+
+    def _note_draw(self, module: Any, owner: Any, name: str, caller: FrameType) -> bool:
+        """Blocks a graph if code of the user's gets a number that is another one at each call.
+
+        Returns True if the function gives such numbers.
+        """
+        of_generator = f"{type(owner).__module__}.".startswith(_GENERATORS) and name != "getstate"
+        # A generator without a seed gets one of the system's.
+        draws = of_generator or (module in _SYSTEM and name in _OF_SYSTEM)
+        if draws and _is_for_user(caller):
             self._block(Reason.HOST_RANDOM, _DRAWS)
+        is_date = isinstance(owner, type) and issubclass(owner, date) and name in _DATES
+        is_clock = is_date or (module == "time" and name in _CLOCKS)
+        if is_clock and not _is_of_library(caller):
+            self._block(Reason.READS_CLOCK, f"it reads the clock ({name}), which a graph freezes")
+        return draws or is_clock
 
     def _note_launcher(self, module: Any) -> None:
-        if f"{module}.".startswith(_LAUNCHERS):
+        if is_of_package(str(module), _LAUNCHERS):
             library = str(module).partition(".")[0]
             self._block(Reason.FOREIGN_KERNELS, _FOREIGN.format(f"calls {library}"))
 
     def _sources(self) -> Iterator[Source]:
         """Yields the sources of globals, imports and closures of the code that ran."""
-        for named, scope in self._named.values():
+        for named, scope in self._named:
             builtin = scope.get("__builtins__")
             builtin = vars(builtin) if isinstance(builtin, ModuleType) else builtin or {}
             for name in named.scope:
@@ -191,19 +259,18 @@ class PythonRecorder:
                     yield Source(builtin, name, builtin[name], name)
             for module in named.imports(scope):
                 yield Source(sys.modules, module.__name__, module, module.__name__)
-        for _, cell, name in _cells(list(self._closures)):
-            yield Source(cell, None, cell.cell_contents, f"closure {name}")
-        for name, value in self._in_cells:
-            yield Source((value,), 0, value, f"closure {name}")
+        for cell, name in self._closures.cells():
+            yield Source(cell, None, contents_of(cell), f"closure {name}")
+        yield from self._library.sources()
 
     def read_set(self) -> ReadSet:
         """Returns the code that ran and the names that this code can read."""
-        users = frozenset[str]().union(*(named.attributes for named, _ in self._named.values()))
-        libraries = [code for code in self._ran if code not in self._named]
-        texts = {text for code in libraries for text in code.co_consts if type(text) is str}
-        names = _ALWAYS.union(users, texts, *(code.co_names for code in libraries))
-        dynamic = self._dynamic or any(named.dynamic for named, _ in self._named.values())
-        ran = frozenset(self._ran)
+        users = frozenset[str]().union(*(named.attributes for named, _ in self._named))
+        names = _ALWAYS.union(users, self._library.names)
+        dynamic = (
+            self._dynamic or self._library.dynamic or any(named.dynamic for named, _ in self._named)
+        )
+        ran = {key: code for key, (code, _) in self._ran.items()}
         return ReadSet(None if dynamic else names, users, self.code, list(self._sources()), ran)
 
     def changed(self, *, restore: bool = False) -> list[str]:
@@ -211,36 +278,37 @@ class PythonRecorder:
 
         Lets go of all values that were there then; with `restore`, puts them back first.
         """
-        names = self.snapshot.changed() or sorted(self._rebound())
+        names = self.snapshot.changed()
         if restore and names:
             self.snapshot.restore()
-            self._restore_closures()
-        self.valid = self.snapshot if restore or not names else None
-        self._dynamic, self.memos = self.snapshot.dynamic, self.snapshot.memos
+        rebound = sorted(self._closures.rebound(restore=restore))
+        self.valid = self.snapshot if restore or not (names or rebound) else None
+        self.memos = self.snapshot.memos
+        self._dynamic = self._dynamic or self.snapshot.dynamic
         self.snapshot = Snapshot()
-        for held in self._closures.values():
-            held.clear()
-        return names
+        return names or rebound
 
-    def _rebound(self) -> set[str]:
-        """Returns the names of closure variables that no cell holds any more as they were."""
-        held: dict[tuple[CodeType, str], list[Any]] = {}
-        for function, cell, name in _cells(list(self._closures)):
-            held.setdefault((function.__code__, name), []).append(cell.cell_contents)
-        return {
-            name
-            for code, values in self._closures.items()
-            for name, before in values.items()
-            if (code, name) in held and not any(now is before for now in held[code, name])
-        }
 
-    def _restore_closures(self) -> None:
-        cells = list(_cells(list(self._closures)))
-        for function, cell, name in cells:
-            before = self._closures[function.__code__].get(name, ABSENT)
-            alike = sum(other.__code__ is function.__code__ and n == name for other, _, n in cells)
-            if before is not ABSENT and alike == 1:  # of several, it is not known which had the value
-                cell.cell_contents = before
+def _imports(frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_name == "_find_and_load" and code.co_filename.startswith("<frozen importlib")
+
+
+def _is_of_library(frame: FrameType) -> bool:
+    return is_library(frame.f_code.co_filename) or is_opaque(frame.f_globals.get("__name__"))
+
+
+def _is_for_user(caller: FrameType) -> bool:
+    """Return True if a number is drawn for code of the user's, perhaps by Python's own modules.
+
+    Torch draws names of files, at least where a kernel is compiled.
+    """
+    frames = [frame for frame, _ in walk_stack(caller)]
+    if any(frame.f_code.co_filename == tempfile.__file__ for frame in frames):
+        return False
+    names = ((frame, frame.f_code.co_filename) for frame in frames)
+    first = next((frame for frame, name in names if is_torch(name) or not is_library(name)), None)
+    return first is not None and not _is_of_library(first)
 
 
 def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:
@@ -249,16 +317,6 @@ def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:
     return any(
         name in caller.f_code.co_cellvars and caller.f_locals.get(name) is value for caller, _ in callers
     )
-
-
-def _cells(codes: list[CodeType]) -> Iterator[tuple[FunctionType, CellType, str]]:
-    """Yields the filled cells, and their names, of the functions that have such code and still exist."""
-    for function in gc.get_referrers(*codes) if codes else ():
-        if isinstance(function, FunctionType):
-            names = function.__code__.co_freevars
-            for cell, name in zip(function.__closure__ or (), names, strict=True):
-                if gc.get_referents(cell):  # else it is not filled yet
-                    yield function, cell, name
 
 
 def _host_random() -> tuple[Any, ...]:

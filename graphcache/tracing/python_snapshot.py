@@ -42,6 +42,10 @@ from graphcache.guards.reachability import (
 _LRU_CACHE = type(lru_cache(len))
 _NAMES = "_non_persistent_buffers_set"
 _BY_OTHER_CODE = (operator.attrgetter, operator.methodcaller)
+# Under another name, no code names them.
+_READERS = frozenset(
+    map(id, (getattr, hasattr, vars, dir, eval, exec, object.__getattribute__, *_BY_OTHER_CODE))
+)
 
 
 class Snapshot(Walker):
@@ -85,10 +89,10 @@ class Snapshot(Walker):
         if issubclass(kind, Tensor):
             if kind is Tensor or not isinstance(value, nn.Parameter):  # that takes long to ask
                 self.tensors[id(value)] = value
-        elif issubclass(kind, _BY_OTHER_CODE):
+        elif issubclass(kind, _BY_OTHER_CODE) or id(value) in _READERS:
             self.dynamic = True
-        elif kind.__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
-            self._generators.append((value, value.bit_generator.state, label))
+        elif kind.__module__.startswith("numpy.random") and (state := _state_of(value)) is not None:
+            self._generators.append((value, state, label))
             return False
         elif kind is _LRU_CACHE:
             self._add_lru_cache(value)
@@ -128,7 +132,7 @@ class Snapshot(Walker):
     def changed(self) -> list[str]:
         """Returns the names of everything that is not as it was."""
         sources = (s for s in self._sources.values() if s.container.get(s.key, ABSENT) is not s.value)
-        drew = (g for g in self._generators if repr(g[0].bit_generator.state) != repr(g[1]))
+        drew = (g for g in self._generators if repr(_state_of(g[0])) != repr(g[1]))
         other = (a for a in self._arrays if bytes(a[0]) != a[1])
         names = {*(source.label for source in sources), *(label for _, _, label in (*drew, *other))}
         return sorted(names.union(*(members.changed() for members in self._members.values())))
@@ -138,7 +142,10 @@ class Snapshot(Walker):
         for source in self._sources.values():
             _set_item(source.container, source.key, source.value)
         for generator, state, _ in self._generators:
-            generator.bit_generator.state = state
+            if hasattr(generator, "set_state"):
+                generator.set_state(state)
+            else:
+                getattr(generator, "bit_generator", generator).state = state
         for array, before, _ in self._arrays:
             if bytes(array) != before:
                 memoryview(array).cast("B")[:] = before
@@ -173,7 +180,7 @@ def _put_back(members: Members) -> None:
         owner = next(
             each
             for each in gc.get_referrers(container)
-            if type(each) is type and each.__qualname__ == label
+            if isinstance(each, type) and each.__qualname__ == label
         )
         for name in members.changed_keys():
             before = dict(items).get(name, ABSENT)
@@ -203,3 +210,10 @@ def _table_of(members: Members) -> dict[Any, Any] | None:
     elif members.kind is ATTRIBUTES:
         table = attributes_of(table)
     return table if isinstance(table, dict) else None
+
+
+def _state_of(generator: Any) -> Any:
+    """Returns the state of one of numpy's generators; None for any other object."""
+    if hasattr(generator, "get_state"):
+        return generator.get_state(legacy=False)
+    return getattr(getattr(generator, "bit_generator", generator), "state", None)

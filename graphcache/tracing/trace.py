@@ -93,7 +93,7 @@ class Trace:
         """Return True if another run can't have read anything that this one did not."""
         reached = {id(tensor) for tensor in self.reached}
         return (
-            other.read_set.ran <= self.read_set.ran
+            other.read_set.ran.keys() <= self.read_set.ran.keys()
             and other.external.keys() <= self.external.keys()
             and all(id(tensor) in reached for tensor in other.reached)
         )

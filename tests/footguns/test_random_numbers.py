@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import random
+import secrets
+import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 from graphcache import cuda_graphed
-from tests.helpers import Backend, eagerly, equal, info, on, same_as_eager
+from tests.helpers import Backend, eagerly, equal, info, on, replays, same_as_eager
 
 # Warnings about a trap are asked for by single tests only.
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
+
+
+HELD = numpy.random.RandomState(3)
 
 
 def seeded(model: Any, *args: Any, seed: int = 5, times: int = 6) -> list[Tensor]:
@@ -190,3 +200,44 @@ def test_generator_state_is_saved_and_put_back(backend: Backend) -> None:
         got = model(x).clone()
         torch.manual_seed(seed)
         equal(got, forward(x))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: numpy.random.default_rng().random(),
+        lambda: numpy.random.RandomState().rand(),
+        lambda: numpy.random.Generator(numpy.random.PCG64()).random(),
+        HELD.rand,
+        lambda: random.SystemRandom().random(),
+        lambda: random.Random().random(),
+        lambda: secrets.randbelow(1000) / 1000,
+        lambda: os.urandom(1)[0] / 256,
+        lambda: uuid.uuid4().int % 1000 / 1000,
+    ],
+)
+def test_host_draws_from_a_generator_of_its_own(backend: Backend, draw: Any) -> None:
+    """The number of the capture is baked in; no generator that is known moves on."""
+    model = cuda_graphed(lambda x: x + draw(), sizes=(4,))
+    x = torch.zeros(4, 2, device=backend.device)
+    assert len({model(x)[0, 0].item() for _ in range(8)}) > 1
+    assert info(model).hits == 0
+
+
+@pytest.mark.parametrize(
+    "read", [time.time, time.perf_counter, lambda: datetime.datetime.now().timestamp()]
+)
+def test_forward_reads_the_clock(backend: Backend, read: Any) -> None:
+    """The time of the capture is baked in."""
+    model = cuda_graphed(lambda x: x * (read() > 0), sizes=(2,))
+    x = backend.randn(2, 3)
+    for _ in range(4):
+        equal(model(x), x)
+    assert info(model).hits == 0
+    assert "it reads the clock" in str(info(model).eager)
+
+
+def test_forward_draws_the_same_numbers_at_each_call(backend: Backend) -> None:
+    """A generator with a seed that is made inside gives what the graph holds."""
+    model = cuda_graphed(lambda x: x * numpy.random.default_rng(3).random(), sizes=(2,))
+    replays(model, backend.randn(2, 3))
