@@ -52,19 +52,12 @@ class _Caches:
         return self.by_id, id(instance), _reference(instance)
 
 
-def _reference(instance: Any, callback: Callable[[Any], object] | None = None) -> "weakref.ref[Any]":
-    """Returns a weak reference to an instance whose forward has graphs.
-
-    Raises:
-        OptionError: where its class allows none.
-    """
+def _reference(owner: Any, callback: Callable[[Any], Any] | None = None) -> Any:
+    """Returns a weak reference; a strong one to an object with `__slots__` that allows no other."""
     try:
-        return weakref.ref(instance, callback)
+        return weakref.ref(owner, callback)
     except TypeError:
-        raise OptionError(
-            f"graphcache: {type(instance).__qualname__} has __slots__ without '__weakref__', so its "
-            "graphs can't go when it goes; add '__weakref__' to its __slots__"
-        ) from None
+        return lambda: owner
 
 
 def _name(function: Callable[..., Any], instance: Any) -> str:

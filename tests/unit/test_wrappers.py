@@ -177,6 +177,7 @@ def test_hooks_of_the_module_itself_run_on_every_call(model: nn.Module, backend:
         handle.remove()
 
 
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 def test_hooks_inside_run_on_every_call(model: nn.Module, backend: Backend) -> None:
     """A replay runs no Python, so a forward with a hook inside it runs eagerly."""
     seen: list[Tensor] = []
@@ -358,6 +359,7 @@ def test_a_forward_put_on_top_later_is_called(backend: Backend, mlp: MLP) -> Non
     assert close(mlp(x), plain)
 
 
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2,))
     x = backend.randn(2, 8)
@@ -452,3 +454,33 @@ def test_a_compiled_function_traces_a_forward_that_has_graphs(backend: Backend, 
     targets = operations(graphs)
     assert sum("linear" in target for target in targets) == 2
     assert mlp.forward.cache_info().hits == hits
+
+
+class Slots:
+    """Allows no weak reference, and has no `__dict__`."""
+
+    __slots__ = ("scale", "shift")
+
+    def __init__(self, shift: Tensor) -> None:
+        self.scale, self.shift = 2.0, shift
+
+    @cuda_graphed(sizes=(2,))
+    def step(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+    def plain(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_methods_of_an_object_with_slots_are_graphed(backend: Backend, bound: bool) -> None:
+    one, other = (Slots(backend.randn(3)) for _ in range(2))
+    other.scale = 3.0
+    calls = [cuda_graphed(each.plain, sizes=(2,)) if bound else each.step for each in (one, other)]
+    for turn in range(5):
+        for each, call in zip((one, other), calls, strict=True):
+            x = backend.randn(2, 3)
+            assert torch.equal(call(x), each.plain(x))
+            if turn == 2:
+                each.scale = 5.0
+    assert [call.cache_info().hits for call in calls] == [3, 3]
