@@ -35,7 +35,7 @@ bool has_address(PyObject* object) {
 }
 
 py::object reference_to(PyObject* object) {
-  // What keeps nothing alive may be held.
+  // A weak reference keeps nothing alive, so it may be held.
   if (refers_to_no_module(object) || PyWeakref_Check(object)) {
     return py::reinterpret_borrow<py::object>(object);
   }

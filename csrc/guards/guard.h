@@ -32,7 +32,7 @@ class Guard {
   void add_items(const pybind11::object& items, pybind11::object label);
   // An array on the host keeps its bytes.
   void add_bytes(pybind11::object array, pybind11::object label);
-  // What a weak reference or proxy refers to lives on. The reference is held, which keeps nothing alive.
+  // A weak reference or proxy refers to the same. It is held, which keeps nothing alive.
   void add_reference(pybind11::object reference, pybind11::object label);
   // `value` stays where `container` has `key`. A container may also be a cell or a context variable, with
   // any key, or an object with slots, with a descriptor as the key.

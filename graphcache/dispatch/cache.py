@@ -30,7 +30,7 @@ from graphcache.dispatch.store import Store
 from graphcache.guards.static_objects import with_slots
 from graphcache.pool import GraphPool
 from graphcache.report.cache_info import CacheInfo, Counts
-from graphcache.report.reasons import Bypass, EagerReason, Reason
+from graphcache.report.reasons import WARNED, Bypass, EagerReason, Reason
 from graphcache.report.suggest_sizes import Suggestion, suggestion
 from graphcache.tracing.trace import Forward, trace_forward
 
@@ -84,6 +84,9 @@ class GraphCache:
         kwargs: dict[str, Any],
     ) -> Any:
         self.store.counts.eager[why] += 1
+        if why.reason in WARNED:
+            text = f"runs eagerly where its call has no graph: {why}"
+            self.store.warn(why.reason.name, text, why.reason.advice)
         return function(*args, **kwargs)
 
     def _serve(self, forward: Forward, call: BoundCall, pool: GraphPool) -> Any:

@@ -182,6 +182,17 @@ class Reason(Enum):
         self.advice = advice
 
 
+# Calls that graphs could serve if the caller or the forward were a little different: each warns once.
+# The others warn elsewhere, or are modes of a call that its caller chose.
+WARNED = frozenset(
+    {
+        *(Reason.HOOKS, Reason.NO_TENSOR, Reason.NO_BATCH_DIM, Reason.SEVERAL_DEVICES),
+        *(Reason.ARGUMENT_TYPE, Reason.ARGUMENT_TENSOR, Reason.BOUND_OUTPUT, Reason.OVERLAPS_MUTATED),
+        *(Reason.OBJECT_EACH_CALL, Reason.OBJECT_HOLDS_OUTPUT, Reason.OBJECT_UNGUARDED),
+    }
+)
+
+
 class EagerReason(str):
     """The text of one reason with its detail, as a key of `cache_info().eager`.
 

@@ -867,14 +867,6 @@ class Slots:
         return x * self.scale
 
 
-def test_an_instance_that_no_weak_reference_knows(x: Tensor) -> None:
-    """Its graphs would outlive it."""
-    instance = Slots()
-    instance.scale = 2.0
-    with pytest.raises(OptionError, match=r"Slots has __slots__ without '__weakref__'.*; add"):
-        instance.scaled(x)
-
-
 def _threefold(x: Tensor) -> Tensor:
     return x * 3
 

@@ -19,6 +19,9 @@ from graphcache.runtime.obstacles import obstacle
 from tests.helpers import Backend, Counter, close, eager, info, reasons
 from tests.models import MLP
 
+# Warnings about eager calls are asked for by single tests only.
+pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
+
 
 def test_disabled(backend: Backend, mlp: MLP, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_graphed(mlp, sizes=(2,))

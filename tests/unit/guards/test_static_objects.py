@@ -18,6 +18,9 @@ from graphcache.guards.static_objects import _SLOTS, Slots
 from graphcache.report.reasons import Reason
 from tests.helpers import Backend, Counter
 
+# Warnings about eager calls are asked for by single tests only.
+pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
+
 LENGTH = 16
 
 

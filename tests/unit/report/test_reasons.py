@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,9 @@ import graphcache
 from graphcache import GraphCacheError, GraphCacheWarning, cuda_graphed
 from graphcache.report.reasons import Reason
 from tests.helpers import Backend, Counter
+
+# Warnings about eager calls are asked for by single tests only.
+pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 
 
 def eager_reasons(forward: Any) -> str:
@@ -81,3 +87,30 @@ def test_forward_of_a_deleted_module_raises() -> None:
     del module
     with pytest.raises(GraphCacheError, match="module of this forward is gone"):
         forward.cache_info()
+
+
+def with_a_lock() -> Any:
+    return SimpleNamespace(lock=threading.Lock())
+
+
+@pytest.mark.parametrize(
+    ("reason", "forward", "options", "argument"),
+    [
+        (Reason.ARGUMENT_TYPE, lambda x, y: x * 2, {}, with_a_lock()),
+        (Reason.NO_BATCH_DIM, lambda x, y: x * 2, {"batch_dim": {"x": None}}, 1),
+        (Reason.ARGUMENT_TENSOR, lambda x, y: x * 2, {}, torch.eye(2).to_sparse()),
+    ],
+    ids=lambda value: value.name if isinstance(value, Reason) else "",
+)
+def test_each_reason_of_a_call_warns_once(
+    backend: Backend, reason: Reason, forward: Any, options: dict[str, Any], argument: Any
+) -> None:
+    graphed = cuda_graphed(forward, **options)
+    x = backend.randn(2, 3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(graphed(x, argument), x * 2)
+    assert kinds(graphed) == {reason}
+    assert [each.filename for each in told] == [__file__]
+    assert str(told[0].message).endswith(f"1. {reason.advice}")
