@@ -177,8 +177,8 @@ def test_a_module_that_died_is_noticed() -> None:
     ids=["write", "same", "data", "offset", "layout", "shape", "set", "resize", "swap", "expired"],
 )
 def test_storage(change, holds: bool) -> None:
-    tensor = torch.ones(8, 4)[:4]
-    held = guard_of_tensors(torch.ones(2), tensor)
+    other, tensor = torch.ones(2), torch.ones(8, 4)[:4]  # alive, as what a source holds is
+    held = guard_of_tensors(other, tensor)
     assert held.check(True)
     change(tensor)
     assert held.check(False) == holds
