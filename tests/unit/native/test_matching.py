@@ -141,6 +141,7 @@ def test_constants_are_told_apart_by_type_and_value(backend: Backend) -> None:
     ],
     ids=["dtype", "shape", "dimensions", "subclass", "layout", "empty", "parameter", "nested", "none"],
 )
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 def test_call_that_does_not_match_is_a_miss(backend: Backend, change: Callable[[Tensor], Any]) -> None:
     def forward(x: Any) -> Any:
         return x if x is None else x[0] * 2 if isinstance(x, tuple) else x * 2

@@ -124,6 +124,7 @@ def test_an_argument_that_carries_the_batch_and_is_written(backend: Backend) -> 
     assert "an argument that is bound by address carries the batch" in model.cache_info().notes[0]
 
 
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 def test_writing_to_an_output_of_a_graph(backend: Backend) -> None:
     """The output lies in memory that the graph itself overwrites, so that call runs eagerly."""
     model = cuda_graphed(lambda x, h: h.add_(x), sizes=(2,))
