@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import GraphCacheWarning, OptionError, cuda_graphed
+from graphcache import GraphCacheWarning, cuda_graphed
 from tests.helpers import (
     Backend,
     eagerly,
@@ -857,14 +857,6 @@ def test_a_method_of_a_decorated_class_is_kept_in_a_module(
         for _ in range(3):
             equal(each.kept(x), each.linear(x))
     assert info(other.kept).hits > 0
-
-
-class Slots:
-    __slots__ = ("scale",)
-
-    @cuda_graphed
-    def scaled(self, x: Tensor) -> Tensor:
-        return x * self.scale
 
 
 def _threefold(x: Tensor) -> Tensor:
