@@ -46,7 +46,8 @@ class Dependencies:
         guards: the values that it captured.
         mutated: the memory that it mutates besides its own, and the arguments that are copied before.
         mutated_keys: the keys of the storages that its forward mutates.
-        ran: the code of its forward that ran, at any size.
+        ran: the code that its forward ran at any size, but for libraries'.
+        external: the keys of the storages that its forward reads or writes and was not given.
         draws_random: whether its forward draws random numbers.
     """
 
@@ -54,6 +55,7 @@ class Dependencies:
     mutated: _C.MutatedMemory
     mutated_keys: frozenset[int]
     ran: Mapping[tuple[int, int], CodeType]
+    external: frozenset[int]
     draws_random: bool
 
 

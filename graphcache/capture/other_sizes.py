@@ -123,11 +123,8 @@ def why_unlike_captured(other: Trace, bucket: Bucket, batch: int) -> str | None:
     """Explains how a run at a batch does something else than the graph that would serve the batch."""
     known = bucket.dependencies
     why = why_unlike(other, batch, known.mutated_keys, known.draws_random)
-    return (
-        why
-        if why or other.read_set.ran.keys() <= known.ran.keys()
-        else f"it runs other code at batch {batch}"
-    )
+    more = other.read_set.ran.keys() - known.ran.keys() or other.external.keys() - known.external
+    return f"it runs other code at batch {batch}" if why is None and more else why
 
 
 def _pads_by_value(call: BoundCall, pad: Pad) -> bool:

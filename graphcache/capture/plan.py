@@ -63,8 +63,14 @@ class CapturePlan:
     def dependencies(self) -> Dependencies:
         """Returns what the graphs will depend on besides their arguments."""
         trace = self.trace
-        ran, draws = trace.read_set.ran, trace.draws_random
-        return Dependencies(self.guards, self._mutated_memory(), trace.mutated_keys, ran, draws)
+        return Dependencies(
+            self.guards,
+            self._mutated_memory(),
+            trace.mutated_keys,
+            trace.read_set.ran,
+            frozenset(trace.external),
+            trace.draws_random,
+        )
 
     def _mutated_memory(self) -> _C.MutatedMemory:
         """Returns the memory that the graphs will mutate besides their own, and that of objects.

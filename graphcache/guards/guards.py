@@ -56,7 +56,7 @@ class ReadSet(NamedTuple):
         users_names: names in code that is no library's; they are looked up in Python modules.
         code: the forward, and the classes and functions among its arguments.
         sources: those of globals, imports and closures.
-        ran: all code that ran, by its address and that of its globals.
+        ran: the code that ran and is no library's, by its address and that of its globals.
     """
 
     names: frozenset[str] | None

@@ -83,6 +83,9 @@ class UndoLog:
             return
         with _plainly():
             copy = region.read(region.tensor)
+        if copy.nbytes > self._left:
+            self.is_complete = False
+            return
         self._left -= copy.nbytes
         self._steps.append((region, copy))
         if key is not None:

@@ -86,7 +86,6 @@ class PythonRecorder:
         snapshot: the Python values before the forward ran; empty after `changed()`.
         blocker: the first thing that no graph can hold, and its kind; or None.
         memos: the tables of results that functions keep, as `functools.lru_cache` does.
-        valid: the snapshot, after `changed()`, if the values are as they were.
     """
 
     def __init__(
@@ -101,13 +100,13 @@ class PythonRecorder:
         self._ran: dict[tuple[int, int], tuple[CodeType, Callable[[FrameType], None] | None]] = {}
         self._dull: set[tuple[Any, str, type]] = set()  # functions of C that do not matter
         self._named: list[tuple[NamesInCode, dict[str, Any]]] = []  # of users' code, with its globals
+        self._of_users: dict[tuple[int, int], CodeType] = {}  # likewise, code that is no library's
         self._dynamic = False
         self._closures = Closures()
         self._library = LibraryCode()
         self.asks = self.compiled = False
         self.effect: str | None = None
         self.memos: list[dict[Any, Any]] = []
-        self.valid: Snapshot | None = None
         self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
         self.snapshot = snapshot or Snapshot()
@@ -186,6 +185,7 @@ class PythonRecorder:
             return self._enter_library if in_closures else None
         named = NamesInCode(code)
         self._named.append((named, scope))
+        self._of_users[id(code), id(scope)] = code
         self.snapshot.add_names(named.attributes)
         for name in named.scope:
             self.snapshot.add_global(scope, name, f"global {name}")
@@ -270,23 +270,26 @@ class PythonRecorder:
         dynamic = (
             self._dynamic or self._library.dynamic or any(named.dynamic for named, _ in self._named)
         )
-        ran = {key: code for key, (code, _) in self._ran.items()}
-        return ReadSet(None if dynamic else names, users, self.code, list(self._sources()), ran)
+        sources = list(self._sources())
+        return ReadSet(None if dynamic else names, users, self.code, sources, self._of_users)
 
-    def changed(self, *, restore: bool = False) -> list[str]:
-        """Returns the names of the values that were set, replaced, changed or deleted since the start.
+    def changed(self, *, restore: bool = False) -> tuple[list[str], Snapshot | None]:
+        """Finds the values that were set, replaced, changed or deleted since the start.
 
         Lets go of all values that were there then; with `restore`, puts them back first.
+
+        Returns:
+            The names of these values, and the snapshot if the values are as they were at the start.
         """
         names = self.snapshot.changed()
         if restore and names:
             self.snapshot.restore()
         rebound = sorted(self._closures.rebound(restore=restore))
-        self.valid = self.snapshot if restore or not (names or rebound) else None
+        valid = self.snapshot if restore or not (names or rebound) else None
         self.memos = self.snapshot.memos
         self._dynamic = self._dynamic or self.snapshot.dynamic
         self.snapshot = Snapshot()
-        return names or rebound
+        return names or rebound, valid
 
 
 def _imports(frame: FrameType) -> bool:

@@ -155,7 +155,7 @@ def trace_forward(
     except BaseException:
         python.changed(restore=restore)
         raise
-    mutations = python.changed(restore=restore)  # at once: it lets go of what was there before
+    mutations, snapshot = python.changed(restore=restore)  # at once: it lets go of what was there before
     tensors: list[Tensor] = []
     layout, blocker = None, None
     try:
@@ -188,7 +188,7 @@ def trace_forward(
         leak=leak,
         read_set=python.read_set(),
         undo=ops.undo,
-        snapshot=python.valid,
+        snapshot=snapshot,
         memos=python.memos,
         effect=python.effect,
         bears_nan=ops.bears_nan(),

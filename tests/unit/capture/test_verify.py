@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graphcache import _C, CheckError, GraphCacheWarning, config, cuda_graphed
 from graphcache.capture import verify
+from graphcache.tracing import op_recorder
 from tests.helpers import EMULATED, Backend, eagerly, equal, info, same_as_eager
 
 # Warnings about rows are asked for by single tests only.
@@ -157,7 +158,7 @@ def test_a_comparison_writes_state_once(backend: Backend) -> None:
 
 
 def test_large_state_is_compared_by_structure(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "MAX_UNDONE", 100)
+    monkeypatch.setattr(op_recorder, "MAX_UNDO", 10)
     cache = torch.zeros(9, 4, device=backend.device)
 
     def forward(x: Tensor, slots: Tensor) -> Any:

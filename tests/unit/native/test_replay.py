@@ -199,6 +199,8 @@ def test_held_outputs_take_no_launch(backend: Backend, loop: Callable[..., Any],
         pytest.skip("inputs and outputs are copied by torch there")
     model: Any = cuda_graphed(MLP(64).to(backend.device).eval(), sizes=(8,))
     rows = [backend.randn(8, 64) for _ in range(10)]
+    if strided and loop is fed_back:
+        pytest.skip("what is fed back is dense")
     xs = list(torch.stack(rows, 1).unbind(1)) if strided else rows
     plain(model, xs)
     want = operations_of(lambda: plain(model, xs))
