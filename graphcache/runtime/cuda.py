@@ -135,17 +135,32 @@ class CudaStopwatch(Stopwatch):
 
 @dataclass(eq=False)  # compared by identity
 class CudaGraph(Graph):
-    """A graph of torch, its copy-in node, and the number of products that run beside others."""
+    """A graph of torch, its copy-in node, and the number of products that run beside others.
+
+    torch gives the graph numbers of `generator`, the state of the capture, which `graphsafe_set_state` may
+    have replaced since.
+    """
 
     graph: torch.cuda.CUDAGraph
     node: _C.CopyInNode | None
     turn: _Turn
     branches: int
+    generator: torch.Generator
 
     def replay(self) -> None:
         """Launches the graph by torch, which advances the random generators."""
         with self.turn:
+            current, captured = _generator_of(self.generator.device), self.generator
+            now = current.initial_seed(), current.get_offset()
+            if (captured.initial_seed(), captured.get_offset()) != now:
+                captured.manual_seed(now[0])
+                captured.set_offset(now[1])
             self.graph.replay()
+            current.set_offset(captured.get_offset())
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index]
 
 
 class _Ladder(threading.local):
@@ -239,7 +254,8 @@ class CudaRuntime(Runtime):
                 node.attach(graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
         count = branching.close(branches)
         self._check_reserve(arena.device)
-        return CudaGraph(graph, node, arena.turn, count), result
+        state = _generator_of(arena.device).graphsafe_get_state()
+        return CudaGraph(graph, node, arena.turn, count, state), result
 
     def _check_reserve(self, device: torch.device) -> None:
         """Raises `OutOfMemoryError` where a graph leaves too little memory for eager calls.

@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator
 
 from graphcache.errors import CaptureError
 from graphcache.report.reasons import Reason, text_of
-from graphcache.runtime.op_schemas import tensors_in
+from graphcache.runtime.op_schemas import is_composite, may_mutate, tensors_in
 from graphcache.runtime.source_lines import user_line
 
 _aten = torch.ops.aten
@@ -32,6 +32,39 @@ _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_m
 
 # torch may drop cuFFT's plan (`cufft_plan_cache`), and with the plan memory that a graph needs.
 _FFTS = (_aten._fft_r2c, _aten._fft_c2c, _aten._fft_c2r)
+
+
+# What is seen only in the arguments of a call.
+_LOOKED_AT = (
+    *(_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default, _aten.index.Tensor),
+    *(_aten.lift_fresh.default, *_INDEX_PUTS),
+)
+_TELLING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# By address, which is known faster than the hash of an operation. Operations live for ever.
+_PLAIN: dict[int, bool] = {}
+
+
+def is_plain(func: torch._ops.OpOverload) -> bool:
+    """Return True if an operation only reads tensors and makes others, whatever it is given."""
+    known = _PLAIN.get(id(func))
+    if known is None:
+        known = _PLAIN[id(func)] = _is_plain(func)
+    return known
+
+
+def _is_plain(func: torch._ops.OpOverload) -> bool:
+    if isinstance(func, HigherOrderOperator) or func.namespace != "aten":
+        return False
+    takes_generator = any("Generator" in str(each.type) for each in func._schema.arguments)
+    return not (
+        takes_generator
+        or func in _LOOKED_AT
+        or func in _READ_OPS
+        or func.overloadpacket in _FFTS
+        or _TELLING_TAGS.intersection(func.tags)
+        or may_mutate(func)
+        or any(is_composite(func, backend) for backend in ("CPU", "CUDA"))
+    )
 
 
 def _is_mask(index: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -52,24 +52,36 @@ def bears_nan(operators: Iterable[torch._ops.OpOverload], *, hidden: bool) -> bo
     return not any(_ASSERTS.search(name) or (hidden and _TAKES_INDICES.search(name)) for name in names)
 
 
-def discretises(func: torch._ops.OpOverload, given: Any, result: Any) -> bool:
+def discretises(func: torch._ops.OpOverload, given: list[Tensor], made: list[Tensor]) -> bool:
     """Return True if an operation can hide NaN: it made integers or booleans of it, or leaves it out."""
-    return _LEAVES_NAN_OUT.search(base_name(func)) is not None or (
-        any(tensor.is_floating_point() for tensor in tensors_in(given))
-        and any(not t.is_floating_point() and not t.is_complex() for t in tensors_in(result))
-        and base_name(func) not in _BOUNDED
-    )
+    whole = any(not tensor.is_floating_point() and not tensor.is_complex() for tensor in made)
+    if whole and any(tensor.is_floating_point() for tensor in given):
+        return base_name(func) not in _BOUNDED
+    return leaves_nan_out(func)
 
 
-def tensors_in(*trees: Any) -> Iterator[Tensor]:
-    """Yields the tensors among the arguments or results of one operation."""
+_LEAVES_OUT: dict[int, bool] = {}  # by address
+
+
+def leaves_nan_out(func: torch._ops.OpOverload) -> bool:
+    """Return True if the name of an operation says that NaN does not reach its result."""
+    known = _LEAVES_OUT.get(id(func))
+    if known is None:
+        known = _LEAVES_OUT[id(func)] = _LEAVES_NAN_OUT.search(base_name(func)) is not None
+    return known
+
+
+def tensors_in(*trees: Any) -> list[Tensor]:
+    """Returns the tensors among the arguments or results of one operation, in order."""
+    found = []
     for tree in trees:
         if isinstance(tree, Tensor):
-            yield tree
-        elif isinstance(tree, (list, tuple)):
-            yield from tensors_in(*tree)
-        elif isinstance(tree, dict):
-            yield from tensors_in(*tree.values())
+            found.append(tree)
+        elif isinstance(tree, (list, tuple)) and tree:
+            found += tensors_in(*tree)
+        elif isinstance(tree, dict) and tree:
+            found += tensors_in(*tree.values())
+    return found
 
 
 def overrides_dispatch(tensor: Tensor) -> bool:
@@ -88,6 +100,11 @@ def _mutated_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ..
     )
 
 
+def may_mutate(func: torch._ops.OpOverload) -> bool:
+    """Return True if an operation mutates an argument, or may take over a storage."""
+    return bool(_mutated_arguments(func)) or func in _BATCH_NORMS
+
+
 def mutated_by(
     func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
@@ -102,7 +119,8 @@ def mutated_by(
 
 
 @cache
-def _is_composite(func: torch._ops.OpOverload, backend: str) -> bool:
+def is_composite(func: torch._ops.OpOverload, backend: str) -> bool:
+    """Return True if an operation is made of others on a backend."""
     name = func.name()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, backend)
@@ -137,7 +155,7 @@ def take_apart(
     if not torch.is_inference_mode_enabled():
         return NotImplemented
     devices = {tensor.device.type for tensor in tensors_in(args, kwargs)}
-    if not _is_composite(func, "CUDA" if "cuda" in devices else "CPU"):
+    if not is_composite(func, "CUDA" if "cuda" in devices else "CPU"):
         return NotImplemented
     with mode:
         return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,11 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache.runtime.source_lines import is_torch
 
 
+def _dynamo_looks() -> bool:
+    """Return True if Dynamo is called for the frames of this thread."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    callback = eval_frame.get_eval_frame_callback()
+    return callback is not None and callback is not False
+
+
 class DispatchMode(TorchDispatchMode):
     """A dispatch mode that does not import Dynamo.
 
     torch hides `__torch_dispatch__` from Dynamo by a wrapper that imports Dynamo and 800 modules more,
-    at the first operation. Without Dynamo in the process there is nobody to hide it from.
+    at the first operation. The wrapper takes as long as an operation. It is called only where Dynamo
+    looks at frames just now.
     """
 
     supports_higher_order_operators = True  # which `take_apart` runs
@@ -30,10 +40,7 @@ class DispatchMode(TorchDispatchMode):
         hidden = _disable_dynamo(plain)
 
         def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if "torch._dynamo" in sys.modules:
-                cls.__torch_dispatch__ = hidden  # type: ignore[method-assign]
-            chosen = hidden if "torch._dynamo" in sys.modules else plain
-            return chosen(mode, func, types, args, kwargs)
+            return (hidden if _dynamo_looks() else plain)(mode, func, types, args, kwargs)
 
         cls.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from graphcache import _C, config
 from graphcache.report.reasons import Reason, text_of
 from graphcache.runtime.host_transfers import Constants, HostReads, Key
-from graphcache.runtime.obstacles import Obstacle, obstacle
+from graphcache.runtime.obstacles import Obstacle, is_plain, obstacle
 from graphcache.runtime.op_schemas import (
     bears_nan,
     discretises,
@@ -106,7 +106,7 @@ class OpRecorder(DispatchMode):
         self._inputs = {_C.storage_key(tensor) for tensor in inputs}
         # Weak references keep the keys of dead storages from being used again.
         self.made: dict[int, StorageWeakRef] = {}
-        self._operators: set[torch._ops.OpOverload] = set()
+        self._operators: dict[int, torch._ops.OpOverload] = {}  # by address
         self.hides_nan = self._addressed = False
         self._constants: set[int] = set()  # of those, what was written out in the source
         # By identity: what operations gave, the arguments, and what came from elsewhere.
@@ -150,6 +150,11 @@ class OpRecorder(DispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not types and is_plain(func):
+            given = tensors_in(args, kwargs)
+            for tensor in given:
+                self.note_read(tensor)
+            return self._made_by(func, given, func(*args, **kwargs))
         parts = take_apart(func, args, kwargs, self)
         if parts is not NotImplemented:
             return parts
@@ -174,11 +179,17 @@ class OpRecorder(DispatchMode):
         # cuDNN takes over the storage of all its weights, which no operation reads.
         there = self._storages_before if func in _TAKES_STORAGE else ()
         result = func(*args, **kwargs)
-        self._operators.add(func)
-        self.hides_nan = self.hides_nan or discretises(func, args, result)
-        for tensor in tensors_in(result):
-            if there and _C.storage_key(tensor) in there:
+        for tensor in tensors_in(result) if there else ():
+            if _C.storage_key(tensor) in there:
                 self._add_external(tensor)
+        return self._made_by(func, tensors_in(args), result)
+
+    def _made_by(self, func: Any, given: list[Tensor], result: Any) -> Any:
+        """Records an operation, and what it made; returns its result."""
+        made = tensors_in(result)
+        self._operators[id(func)] = func
+        self.hides_nan = self.hides_nan or discretises(func, given, made)
+        for tensor in made:
             self._note_made(tensor)
         return result
 
@@ -189,10 +200,12 @@ class OpRecorder(DispatchMode):
 
     def note_read(self, tensor: Tensor) -> None:
         """Records a tensor that the forward has got hold of."""
+        known = self._known.get(id(tensor))
+        if known is not None and known() is tensor:
+            return
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type == "meta":
             return
-        known = self._known.get(id(tensor))
-        if (known is not None and known() is tensor) or _C.storage_key(tensor) in self.made:
+        if _C.storage_key(tensor) in self.made:
             return  # what is made and not known is a view that no operation made, such as x.data
         if tensor.is_quantized:
             self.block(Reason.UNSUPPORTED_TENSOR, "a quantised one is read")
@@ -241,7 +254,7 @@ class OpRecorder(DispatchMode):
 
     def bears_nan(self) -> bool:
         """Return True if NaN in the arguments can't make a kernel stop the device."""
-        return not self._addressed and bears_nan(self._operators, hidden=self.hides_nan)
+        return not self._addressed and bears_nan(self._operators.values(), hidden=self.hides_nan)
 
     def mutated_external(self) -> list[Tensor]:
         """Returns a tensor for each storage that was mutated and that the forward did not make."""

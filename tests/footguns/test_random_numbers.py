@@ -32,6 +32,27 @@ def seeded(model: Any, *args: Any, seed: int = 5, times: int = 6) -> list[Tensor
     return [model(*args).clone() for _ in range(times)]
 
 
+@on("cuda", "cuda-portable")
+def test_state_of_the_generator_is_replaced(backend: Backend) -> None:
+    """The graph draws from the state of its capture, which nobody else uses any more."""
+    model = cuda_graphed(lambda x: x + torch.rand_like(x), sizes=(4,))
+    x = torch.zeros(4, 8, device=backend.device)
+    model(x), model(x)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    first, second = generator.graphsafe_get_state(), generator.clone_state()
+    second.manual_seed(7)
+    for state in (second, first, second):
+        generator.graphsafe_set_state(state)
+        before = generator.get_offset()
+        got = [model(x).clone() for _ in range(2)]
+        after = generator.get_offset()
+        generator.set_offset(before)
+        equal(got, [eagerly(model, x) for _ in range(2)])
+        assert generator.get_offset() == after
+    generator.graphsafe_set_state(first)
+    assert info(model).hits == 7
+
+
 def test_dropout_in_training_mode(backend: Backend) -> None:
     """The mask of the capture, again and again; or other numbers than eager's."""
     model = cuda_graphed(nn.Dropout(0.5), sizes=(4,))

@@ -369,9 +369,8 @@ def test_hooks_that_come_and_go_are_called(backend: Backend, mlp: MLP) -> None:
         mlp.register_forward_hook,
         nn.modules.module.register_module_forward_hook,
     ):
-        handle = register(lambda module, args, out: out + 1 if module is mlp else None)
-        assert close(mlp(x), plain + 1)
-        handle.remove()
+        with register(lambda module, args, out: out + 1 if module is mlp else None):
+            assert close(mlp(x), plain + 1)
         assert close(mlp(x), plain)
     handle = mlp.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
     assert close(mlp(x), eager(mlp, x * 0))
