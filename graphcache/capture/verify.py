@@ -37,7 +37,7 @@ from graphcache.config import Pad, fill_of
 from graphcache.errors import CaptureError, CheckError, describe
 from graphcache.report.reasons import Reason
 from graphcache.runtime.torch_patches import as_in_a_capture
-from graphcache.runtime.torch_state import UndoLog, restored_afterwards
+from graphcache.runtime.torch_state import restored_afterwards
 from graphcache.tracing.trace import Forward, Trace, trace_forward
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ NOT_REPEATED = (
 STRUCTURE_ONLY = (
     "what it writes is too large to be put back, so that padding is compared by structure only"
 )
+MAX_ON_HOST = 16 << 20  # bytes of a result that is compared on the CPU
+MAX_UNDONE = 64 << 20  # bytes of mutated memory that a comparison copies
 MAX_CHANGES = 3  # after which a tensor is state: several of its values were compared
 MANY = 8  # values in a row or column, among which one is large enough to measure the others by
 OUTLIER = 1000  # times the tenth part of the values: no measure for others
@@ -225,6 +227,8 @@ def _close(eager: Tensor, replayed: Tensor) -> bool:
         return False
     if _bits_equal(eager, replayed):
         return True
+    if eager.nbytes <= MAX_ON_HOST:  # the kernels below would have to be loaded, which takes long
+        eager, replayed = eager.cpu(), replayed.cpu()
     return _can_be_nan(eager) and not bool(_differences(eager, replayed).any())
 
 
@@ -408,7 +412,7 @@ class PaddingCheck:
         is_promised = pad is not None and pad != "edge"
         nan = self._bears_nan and any(map(_can_be_nan, sample.tensors()))
         if not self._is_pure:
-            why = self._why_state_unlike(expected, trace.undo, call, bucket, number)
+            why = self._why_state_unlike(expected, trace, call, bucket, number)
         else:
             others = []
             if not is_promised:
@@ -466,13 +470,20 @@ class PaddingCheck:
         return None if same(expected, base) else DIFFERS
 
     def _why_state_unlike(
-        self, expected: list[Tensor], undo: UndoLog, call: BoundCall, bucket: Bucket, number: int
+        self, expected: list[Tensor], trace: Trace, call: BoundCall, bucket: Bucket, number: int
     ) -> str | None:
-        """Compares a padded replay from the state before the call, and puts back what that left."""
+        """Compares a padded replay from the state before the call, and puts back what that left.
+
+        Where `pad` names a row that counts, padded rows write where eager did not. So all memory that
+        the forward mutates is put back, unless it is large.
+        """
+        undo = trace.undo
         if not undo.is_complete:
             self.notes.add(STRUCTURE_ONLY)
             return None
-        with undo.undone() as after:
+        sizes = {_C.storage_key(t): t.untyped_storage().nbytes() for t in trace.mutated}
+        everything = trace.mutated if sum(sizes.values()) <= MAX_UNDONE else ()
+        with restored_afterwards(everything), undo.undone() as after:
             found = first_rows(bucket.try_out(call, number), bucket.result.outputs, call.batch)
             agrees = same(expected, found) and all(map(_close, after, undo.values()))
         return None if agrees else DIFFERS

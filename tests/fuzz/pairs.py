@@ -287,6 +287,8 @@ def _strides(x: Tensor) -> list[int]:
 
 def _is_dense(x: Tensor) -> bool:
     """Return True if the elements fill their memory, each at an address of its own."""
+    if 0 in x.stride():  # a part of one that repeats an element
+        return False
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride != extent:

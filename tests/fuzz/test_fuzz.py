@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from graphcache.dispatch import first_call
+from graphcache.dispatch import store
 from graphcache.guards.guards import Guards
 from tests.fuzz import runner
 from tests.fuzz.machine import Fuzz, Mismatch, Stats
@@ -52,7 +52,7 @@ def _forget_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pad_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_call, "why_not_padded", lambda *_: None)
+    monkeypatch.setattr(store, "why_not_padded", lambda *_: None)
 
 
 @pytest.mark.parametrize(

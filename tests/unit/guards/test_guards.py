@@ -249,6 +249,7 @@ def test_a_change_that_is_none_keeps_the_graphs(backend: Backend, mlp: MLP) -> N
     assert mlp.forward.cache_info().captures == 2
 
 
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_a_global_hook_is_noticed(backend: Backend, mlp: MLP, kind: str) -> None:
     cuda_graphed(mlp, sizes=(2,))
@@ -263,6 +264,7 @@ def test_a_global_hook_is_noticed(backend: Backend, mlp: MLP, kind: str) -> None
     assert mlp.forward.cache_info().captures == 2
 
 
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
 def test_a_hook_of_a_submodule_is_noticed(backend: Backend, mlp: MLP) -> None:
     cuda_graphed(mlp, sizes=(2,))
     x = backend.randn(2, 8)
