@@ -137,8 +137,8 @@ class CudaStopwatch(Stopwatch):
 class CudaGraph(Graph):
     """A graph of torch, its copy-in node, and the number of products that run beside others.
 
-    torch gives the graph numbers of `generator`, the state of the capture. `graphsafe_set_state` may have
-    replaced that since.
+    torch gives the graph numbers of `generator`, the state of the capture. `graphsafe_set_state` may
+    have replaced that since.
     """
 
     graph: torch.cuda.CUDAGraph
