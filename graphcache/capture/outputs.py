@@ -49,6 +49,14 @@ class Output:
         """Return True if its values are the graph's: in the pool, or a constant on the host."""
         return self.kind in (_C.OutputKind.POOL, _C.OutputKind.CONSTANT)
 
+    def is_like(self, tensor: Tensor, arguments: Sequence[Tensor]) -> bool:
+        """Return True if an eager run's tensor has the origin of this output."""
+        if self.kind is _C.OutputKind.ARGUMENT:
+            return tensor is arguments[self.argument]
+        if self.is_made():
+            return not any(tensor is argument for argument in arguments)
+        return _C.storage_key(tensor) == _C.storage_key(self.tensor)
+
     def native(self) -> _C.Output:
         """Returns this output for native code."""
         return _C.Output(self.kind, self.tensor, self.argument)

@@ -295,6 +295,7 @@ BY_BATCH: dict[str, Callable[[Tensor], Any]] = {
     "flag": lambda x: (x * 2, len(x) > 5),
     "number": lambda x: (x * 2, 1 / len(x)),
     "tensor on the host": lambda x: (x * 2, torch.tensor(len(x) > 5)),
+    "the argument itself": lambda x: x + 1 if len(x) == 3 else x,
     "keys": lambda x: {"all": x * 2} if len(x) > 4 else {"all": x * 2, "few": x + 1},
     "pairs": lambda x: x.view(-1, 2, x.shape[1]).flip(1).reshape(-1, x.shape[1]),
     "raises if odd": raises_if_odd,
@@ -316,6 +317,14 @@ def test_some_batches_of_a_size_differ(
         assert type(got) is type(want)
         if not isinstance(want, Exception):
             torch.testing.assert_close(got, want)
+
+
+def test_some_batches_return_the_argument_itself(backend: Backend) -> None:
+    """The values are the same, and yet a result that is written to is the argument, or is not."""
+    model = cuda_graphed(lambda x: (x * 2, x if len(x) == 3 else x * 1), sizes=(4,))
+    for batch in (4, 4, 3, 3, 3):
+        x = backend.randn(batch, 8)
+        assert (model(x)[1] is x) == (batch == 3)
 
 
 @pytest.mark.parametrize("kind", BY_BATCH)
