@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tests.fuzz import edges
 from tests.fuzz.modules import Config
 
 Change = Callable[[nn.Module, int], None]
@@ -183,6 +185,69 @@ def _object(module: Any) -> None:
     module.config = Config(module.config.scale + 1, _scaled(module.config.shift), {"square": True})
 
 
+def _open_gate(module: Any, number: int) -> None:
+    """Opens a gate, or closes it, in one of the ways that leave it the same parameter."""
+    gate = getattr(module, "gate", None)
+    if gate is None or gate.is_inference():
+        return
+    value = torch.full_like(gate, number // 4 * 0.75)
+    if number % 4 == 0:
+        gate.data.copy_(value)
+    elif number % 4 == 1:
+        module.load_state_dict({"gate": value}, strict=False)
+    elif number % 4 == 2:
+        gate.detach().fill_(number / 8)
+    else:
+        optimizer = torch.optim.SGD([gate], lr=1.0)
+        gate.grad = gate.detach() - value
+        optimizer.step()
+        gate.grad = None
+
+
+def _read_at_some(module: Any, number: int) -> None:
+    if isinstance(module, edges.Base):
+        module.shift, module.options["far"] = (number / 2, number + 1.5)
+
+
+def _closure(module: Any, number: int) -> None:
+    if isinstance(module, edges.KeepsInFunctions):
+        module.rebind(number / 2)
+
+
+def _doubled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x * 2
+
+
+def _nearer(x: Tensor) -> Tensor:
+    return x / 2
+
+
+# Of the process, so that both sides have them; a sequence puts back what was there before.
+_REPLACED: dict[str, tuple[Any, str, Any]] = {
+    "F.relu": (F, "relu", _doubled),
+    "F.linear": (F, "linear", _doubled),
+    "torch.tanh": (torch, "tanh", _doubled),
+    "a global": (edges, "FACTOR", 5.0),
+    "a global function": (edges, "_far", _nearer),
+    "a constant of a class": (edges.Base, "CONSTANT", -2.0),
+}
+_ORIGINALS = {name: getattr(owner, key) for name, (owner, key, _) in _REPLACED.items()}
+
+
+def _replace(name: str) -> Change:
+    def apply(module: nn.Module, number: int) -> None:
+        owner, key, other = _REPLACED[name]
+        setattr(owner, key, other if number % 2 else _ORIGINALS[name])
+
+    return apply
+
+
+def put_back() -> None:
+    """Undoes what changes made to the process."""
+    for name in _REPLACED:
+        _replace(name)(nn.Identity(), 0)
+
+
 CHANGES: dict[str, Change] = {
     "p.data = …": _to_parameter(_set_data),
     "other strides": _to_parameter(_set_strides),
@@ -211,4 +276,8 @@ CHANGES: dict[str, Change] = {
     "tensor of object": _settings(_tensor_of_object),
     "entry of object": _settings(_entry_of_object),
     "new object": _settings(_object),
+    "gate": _open_gate,
+    "read at some": _read_at_some,
+    "closure": _closure,
+    **{name: _replace(name) for name in _REPLACED},
 }

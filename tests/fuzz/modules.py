@@ -29,6 +29,8 @@ class Inputs:
         fed: an earlier output to pass instead of the first tensor that it fits.
         overlap: whether an argument may lie in memory that the forward writes.
         kept: tensors that live on from call to call: a cache that is passed in, buffers of the module.
+        flavor: `requires_grad` and the like.
+        alias: how a second argument of a shape lies to the first one.
     """
 
     batch: int
@@ -41,6 +43,9 @@ class Inputs:
     fed: Tensor | None
     kept: dict[str, Tensor]
     overlap: bool
+    flavor: str = "plain"
+    alias: str = "none"
+    first: Tensor | None = None
 
     def generator(self) -> torch.Generator:
         self.seed += 1
@@ -57,10 +62,37 @@ class Inputs:
                 return fed
             if fed.shape[1:] == shape[1:] and fed.shape[0] > shape[0]:
                 return fed[: shape[0]]
+        if self.alias != "none" and shape:
+            return self.aliased(*shape)
+        return self.flavored(self.strided(self.numbers(*shape)))
+
+    def numbers(self, *shape: int) -> Tensor:
         values = torch.randint(-8, 9, shape, generator=self.generator()) / 4
         if self.values != "random":
             values = values.zero_() if self.values == "zeros" else values * 1000
-        return self.strided(values.to(self.device, self.dtype))
+        return values.to(self.device, self.dtype)
+
+    def aliased(self, *shape: int) -> Tensor:
+        """The first tensor again, a view of it, or its rows but the first and one more."""
+        if self.first is None or self.first.shape != (shape[0] + 1, *shape[1:]):
+            self.first = self.flavored(self.strided(self.numbers(shape[0] + 1, *shape[1:])))
+            self.same = self.first[:-1]
+            return self.same
+        if self.alias == "same":
+            return self.same
+        return self.same[:] if self.alias == "view" else self.first[1:]
+
+    def flavored(self, x: Tensor) -> Tensor:
+        """The same values, in a tensor about which code may ask."""
+        # In inference mode torch converts such a view wrongly, if any dispatch mode is on.
+        if self.flavor == "negative" and not torch.is_inference_mode_enabled():
+            return torch._neg_view(-x)
+        if self.flavor == "parameter":
+            return nn.Parameter(x, requires_grad=False)
+        if self.flavor == "inference":
+            with torch.inference_mode():
+                return x.clone()
+        return x.requires_grad_() if self.flavor == "requires_grad" else x
 
     def ints(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         values = torch.randint(0, high, shape, generator=self.generator())
@@ -489,6 +521,9 @@ class Kind:
         views: its results share memory with its arguments, and so with each other, in eager alone.
         spare: buffers whose last row is for padding, and is not compared.
         kept: shapes of the tensors that are passed to every call.
+        seen: a part of a result that is compared by itself, as the rest would hide it.
+        functions: it has functions of its own, which no copy has.
+        method: an attribute with the bound method that is graphed, instead of the module.
     """
 
     build: Callable[[], nn.Module]
@@ -505,6 +540,14 @@ class Kind:
     views: bool = False
     spare: tuple[str, ...] = ()
     kept: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    seen: Callable[[Any], Any] | None = None
+    functions: bool = False
+    method: str | None = None
+
+    @property
+    def warms(self) -> bool:
+        """Return True if one warm-up stands for the whole and leaves nothing. Entries of memos remain."""
+        return self.parts is itself and self.method is None and not self.functions
 
 
 def _x(m: Inputs) -> Arguments:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphcache import CheckError, GraphCacheError, GraphPool, cuda_graphed
-from tests.fuzz.modules import FLOATS, KINDS, Arguments, Inputs, children, itself
+from tests.fuzz.edges import KINDS
+from tests.fuzz.modules import FLOATS, Arguments, Inputs, children, itself
 
 HELD = 6  # results that a sequence keeps at most
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -68,6 +69,8 @@ class Plan:
     hold: str
     feed: int
     where: str
+    flavor: str
+    alias: str
 
 
 _COMMON = {
@@ -75,6 +78,8 @@ _COMMON = {
     "hold": sampled("no", "all", "view"),
     "feed": st.integers(-4, HELD - 1),
     "where": sampled("here", "here", "here", "thread", "stream"),
+    "flavor": sampled(*["plain"] * 20, "negative", "requires_grad", "parameter", "inference"),
+    "alias": sampled(*["none"] * 12, "same", "view", "overlap"),
 }
 PLANS = st.builds(
     Plan,
@@ -109,18 +114,22 @@ class Pair:
         }  # fmt: skip
         self.style = setup.style
         named = bool(bind) or isinstance(pad, dict)  # a closure has no names for its arguments
-        if (self.style == "closure" and named) or (kind.parts is not itself and not self.of_modules()):
+        in_part = kind.parts is not itself or kind.method is not None
+        if (self.style == "closure" and named) or (in_part and not self.of_modules()):
             self.style = "instance"
         with device:
             self.twin = kind.build()
-        subject = copy.deepcopy(self.twin)
+            subject = kind.build() if kind.functions else copy.deepcopy(self.twin)
         self.kept = {name: torch.zeros(shape, device=device) for name, shape in kind.kept}
         self.twin_kept = {name: tensor.clone() for name, tensor in self.kept.items()}
         self.tolerance = 0.0
         self.handles: list[tuple[Any, Any]] = []
         self.last: Plan | None = None
         self._classes: dict[type, type] = {}
-        if self.style == "instance":
+        if kind.method:
+            graphed = cuda_graphed(getattr(subject, kind.method), **self.options)
+            setattr(subject, kind.method, graphed)
+        elif self.style == "instance":
             for part in kind.parts(subject):
                 cuda_graphed(part, **self.options)
         elif self.style == "class":
@@ -152,6 +161,8 @@ class Pair:
 
     def forwards(self) -> list[Any]:
         """Returns what has a `cache_info()`."""
+        if self.kind.method:
+            return [getattr(self.subject, self.kind.method)]
         return (
             [part.forward for part in self.kind.parts(self.subject)]
             if self.of_modules()
@@ -192,6 +203,8 @@ class Pair:
                 fed,
                 {**dict(module.named_buffers()), **kept},
                 True,
+                plan.flavor,
+                plan.alias,
             )
         )
         names = list(inspect.signature(self.twin.forward).parameters)
@@ -263,7 +276,7 @@ def _of_tensors(expected: Tensor, actual: Tensor, tolerance: float) -> str | Non
     if expected.is_inference() != actual.is_inference():
         return "an inference tensor, or not"
     # A view of a staged argument that leaves gaps comes back without them (docs/semantics.md).
-    if expected.numel() > 0 and _is_dense(expected) and _strides(expected) != _strides(actual):
+    if expected.numel() > 0 and is_dense(expected) and _strides(expected) != _strides(actual):
         return f"strides {actual.stride()} instead of {expected.stride()}"
     with torch.no_grad():
         return _of_values(expected, actual, tolerance)
@@ -285,7 +298,7 @@ def _strides(x: Tensor) -> list[int]:
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Return True if the elements fill their memory, each at an address of its own."""
     if 0 in x.stride():  # a part of one that repeats an element
         return False

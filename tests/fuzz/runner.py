@@ -27,8 +27,8 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis.stateful import run_state_machine_as_test
 
 from benchmarks.harness import record
+from tests.fuzz.edges import KINDS
 from tests.fuzz.machine import Fuzz, Stats
-from tests.fuzz.modules import KINDS
 
 STEPS = 10  # of a sequence at most, and of each several calls
 
