@@ -198,7 +198,7 @@ def uncompiled() -> Iterator[None]:
     """
     # Without Dynamo in the process nothing is compiled, and its import takes a second.
     if "torch._dynamo" in sys.modules:
-        with _forced_eager():
+        with _forced_eager:
             yield
         return
     before, _stances.open = _stances.open, ExitStack()
@@ -209,10 +209,34 @@ def uncompiled() -> Iterator[None]:
         _stances.open = before
 
 
-def _forced_eager() -> AbstractContextManager[Any]:
-    with suppress(RuntimeError):  # refused between the graphs of a compiled caller
-        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
-    return nullcontext()
+class _ForcedEager:
+    """Runs compiled forwards eagerly as long as any thread is inside.
+
+    torch has one stance for all threads. If each thread put back what it found, the last one could leave
+    compiled code switched off for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                with suppress(RuntimeError):  # refused between the graphs of a compiled caller
+                    self._stance = torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                stance, self._stance = self._stance, nullcontext()
+                stance.__exit__(None, None, None)
+
+
+_forced_eager = _ForcedEager()
 
 
 class _Stances(threading.local):
@@ -222,7 +246,7 @@ class _Stances(threading.local):
 
 
 def _compile(*args: Any, **kwargs: Any) -> Any:
-    _stances.open.enter_context(_forced_eager())
+    _stances.open.enter_context(_forced_eager)
     return _compiling.before(*args, **kwargs)
 
 

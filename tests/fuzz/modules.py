@@ -546,7 +546,7 @@ class Kind:
 
     @property
     def warms(self) -> bool:
-        """Return True if one warm-up stands for the whole and leaves nothing. Entries of memos remain."""
+        """Return True if one warm-up stands for the whole. It leaves entries in memos."""
         return self.parts is itself and self.method is None and not self.functions
 
 
