@@ -218,6 +218,7 @@ def _graphed_method(function: Callable[..., Any], instance: Any, options: Option
     return GraphedForward(MethodType(function, instance), options)
 
 
+_GONE = "graphcache: the module of this forward is gone"
 _MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})
 _PLAIN_CALL = nn.Module._call_impl
 _MODULE_FILE = _PLAIN_CALL.__code__.co_filename
@@ -265,7 +266,8 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
             owner = reference()
             if is_compiling():
                 return wrapped(owner, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
-            called = owner if compiled else _meant(vars(owner).get("forward"), owner, "missed")
+            held = None if owner is None else vars(owner).get("forward")
+            called = owner if compiled else _meant(held, owner, "missed")
             if called is not owner:
                 wrapped = class_forward(type(called)) if is_method else wrapped
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
@@ -299,7 +301,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
         module = self._self_module()
         if module is None:
-            raise GraphCacheError("graphcache: the module of this forward is gone")
+            raise GraphCacheError(_GONE)
         function = self._current_forward(module)
         return (MethodType(function, module) if self._self_is_method else function), module
 
@@ -374,6 +376,8 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
         owner: the module that the forward was made for.
         caller: names the calling code, which holds the same number of references at each call.
     """
+    if owner is None:
+        raise GraphCacheError(_GONE)
     if not isinstance(forward, InstanceForward) or (
         sys.getrefcount(forward) == forward._self_known_counts.get(caller)
     ):

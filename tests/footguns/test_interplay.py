@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections import OrderedDict
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache import GraphCacheError, GraphCacheWarning, cuda_graphed
 from tests.helpers import (
     Backend,
     eagerly,
@@ -817,6 +818,18 @@ def test_a_module_with_graphed_methods_is_copied(backend: Backend, x: Tensor, na
         results.append([each(x) for each in (other, module) * 3])
     equal(results[1], results[0])
     assert info(other.decode).hits > 0
+
+
+def test_a_shallow_copy_outlives_its_original(backend: Backend, x: Tensor) -> None:
+    """The graphs are those of a module that is gone, and the copy shares its forward."""
+    model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
+    replays(model, x)
+    other, want = copy.copy(model), model(x).clone()
+    del model
+    gc.collect()
+    equal(other(x), want)
+    with pytest.raises(GraphCacheError, match="the module of this forward is gone"):
+        other.forward(x)
 
 
 @pytest.mark.parametrize("name", ["deepcopy", "pickle"])
