@@ -146,6 +146,9 @@ class Signature:
             raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} has layout {tensor.layout}")
         if tensor.is_quantized:
             raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} is quantised; pass it dequantised")
+        if tensor.is_neg() and torch.is_inference_mode_enabled():
+            # Under a dispatch mode, torch's own `half()` of such a view has the wrong sign there.
+            raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} is a negative view; pass .resolve_neg()")
         if tensor._is_zerotensor():
             raise Bypass(Reason.ARGUMENT_TENSOR, f"{path} has no memory; pass its .clone()")
         if attributes := ", ".join(attributes_of_tensor(tensor)):

@@ -282,6 +282,8 @@ class PythonRecorder:
             The names of these values, and the snapshot if the values are as they were at the start.
         """
         names = self.snapshot.changed()
+        if restore:
+            self.snapshot.forget_results()
         if restore and names:
             self.snapshot.restore()
         rebound = sorted(self._closures.rebound(restore=restore))

@@ -67,6 +67,7 @@ class Snapshot(Walker):
         self._generators: list[tuple[Any, Any, str]] = []  # numpy's, with their states
         self._arrays: list[tuple[Any, bytes, str]] = []  # numbers on the host
         self.memos: list[dict[Any, Any]] = []  # what functions keep of their results
+        self._known_results: list[set[Any]] = []
 
     def add_names(self, names: set[str]) -> None:
         """Adds the globals with these names of the Python modules that were found."""
@@ -103,7 +104,10 @@ class Snapshot(Walker):
     def _add_lru_cache(self, function: Any) -> None:
         """Adds the results that a function keeps; another one is no change of a value."""
         tables = (item for item in gc.get_referents(function) if type(item) is dict)
-        self.memos += [table for table in tables if table is not vars(function)]
+        for table in tables:
+            if table is not vars(function):
+                self.memos.append(table)
+                self._known_results.append(set(table))
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
         """Adds members, unless there are too many."""
@@ -136,6 +140,12 @@ class Snapshot(Walker):
         other = (a for a in self._arrays if bytes(a[0]) != a[1])
         names = {*(source.label for source in sources), *(label for _, _, label in (*drew, *other))}
         return sorted(names.union(*(members.changed() for members in self._members.values())))
+
+    def forget_results(self) -> None:
+        """Drops the results that functions have kept since they were found."""
+        for table, known in zip(self.memos, self._known_results, strict=True):
+            for key in table.keys() - known:
+                del table[key]
 
     def restore(self) -> None:
         """Puts back everything that is not as it was."""

@@ -445,3 +445,12 @@ def test_a_key_of_a_dictionary_is_a_set(backend: Backend) -> None:
 
     calls: list[Call] = [lambda key=key: ((backend.randn(4, 3), {key: 1}), {}) for key in orders]
     served_apart(forward, *calls)
+
+
+def test_a_negative_view_is_cast_in_inference_mode(backend: Backend) -> None:
+    """torch's own `half()` has the wrong sign there, under the mode that records the first call."""
+    model = cuda_graphed(lambda x: x.half(), sizes=(2,))
+    with torch.inference_mode():
+        for _ in range(3):
+            x = torch._neg_view(backend.randn(2, 3))
+            equal(model(x), x.half())

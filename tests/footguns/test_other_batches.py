@@ -145,6 +145,18 @@ def test_memo_of_a_function_holds_what_eager_asks_for(backend: Backend) -> None:
     same_as_eager(model, backend.randn(4, 3))
 
 
+def test_warmup_leaves_no_result_in_a_memo(backend: Backend) -> None:
+    """The memo holds a result that nobody asked for."""
+
+    @lru_cache
+    def scale(rows: int) -> float:
+        return 1.0 + rows
+
+    model = cuda_graphed(lambda x: x * scale(len(x)), sizes=(4,))
+    model.warmup(backend.randn(4, 3))
+    assert scale.cache_info().currsize == 0
+
+
 def test_cached_property_is_made_by_the_caller_only(backend: Backend) -> None:
     """The property is made inside a capture, in memory of the pool."""
 
