@@ -19,7 +19,8 @@ OF_EACH_KIND = 4
 # Calls of these are eager; now and then a sequence has others beside them.
 HARDLY_REPLAYED = (
     *("in place", "remembers", "replaces in an object"),
-    *("table grows", "memo by size", "notes the batch", "tallies"),
+    *("table grows", "memo by size", "notes the batch", "notes the largest", "tallies"),
+    *("lists batches", "flag in except"),
 )
 
 ENOUGH_TO_FIND = 200  # sequences, of which each of the bugs below takes a tenth
