@@ -32,7 +32,8 @@ from graphcache.runtime import loaded_kernels
 from graphcache.runtime.base import Graph
 from graphcache.runtime.host_transfers import Constants
 from graphcache.runtime.source_lines import user_line_of
-from graphcache.runtime.torch_state import restored_afterwards, uncached_autocast, uncompiled
+from graphcache.runtime.torch_state import uncached_autocast, uncompiled
+from graphcache.runtime.undo_log import restored_afterwards
 from graphcache.tracing.python_snapshot import memos_restored
 
 logger = logging.getLogger(__name__)

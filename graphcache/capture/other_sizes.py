@@ -16,7 +16,7 @@ from graphcache.capture.static_inputs import StaticInputs, arguments_over, fill_
 from graphcache.config import Pad, fill_of
 from graphcache.runtime.source_lines import user_line_of
 from graphcache.runtime.torch_patches import as_in_a_capture
-from graphcache.runtime.torch_state import UndoLog
+from graphcache.runtime.undo_log import UndoLog
 from graphcache.tracing.python_snapshot import memos_restored
 from graphcache.tracing.trace import Forward, Trace, trace_forward
 

@@ -14,7 +14,7 @@ from graphcache.errors import CaptureError, describe
 from graphcache.guards.guards import Guards
 from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass, Reason
-from graphcache.runtime.torch_state import UndoLog
+from graphcache.runtime.undo_log import UndoLog
 from graphcache.tracing.trace import Forward, Trace
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"

@@ -18,7 +18,8 @@ from graphcache.runtime.host_transfers import HostReads
 from graphcache.runtime.obstacles import obstacle
 from graphcache.runtime.op_schemas import mutated_by, take_apart, tensors_in
 from graphcache.runtime.torch_patches import DispatchMode, as_in_a_capture
-from graphcache.runtime.torch_state import UndoLog, restored_afterwards, uncompiled
+from graphcache.runtime.torch_state import uncompiled
+from graphcache.runtime.undo_log import UndoLog, restored_afterwards
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (

@@ -29,7 +29,8 @@ from graphcache.runtime.op_schemas import (
 )
 from graphcache.runtime.source_lines import user_line
 from graphcache.runtime.torch_patches import DispatchMode
-from graphcache.runtime.torch_state import UndoLog, uncached_autocast, uncompiled
+from graphcache.runtime.torch_state import uncached_autocast, uncompiled
+from graphcache.runtime.undo_log import UndoLog
 from graphcache.tracing.checksums import Checksums
 from graphcache.tracing.leaks import has_storage
 

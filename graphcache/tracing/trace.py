@@ -14,7 +14,8 @@ from graphcache.errors import describe
 from graphcache.guards.guards import ReadSet
 from graphcache.report.reasons import Reason
 from graphcache.runtime.host_transfers import Key
-from graphcache.runtime.torch_state import UndoLog, uncollected
+from graphcache.runtime.torch_state import uncollected
+from graphcache.runtime.undo_log import UndoLog
 from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import cuda_graphed
-from graphcache.runtime.torch_state import UndoLog
+from graphcache.runtime.undo_log import UndoLog
 from tests.helpers import Backend, graphed_twin, in_step, info, same_as_eager
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
