@@ -110,6 +110,7 @@ class PythonRecorder:
         self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
         self.snapshot = snapshot or Snapshot()
+        self.snapshot.note_results()
         for root in (instance, *self.code):
             self.snapshot.walk(root, "")
 

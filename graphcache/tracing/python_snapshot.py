@@ -141,8 +141,12 @@ class Snapshot(Walker):
         names = {*(source.label for source in sources), *(label for _, _, label in (*drew, *other))}
         return sorted(names.union(*(members.changed() for members in self._members.values())))
 
+    def note_results(self) -> None:
+        """Takes down the results that functions keep now."""
+        self._known_results = [set(table) for table in self.memos]
+
     def forget_results(self) -> None:
-        """Drops the results that functions have kept since they were found."""
+        """Drops the results that functions have kept since they were found, or since `note_results`."""
         for table, known in zip(self.memos, self._known_results, strict=True):
             for key in table.keys() - known:
                 del table[key]
@@ -167,11 +171,11 @@ class Snapshot(Walker):
 @contextmanager
 def memos_restored(memos: list[dict[Any, Any]]) -> Iterator[None]:
     """Drops the results that functions kept inside the block, such as those of `functools.lru_cache`."""
-    before = [set(table) for table in memos]
+    before = [(table, set(table)) for table in memos]  # a run may find more of them
     try:
         yield
     finally:
-        for table, keys in zip(memos, before, strict=True):
+        for table, keys in before:
             for key in table.keys() - keys:
                 del table[key]
 
