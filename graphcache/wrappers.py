@@ -386,7 +386,9 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
     if gc.get_freeze_count():  # frozen objects have no known referrers
         holders += map(vars, _modules_in_frames())
     for holder in holders:
-        if type(holder) is dict and holder.get("forward") is forward and holder is not vars(owner):
+        # Before Python 3.13, the local variables of a frame are such a dict, too.
+        of_module = type(holder) is dict and "_modules" in holder and holder is not vars(owner)
+        if of_module and holder.get("forward") is forward:
             raise GraphCacheError(
                 f"graphcache: {type(owner).__qualname__}.forward was called by itself, and a shallow "
                 "copy of its module shares it: which of the two is meant can't be told. Call the "
