@@ -186,7 +186,8 @@ class PythonRecorder:
             return self._enter_library if in_closures else None
         named = NamesInCode(code)
         self._named.append((named, scope))
-        self._of_users[id(code), id(scope)] = code
+        if "__name__" in scope:  # else it was made as it runs, such as by Triton for each kernel
+            self._of_users[id(code), id(scope)] = code
         self.snapshot.add_names(named.attributes)
         for name in named.scope:
             self.snapshot.add_global(scope, name, f"global {name}")
