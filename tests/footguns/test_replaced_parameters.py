@@ -243,7 +243,8 @@ def test_p_data_becomes_another_view_of_its_memory(
     class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("w", make().to(backend.device))
+            with backend.device:
+                self.register_buffer("w", make())
 
         def forward(self, x: Tensor) -> Tensor:
             w = torch.view_as_real(self.w.resolve_conj()) if self.w.is_complex() else self.w

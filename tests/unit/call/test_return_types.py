@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from graphcache import cuda_graphed
+from graphcache import GraphCacheWarning, cuda_graphed
 from tests.helpers import Backend, equal, info
 
 FORWARDS: dict[str, Callable[[Tensor], Any]] = {
@@ -21,6 +22,8 @@ FORWARDS: dict[str, Callable[[Tensor], Any]] = {
     "aminmax": lambda x: x.aminmax(dim=1),
     "nested": lambda x: {"median": x.median(dim=1), "others": [x.mode(dim=1), (x.cummax(dim=1),)]},
 }
+
+WAIT_FOR_THE_GPU = ("svd", "eigh")  # no graph can hold these there
 
 
 def types(value: Any) -> Any:
@@ -34,12 +37,14 @@ def types(value: Any) -> Any:
 def test_named_result_of_torch_is_returned_as_such(backend: Backend, name: str) -> None:
     forward = FORWARDS[name]
     model = cuda_graphed(forward, sizes=(4,))
-    for _ in range(3):
-        x = backend.randn(4, 3)
-        got, want = model(x), forward(x)
-        assert types(got) == types(want)
-        equal(got, want)
-    assert info(model).hits == 2, info(model)
+    waits = backend.device.type == "cuda" and name in WAIT_FOR_THE_GPU
+    with pytest.warns(GraphCacheWarning) if waits else nullcontext():
+        for _ in range(3):
+            x = backend.randn(4, 3)
+            got, want = model(x), forward(x)
+            assert types(got) == types(want)
+            equal(got, want)
+    assert info(model).hits == (0 if waits else 2), info(model)
 
 
 def test_named_result_of_torch_is_passed_on(backend: Backend) -> None:
