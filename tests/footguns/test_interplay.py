@@ -832,22 +832,6 @@ def test_a_shallow_copy_outlives_its_original(backend: Backend, x: Tensor) -> No
         other.forward(x)
 
 
-def test_a_dict_of_functions_holds_a_forward(backend: Backend, x: Tensor) -> None:
-    """It looks like the attributes of a shallow copy."""
-    model = cuda_graphed(nn.Linear(8, 8).to(backend.device), sizes=(2,))
-    functions, want = {"forward": model.forward}, eagerly(model, x)
-
-    def call() -> Tensor:
-        forward = model.forward
-        assert "forward" in locals()  # a dict that Python keeps until 3.13
-        return forward(x)
-
-    for _ in range(3):
-        equal(functions["forward"](x), want)
-        equal(call(), want)
-    assert info(model).hits > 0
-
-
 @pytest.mark.parametrize("name", ["deepcopy", "pickle"])
 def test_a_graphed_method_is_copied_alone(backend: Backend, x: Tensor, name: str) -> None:
     """The copy of a method is one of a copy of its module."""

@@ -251,6 +251,20 @@ def test_torch_export_sees_the_plain_forward(model: nn.Module, backend: Backend)
     assert torch.allclose(exported.module()(x), eager(model, x), atol=1e-5)
 
 
+def test_dict_and_locals_with_a_forward_are_no_shallow_copy(model: nn.Module, backend: Backend) -> None:
+    x, functions = backend.randn(2, 8), {"forward": model.forward}
+    want = eager(model, x)
+
+    def call() -> Tensor:
+        forward = model.forward
+        assert "forward" in locals()  # a dict that Python keeps until 3.13
+        return forward(x)
+
+    for _ in range(3):
+        assert torch.allclose(functions["forward"](x), want, atol=1e-5)
+        assert torch.allclose(call(), want, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_jit_trace(model: nn.Module, backend: Backend) -> None:
     x = backend.randn(3, 8)
