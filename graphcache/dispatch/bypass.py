@@ -75,5 +75,3 @@ def check_bucket(bucket: Bucket, call: BoundCall) -> None:
         raise Bypass(Reason.TOO_SLOW)
     if bucket.dependencies.mutated.overlaps(call.tensors):
         raise Bypass(Reason.OVERLAPS_MUTATED)
-    if bucket.lane.native.is_held_elsewhere():
-        raise Bypass(Reason.HELD_BY_ANOTHER_THREAD)

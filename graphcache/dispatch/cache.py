@@ -34,6 +34,9 @@ from graphcache.report.reasons import WARNED, Bypass, EagerReason, Reason
 from graphcache.report.suggest_sizes import Suggestion, suggestion
 from graphcache.tracing.trace import Forward, trace_forward
 
+MAX_BLOCKED = 4  # calls of an entry for which another thread held an output of its lane
+MAX_MOVES = 2  # to other lanes; threads that call one forward would block each other there, too
+
 
 class GraphCache:
     """The graphs of one forward, and how its calls are served by them.
@@ -54,6 +57,7 @@ class GraphCache:
         self.store = Store(function, name, options, instance)
         self.native = self.store.native
         self.beside: list[GraphCache] = []
+        self._moves = 0
 
     def __call__(
         self,
@@ -102,7 +106,9 @@ class GraphCache:
             call, checks, compares = with_slots(call, pool), config.is_checking(), False
             entry = self._entry(forward, call)
             bucket = None if entry is None else entry.bucket(call.batch)
-            if entry is not None and bucket is not None:
+            if entry is not None and bucket is not None and self._leaves_lane(call, entry, bucket):
+                entry = None
+            elif entry is not None and bucket is not None:
                 check_bucket(bucket, call)
                 compares = not bucket.native.serves(call.batch)
                 is_timed = bucket.native.replays >= bucket.native.time_at
@@ -139,6 +145,21 @@ class GraphCache:
         elif entry.complete and entry.no_padding_reason is None and entry.bucket(call.batch) is None:
             raise Bypass(Reason.ABOVE_LARGEST_SIZE)
         return entry
+
+    def _leaves_lane(self, call: BoundCall, entry: Entry, bucket: Bucket) -> bool:
+        """Drops an entry whose lane another thread goes on using, so that it is captured elsewhere.
+
+        Raises:
+            Bypass: where that thread may let go of its output soon.
+        """
+        if not bucket.lane.native.is_held_elsewhere():
+            return False
+        entry.blocked += 1
+        if entry.blocked <= MAX_BLOCKED or self._moves == MAX_MOVES:
+            raise Bypass(Reason.HELD_BY_ANOTHER_THREAD)
+        self._moves += 1
+        self.store.drop(self.store.entries.pop(call.key))
+        return True
 
     def _replay(self, call: BoundCall, bucket: Bucket) -> Any:
         with self.store.pool_for(call).lock:

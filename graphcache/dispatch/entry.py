@@ -29,6 +29,7 @@ class Entry:
         buckets: its graphs by size, ascending.
         native: its native counterpart.
         last: the number of the last call of its kind that Python saw.
+        blocked: how many calls ran eagerly since another thread held an output of its lane.
     """
 
     eager: EagerReason | None = None
@@ -39,6 +40,7 @@ class Entry:
     buckets: dict[int, Bucket] = field(default_factory=dict)
     native: _C.Entry | None = None
     last: int = 0
+    blocked: int = 0
 
     def add(self, buckets: Iterable[Bucket]) -> None:
         """Adds graphs, keeping the sizes ascending."""

@@ -67,7 +67,7 @@ class Reason(Enum):
     )
     HELD_BY_ANOTHER_THREAD = (
         "another thread holds an output of its lane",
-        "Let go of the output there, or give each thread a pool of its own.",
+        "Nothing; a few calls later it is captured elsewhere. Or give each thread a pool of its own.",
     )
     CAPTURED_ELSEWHERE = (
         "another thread captures into the same pool",

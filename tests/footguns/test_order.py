@@ -97,8 +97,7 @@ def test_threads_call_modules_of_one_pool(backend: Backend, stale: Any) -> None:
         for which, model in enumerate(models)
     ]
     assert in_threads(*work) == [None] * 3
-    # First calls meet: what one thread changes can make the call of another wait or run eagerly.
-    assert sum(info(model).hits for model in models) >= 20
+    assert all(info(model).hits >= 10 for model in models)
 
 
 def test_another_thread_works_eagerly_while_this_one_captures(backend: Backend) -> None:
@@ -144,6 +143,21 @@ def test_another_thread_holds_an_output(backend: Backend) -> None:
     got, done = in_threads(holds, overwrites)
     assert done is None
     assert is_ours(got) or torch.equal(got, x * 2), got
+
+
+def test_another_thread_goes_on_holding_outputs(backend: Backend) -> None:
+    """The graphs of this thread share a lane with them, and would never run again."""
+    pool, x = backend.pool(), backend.randn(2, 8)
+    theirs, mine = (cuda_graphed(Net(backend.device), sizes=(2,), pool=pool) for _ in range(2))
+    replays(theirs, x)
+    replays(mine, x)
+    held: list[Tensor] = []
+    in_threads(lambda: held.append(theirs(x)))
+    before = info(mine).hits
+    for _ in range(10):
+        equal(mine(x), eagerly(mine, x))
+    assert info(mine).hits == before + 5, info(mine)
+    equal(held[0], eagerly(theirs, x))
 
 
 def test_a_thread_without_the_switches_of_this_one(backend: Backend, net: Net, x: Tensor) -> None:
