@@ -278,6 +278,9 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         super().__init__(function, dispatch)
         itself = weakref.ref(self)  # or the wrapper would outlive its module until a collection
         self._self_known_counts: dict[str, int] = {}
+        self._self_frozen = (
+            gc.get_freeze_count()
+        )  # objects of before; no copy of the module is among them
         self._self_module = reference
         self._self_caches = caches
         self._self_served = caches.lookup_key(module)
@@ -383,7 +386,7 @@ def _check_not_shared(forward: Any, owner: Any, caller: str) -> None:
     ):
         return
     holders = gc.get_referrers(forward)
-    if gc.get_freeze_count():  # frozen objects have no known referrers
+    if gc.get_freeze_count() > forward._self_frozen:  # frozen objects have no known referrers
         holders += map(vars, _modules_in_frames())
     for holder in holders:
         # Before Python 3.13, the local variables of a frame are such a dict, too.

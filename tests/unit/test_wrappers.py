@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import gc
 import inspect
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -263,6 +265,19 @@ def test_dict_and_locals_with_a_forward_are_no_shallow_copy(model: nn.Module, ba
     for _ in range(3):
         assert torch.allclose(functions["forward"](x), want, atol=1e-5)
         assert torch.allclose(call(), want, atol=1e-5)
+
+
+def test_module_dies_although_other_objects_were_frozen(backend: Backend) -> None:
+    gc.freeze()  # as some libraries do when they are imported
+    try:
+        module = cuda_graphed(MLP().to(backend.device).eval())
+        module.forward(backend.randn(2, 8))  # whose module it means is searched for
+        known = weakref.ref(module)
+        del module
+        gc.collect()
+        assert known() is None
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
