@@ -186,7 +186,8 @@ class PythonRecorder:
             return self._enter_library if in_closures else None
         named = NamesInCode(code)
         self._named.append((named, scope))
-        if "__name__" in scope:  # else it was made as it runs, such as by Triton for each kernel
+        # Libraries make such code as they run, such as Triton for each kernel that it compiles.
+        if code.co_filename != "<string>" or scope.get("__name__") == "__main__":
             self._of_users[id(code), id(scope)] = code
         self.snapshot.add_names(named.attributes)
         for name in named.scope:
