@@ -69,12 +69,13 @@ def main() -> int:
     # Far apart, so that two runs with neighbouring seeds do not repeat each other.
     # Each kind of module has a seed of its own.
     chunks = [(asked.seed * 1_000_000 + number * len(KINDS), size) for number, size in enumerate(sizes)]
-    total, mismatches = Stats(), []
+    total, mismatches, seeds = Stats(), [], []
     with ThreadPool(asked.jobs) as pool:
         for done, (seed, stats, mismatch) in enumerate(
             pool.imap_unordered(lambda chunk: _in_process(asked.device, *chunk), chunks), 1
         ):
             total = total + stats
+            seeds.append(seed)
             seconds = time.perf_counter() - start
             print(
                 f"{done}/{len(chunks)} processes, {total.sequences} sequences, {total.calls} calls, "
@@ -84,16 +85,16 @@ def main() -> int:
             if mismatch:
                 mismatches.append({"seed": seed, "what": mismatch})
                 print(f"seed {seed}:\n{mismatch}", flush=True)
-    figures = {
-        "status": int(bool(mismatches)),
-        "seconds": round(time.perf_counter() - start, 1),
-        "seeds": [seed for seed, _ in chunks],
-        "chunk": asked.chunk,
-        **vars(total),
-        "mismatches": mismatches,
-    }
-    if asked.out:
-        record.write(asked.out, "fuzz", figures, emulated=asked.device != "cuda")
+            figures = {
+                "status": int(bool(mismatches)),
+                "seconds": round(seconds, 1),
+                "seeds": seeds,
+                "chunk": asked.chunk,
+                **vars(total),
+                "mismatches": mismatches,
+            }
+            if asked.out:  # each time: a run that is cut off leaves what it has done
+                record.write(asked.out, "fuzz", figures, emulated=asked.device != "cuda")
     print(f"{total.sequences} sequences, {len(mismatches)} mismatches")
     return 1 if mismatches else 0
 
