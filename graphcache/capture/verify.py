@@ -144,12 +144,14 @@ class PaddingCheck:
     Attributes:
         interval: the number of padded calls after the next comparison until another.
         notes: how padding can't be compared, for `CacheInfo`.
+        mixed: a call of full size whose other rows changed the first ones, where that was found.
     """
 
     def __init__(self) -> None:
         self.interval = 64
         self.notes: set[str] = set()
         self.batches: set[int] = set()
+        self.mixed: BoundCall | None = None
         self._sample: Sample | None = None
         self._alike = 0
         self._bears_nan = self._is_pure = True
@@ -254,10 +256,11 @@ class PaddingCheck:
             found = [tensor.clone() for tensor in rows(other)]  # held, they would be invalidated
             if all(map(bits_equal, base, found)):
                 continue
-            if all(all(map(bits_equal, base, rows(again))) for _ in range(3)):
-                return ROWS_MIX
-            self.notes.add(NOT_REPEATED)
-            if not same(base, found):
+            repeats = all(all(map(bits_equal, base, rows(again))) for _ in range(3))
+            if not repeats:
+                self.notes.add(NOT_REPEATED)
+            if repeats or not same(base, found):
+                self.mixed = other
                 return ROWS_MIX
         return None if same(expected, base) else DIFFERS
 

@@ -13,6 +13,7 @@ from graphcache import config
 from graphcache.call.bound_call import BoundCall
 from graphcache.call.modes import inlining
 from graphcache.capture.bucket import SETTLED, Bucket
+from graphcache.capture.mixing import mixing_operator
 from graphcache.capture.other_sizes import why_unlike_captured
 from graphcache.capture.outputs import find_batch_dims
 from graphcache.capture.verify import ROWS_ALIKE, checked_replay
@@ -187,6 +188,10 @@ class GraphCache:
             if why is not None:
                 entry.no_padding_reason = why
                 self.store.hand_over(call, None, entry)
+        if (mixed := entry.padding.mixed) is not None:  # without the lock: it runs the forward
+            entry.padding.mixed = None
+            if (name := mixing_operator(forward, mixed, call.batch)) is not None:
+                why = entry.no_padding_reason = f"{why}, first in {name}"
         if why is not None and why is not ROWS_ALIKE:
             self.store.warn(
                 "rows",

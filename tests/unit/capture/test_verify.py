@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -91,6 +92,23 @@ def test_a_write_to_what_a_graph_reads_ends_what_was_proved(backend: Backend) ->
     model.on.fill_(1)
     with pytest.warns(GraphCacheWarning, match="its rows depend on each other"):
         assert padded(model, backend, (5, 3), 4) == 0
+
+
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "aten.mean": lambda x: x - x.mean(0),
+    "aten.amax": lambda x: (x / x.abs().amax()).round() * 4,  # as dynamic quantisation scales
+    "aten.flip": lambda x: x * (x.flip(0) > 0).cumsum(0).flip(0),
+    "aten.mm": lambda x: (x @ x.T).softmax(1) @ (x * 2),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_note_names_the_operator_that_mixes_rows(backend: Backend, name: str) -> None:
+    model = cuda_graphed(MIXING[name], sizes=(8,))
+    with pytest.warns(GraphCacheWarning, match=rf"first in {name}, at .*test_verify\.py"):
+        padded(model, backend, (8, 5), 2)
+    (note,) = info(model).notes
+    assert f"its rows depend on each other, first in {name}" in note
 
 
 def test_state_that_is_written_before_each_call_is_padded_soon(backend: Backend) -> None:
