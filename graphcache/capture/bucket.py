@@ -46,6 +46,7 @@ class Dependencies:
         guards: the values that it captured.
         mutated: the memory that it mutates besides its own, and the arguments that are copied before.
         mutated_keys: the keys of the storages that its forward mutates.
+        mutates_only_passed: whether all of these are of objects that are passed to it.
         ran: the code that its forward ran at any size, but for libraries'.
         external: the keys of the storages that its forward reads or writes and was not given.
         draws_random: whether its forward draws random numbers.
@@ -54,6 +55,7 @@ class Dependencies:
     guards: Guards
     mutated: _C.MutatedMemory
     mutated_keys: frozenset[int]
+    mutates_only_passed: bool
     ran: Mapping[tuple[int, int], CodeType]
     external: frozenset[int]
     draws_random: bool

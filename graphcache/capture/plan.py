@@ -67,6 +67,7 @@ class CapturePlan:
             self.guards,
             self._mutated_memory(),
             trace.mutated_keys,
+            trace.mutated_keys <= _passed_keys(self.call),
             trace.read_set.ran,
             frozenset(trace.external),
             trace.draws_random,
@@ -168,7 +169,11 @@ def why_not_padded(trace: Trace, call: BoundCall, pad: Pad) -> str | None:
     if not trace.mutated_keys or pad is not None:
         return None
     # What a caller passes for this batch alone, such as a cache, need not fit another.
-    passed = {_C.storage_key(tensor) for each in call.objects for tensor in each.tensors}
-    if trace.mutated_keys <= passed:
+    if trace.mutated_keys <= _passed_keys(call):
         return "it writes to an object that it is passed, and pad does not say where else"
     return PAD_IS_MISSING
+
+
+def _passed_keys(call: BoundCall) -> set[int]:
+    """Returns the keys of the storages of the objects that are passed."""
+    return {_C.storage_key(tensor) for each in call.objects for tensor in each.tensors}

@@ -258,6 +258,14 @@ class GraphCache:
                     f"warmup {reason}", f"has no graphs yet, as warmup() captured nothing: {reason}"
                 )
 
+    def repeats_harmlessly(self) -> bool:
+        """Return True if a graph served the latest call and mutates at most objects passed to it."""
+        latest = self.native.calls
+        for entry in list(self.store.entries.values()):
+            if entry.native is not None and entry.native.last == latest:
+                return entry.mutates_only_passed
+        return False
+
     # Reports
 
     def info(self) -> CacheInfo:

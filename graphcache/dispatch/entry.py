@@ -59,6 +59,11 @@ class Entry:
         """Return True if the forward mutates nothing outside, so that running it twice does no harm."""
         return not any(bucket.dependencies.mutated_keys for bucket in self.buckets.values())
 
+    @property
+    def mutates_only_passed(self) -> bool:
+        """Return True if the forward mutates nothing but objects that are passed to it."""
+        return all(bucket.dependencies.mutates_only_passed for bucket in self.buckets.values())
+
     def changed(self, *, grad: bool) -> list[Bucket]:
         """Returns the graphs that depend on something which is not as it was."""
         guards = {
