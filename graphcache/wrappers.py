@@ -430,6 +430,14 @@ def _module_call(reference: Callable[[], Any], forward: InstanceForward) -> Call
     return call
 
 
+def graph_cache_of(module: nn.Module) -> GraphCache | None:
+    """Returns the graphs of a module's forward; None where it is not decorated, or another module's."""
+    forward = getattr(module, "forward", None)
+    if not isinstance(forward, _Inspectable) or _owner_of(forward) is not module:  # type: ignore[arg-type]
+        return None
+    return forward._cache()
+
+
 # Calls that graphs serve never reach wrapt, which needs a microsecond to find the wrapped function.
 _C.serve_calls(GraphedForward)
 _C.serve_instance_calls(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from graphcache.integrations import transformers_stop
 from graphcache.runtime.source_lines import warn
 from graphcache.wrappers import InstanceForward
 
@@ -23,6 +24,7 @@ def attach(module: nn.Module) -> None:
 
     Warns for a compiled model: its `generate` calls the model inside, which has no graphs.
     """
+    transformers_stop.install()
     if callable(getattr(type(module), _METHOD, None)):
         vars(module)[_METHOD] = CompiledCall(module)
     inner = vars(module).get("_modules", {}).get("_orig_mod")
