@@ -46,7 +46,7 @@ class Dependencies:
         guards: the values that it captured.
         mutated: the memory that it mutates besides its own, and the arguments that are copied before.
         mutated_keys: the keys of the storages that its forward mutates.
-        mutates_only_passed: whether all of these are of objects that are passed to it.
+        mutates_only_passed: whether all of these are of passed objects, or of arguments named in `bind`.
         ran: the code that its forward ran at any size, but for libraries'.
         external: the keys of the storages that its forward reads or writes and was not given.
         draws_random: whether its forward draws random numbers.

@@ -1,5 +1,6 @@
 """The plan of a capture: what is captured at which sizes, what guards it, and why it is not padded."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from graphcache import _C
 from graphcache.call.bound_call import BOUND, BoundCall
 from graphcache.capture.bucket import Dependencies
-from graphcache.config import Options, Pad
+from graphcache.config import Options, Pad, top_name
 from graphcache.errors import CaptureError, describe
 from graphcache.guards.guards import Guards
 from graphcache.pool import GraphPool
@@ -67,7 +68,7 @@ class CapturePlan:
             self.guards,
             self._mutated_memory(),
             trace.mutated_keys,
-            trace.mutated_keys <= _passed_keys(self.call),
+            trace.mutated_keys <= _passed_keys(self.call, self.options.bind),
             trace.read_set.ran,
             frozenset(trace.external),
             trace.draws_random,
@@ -174,6 +175,8 @@ def why_not_padded(trace: Trace, call: BoundCall, pad: Pad) -> str | None:
     return PAD_IS_MISSING
 
 
-def _passed_keys(call: BoundCall) -> set[int]:
-    """Returns the keys of the storages of the objects that are passed."""
-    return {_C.storage_key(tensor) for each in call.objects for tensor in each.tensors}
+def _passed_keys(call: BoundCall, bind: Collection[str] = ()) -> set[int]:
+    """Returns the keys of the storages of objects that are passed, and of arguments named in `bind`."""
+    keys = {_C.storage_key(tensor) for each in call.objects for tensor in each.tensors}
+    named = (t for t, path in zip(call.tensors, call.paths, strict=True) if top_name(path) in bind)
+    return keys.union(map(_C.storage_key, named))

@@ -259,7 +259,7 @@ class GraphCache:
                 )
 
     def repeats_harmlessly(self) -> bool:
-        """Return True if a graph served the latest call and mutates at most objects passed to it."""
+        """Return True if a graph served the latest call; see `Entry.mutates_only_passed`."""
         latest = self.native.calls
         for entry in list(self.store.entries.values()):
             if entry.native is not None and entry.native.last == latest:

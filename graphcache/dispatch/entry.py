@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def mutates_only_passed(self) -> bool:
-        """Return True if the forward mutates nothing but objects that are passed to it."""
+        """Return True if the forward mutates only passed objects, and arguments named in `bind`."""
         return all(bucket.dependencies.mutates_only_passed for bucket in self.buckets.values())
 
     def changed(self, *, grad: bool) -> list[Bucket]:

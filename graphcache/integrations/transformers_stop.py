@@ -179,6 +179,7 @@ class _Plan:
         settings, criteria = given["generation_config"], given["stopping_criteria"]
         if (
             cache is None
+            or cache.store.options.bind  # what is no cache can't be taken back
             or given.get("synced_gpus")
             or settings.is_assistant
             or model.training
@@ -341,7 +342,7 @@ class DeferredStop:
         position, room = length - 1, sys.maxsize
         kinds = {(type(each), getattr(each, "max_cache_len", None)): each for each in self._layers}
         for (_, places), layer in kinds.items():
-            cached = int(layer.get_seq_length()) if layer.is_initialized else 0
+            cached = int(layer.get_seq_length()) if getattr(layer, "is_initialized", False) else 0
             position = max(position, cached)
             # A sliding window overwrites its first place, which can't be taken back.
             if places is not None and (self._is_returned or not layer.is_sliding):
@@ -352,7 +353,9 @@ class DeferredStop:
     def _take_back(self) -> None:
         self._draws.take_back()
         for layer in self._layers if self._is_returned else ():
-            if layer.is_initialized:
+            if type(layer).__module__.startswith("graphcache."):
+                layer.crop(-1)
+            elif layer.is_initialized:
                 _TAKEN_BACK[type(layer).__name__](layer)
 
 

@@ -469,6 +469,29 @@ def test_state_of_a_model_counts_no_step_too_many(backend: Backend) -> None:
     assert torch.equal(plain.calls, models[1].calls)
 
 
+class Noting(transformers.LlamaForCausalLM):
+    """Counts its calls in a tensor of the caller's."""
+
+    def forward(self, *args: Any, notes: Any = None, **kwargs: Any) -> Any:
+        notes.add_(1)
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("bind", [(), ("notes",)])
+def test_tensor_of_the_caller_counts_no_step_too_many(backend: Backend, bind: tuple[str, ...]) -> None:
+    plain, graphed = twins(backend, Noting)
+    models = plain, cuda_graphed(graphed, bind=bind)
+    ids = prompt(backend, 1)
+    notes = torch.zeros((), dtype=torch.long, device=backend.device)
+    end, counts = graphs_there(models, ids, notes=notes)[-2], []
+    for model in models:
+        notes.zero_()
+        generate(model, ids, eos_token_id=end, notes=notes)
+        counts.append(int(notes))
+    assert counts[0] == counts[1]
+    assert steps_ahead() == 0
+
+
 def test_assisted_decoding_is_left_alone(backend: Backend) -> None:
     models, ids = twins(backend), prompt(backend, 1)
     assistants = twins(backend)
