@@ -13,6 +13,9 @@ namespace {
 
 constexpr const char* kContents[] = {"_parameters", "_buffers", "_modules"};
 constexpr const char* kHooks[] = {"_forward_hooks", "_forward_pre_hooks"};
+// These tables say how hooks are called, and matter only where there are hooks.
+constexpr const char* kHookFlags[] = {
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"};
 
 // Returns the address of an object's pointer to its __dict__; the address stays, whatever lies there.
 PyObject** dict_slot(PyObject* object) {
@@ -55,6 +58,25 @@ Guard::Module::Module(const py::object& module, py::object label_)
 bool Guard::Module::same() const {
   auto* const object = reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object;
   return object != Py_None && *slot == dict && Py_TYPE(object) == type;
+}
+
+// Orders
+
+Guard::Order::Order(PyObject* dict_, py::object label_) : dict(dict_), label(std::move(label_)) {
+  for (const auto key : py::handle(dict)) {
+    keys.push_back(py::reinterpret_borrow<py::object>(key));
+  }
+}
+
+bool Guard::Order::same() const {
+  size_t index = 0;
+  for (const auto key : py::handle(dict)) {
+    if (index == keys.size() || !key.is(keys[index])) {
+      return false;
+    }
+    ++index;
+  }
+  return index == keys.size();
 }
 
 // Sources
@@ -185,15 +207,27 @@ void Guard::add_module(const py::object& module, py::object label, bool is_root)
     add_table(table(added.dict, name), label, py::none());
   }
   if (!is_root) {
-    for (const auto* name : kHooks) {
-      auto* hooks = table(added.dict, name);
-      add_table(hooks, label, py::none());
-      if (PyDict_GET_SIZE(hooks) != 0) {
-        never_ = label;
-      }
-    }
+    add_hooks(added);
   }
   modules_.push_back(std::move(added));
+}
+
+void Guard::add_hooks(const Module& module) {
+  bool any = false;
+  for (const auto* name : kHooks) {
+    auto* hooks = table(module.dict, name);
+    const py::object label = py::str("{}.{}").format(module.label, name);
+    add_table(hooks, label, py::none(), /*is_mapping=*/true);
+    any = any || PyDict_GET_SIZE(hooks) != 0;
+    if (PyDict_GET_SIZE(hooks) > 1) {
+      orders_.push_back(Order(hooks, label));
+    }
+  }
+  for (const auto* name : kHookFlags) {
+    if (any) {
+      add_table(table(module.dict, name), py::str("{}.{}").format(module.label, name), py::none(), /*is_mapping=*/true);
+    }
+  }
 }
 
 void Guard::add_object(const py::object& object, py::object label) {
@@ -208,9 +242,9 @@ void Guard::add_dict(const py::dict& dict, py::object label, bool named, bool he
   tables_.push_back(Table{std::move(added), std::move(label), !named});
 }
 
-void Guard::add_table(PyObject* dict, py::object label, const py::object& names) {
+void Guard::add_table(PyObject* dict, py::object label, const py::object& names, bool is_mapping) {
   dict_watcher_.add(dict);
-  tables_.push_back(Table{ExpectedDict(dict, names, /*held=*/true), std::move(label), false});
+  tables_.push_back(Table{ExpectedDict(dict, names, /*held=*/true), std::move(label), is_mapping});
 }
 
 void Guard::add_items(const py::object& items, py::object label) {
@@ -275,6 +309,9 @@ Guard::Failure Guard::first_failure(bool grad) {
     if (const auto failure = changed_table(); failure.label != nullptr) {
       return failure;
     }
+  }
+  if (label == nullptr) {
+    label = first_changed(orders_);
   }
   if (label == nullptr) {
     label = first_changed(lists_);

@@ -21,8 +21,8 @@ class Guard {
   // `names`: the attributes that count (None: all); `grads`: tensors have to keep their requires_grad.
   explicit Guard(pybind11::object names, bool grads);
 
-  // The attributes, parameters, buffers, children and class of a module stay; unless it is the root, it has
-  // no hooks.
+  // The attributes, parameters, buffers, children and class of a module stay; unless it is the root, its
+  // hooks stay, too.
   void add_module(const pybind11::object& module, pybind11::object label, bool is_root);
   // The attributes and the class of an object stay.
   void add_object(const pybind11::object& object, pybind11::object label);
@@ -78,6 +78,15 @@ class Guard {
     pybind11::object label;
   };
 
+  // The order of the keys of an OrderedDict, which may change while the dict below it does not.
+  struct Order {
+    Order(PyObject* dict, pybind11::object label);
+    bool same() const;
+
+    PyObject* dict; // of a table that is compared before
+    std::vector<pybind11::object> keys; // numbers
+    pybind11::object label;
+  };
 
   struct Items : ExpectedItems {
     pybind11::object label;
@@ -127,7 +136,9 @@ class Guard {
     pybind11::object label;
   };
 
-  void add_table(PyObject* dict, pybind11::object label, const pybind11::object& names);
+  void add_hooks(const Module& module);
+  void add_table(
+      PyObject* dict, pybind11::object label, const pybind11::object& names, bool is_mapping = false);
   void add(Source source);
   Failure first_failure(bool grad);
   Failure changed_table();
@@ -140,6 +151,7 @@ class Guard {
   std::vector<Module> modules_; // and other objects
   std::vector<Table> tables_; // those of each module behind its __dict__, which keeps them alive
   DictGroup dict_watcher_; // the same dicts, in the same order
+  std::vector<Order> orders_;
   std::vector<Items> lists_;
   std::vector<Bytes> buffers_;
   std::vector<Reference> references_;
@@ -149,7 +161,7 @@ class Guard {
   std::vector<Address> addresses_;
   std::vector<pybind11::object> kept_;
   std::vector<int64_t> dims_; // sizes and strides of each address, one after another
-  pybind11::object never_; // the label of what failed from the start; null: nothing
+  pybind11::object never_; // why no check succeeds any more; null: checks may succeed
 };
 
 } // namespace graphcache

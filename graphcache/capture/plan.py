@@ -14,7 +14,7 @@ from graphcache.config import Options, Pad, top_name
 from graphcache.errors import CaptureError, describe
 from graphcache.guards.guards import Guards
 from graphcache.pool import GraphPool
-from graphcache.report.reasons import Bypass, Reason
+from graphcache.report.reasons import Bypass, Reason, text_of
 from graphcache.runtime.undo_log import UndoLog
 from graphcache.tracing.trace import Forward, Trace
 
@@ -97,8 +97,12 @@ class CapturePlan:
         return mutated
 
 
-def check_trace(trace: Trace) -> None:
+def check_trace(trace: Trace, root: Any) -> None:
     """Raises where no graph can do what the forward did.
+
+    Args:
+        trace: the run of the forward.
+        root: the object that the forward is bound to, or None.
 
     Raises:
         CaptureError: for the first thing that no graph can hold.
@@ -111,6 +115,12 @@ def check_trace(trace: Trace) -> None:
         raise Bypass(Reason.NEEDS_GRAD)
     if "_version" in trace.read_set.users_names:
         raise CaptureError("it reads _version, which no graph advances", reason=Reason.READS_VALUE)
+    for hook in trace.hooks:
+        changed = hook.changes(trace.changes)
+        if hook.effect is not None or changed:
+            does = f"changes {', '.join(changed[:3])}" if changed else f"calls {hook.effect}"
+            text = text_of(Reason.HOOKS, f"{hook.described(root)} {does}, which no graph replays")
+            raise CaptureError(text, reason=Reason.HOOKS)
     if trace.python_mutations:
         raise CaptureError(
             CHANGES.format(", ".join(trace.python_mutations[:3])), reason=Reason.CHANGES_VALUES
@@ -124,7 +134,6 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
 
     Raises:
         CaptureError: where an address that the forward reaches can't be captured safely.
-        Bypass: where hooks would run inside the forward.
     """
     objects = {id(tensor) for passed in call.objects for tensor in passed.tensors}
     owned = {_C.storage_key(tensor) for passed in call.objects for tensor in passed.tensors}
@@ -134,8 +143,6 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
         guards = Guards.find(forward.instance, trace.read_set, reached, external)
     except TypeError as error:  # its tables lie elsewhere than in Python
         raise CaptureError(str(error), reason=Reason.SCRIPTED) from error
-    if guards.hooked is not None:
-        raise Bypass(Reason.HOOKS, text=f"hooks inside the forward, on {guards.hooked}")
     if guards.iterators:
         raise CaptureError(
             f"it reads an iterator, {guards.iterators[0]}, which no graph advances; keep an index",

@@ -142,7 +142,7 @@ class GraphCache:
             if self.store.expire_changed(call, entry, grad=torch.is_grad_enabled()):
                 entry = None
         if entry is None:
-            self.store.check_worth_a_capture(call, forward.instance)
+            self.store.check_worth_a_capture(call)
         elif entry.complete and entry.no_padding_reason is None and entry.bucket(call.batch) is None:
             raise Bypass(Reason.ABOVE_LARGEST_SIZE)
         return entry

@@ -10,6 +10,7 @@ from graphcache.capture.default_sizes import padded_size
 from graphcache.capture.verify import PaddingCheck
 from graphcache.guards.static_objects import Slot
 from graphcache.report.reasons import EagerReason
+from graphcache.tracing.hooks import Hook
 
 MAX_WASTED = 8  # signatures in a row that were dropped before they were worth their captures
 WORTH_A_CAPTURE = 16  # replays after which another capture is no waste
@@ -22,6 +23,7 @@ class Entry:
 
     Attributes:
         eager: why it always runs eagerly, or None.
+        hooks: those without which it may not have to.
         no_padding_reason: why it is captured only at the sizes that it is called with, or None.
         complete: no sizes will be added: they were given, or no more fit into memory.
         padding: compares padded replays with eager.
@@ -33,6 +35,7 @@ class Entry:
     """
 
     eager: EagerReason | None = None
+    hooks: list[Hook] = field(default_factory=list)
     no_padding_reason: str | None = None
     complete: bool = False
     padding: PaddingCheck = field(default_factory=PaddingCheck)

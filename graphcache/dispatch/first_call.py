@@ -27,7 +27,7 @@ def first_call(store: Store, forward: Forward, call: BoundCall, *, exactly: bool
             captured = capture(plan)
             verify(store, plan, captured)
         except Exception as error:  # whatever it is, the caller has a result, and gets it
-            store.handle_error(call, forward.instance, error)
+            store.handle_error(call, forward.instance, error, trace.hooks)
         else:
             store.publish(plan, captured, held=trace.made(call))
     return trace.result
@@ -49,7 +49,7 @@ def make_plan(
             store.wait_until_settled(call)
         elif trace.effect is not None:
             store.wait_until_settled(call, times=2)
-    check_trace(trace)
+    check_trace(trace, forward.instance)
     guards = build_guards(trace, forward, call)
     pool = store.pool_for(call)
     lease_all(call, pool.device)
@@ -61,7 +61,7 @@ def make_plan(
         found = trace_sizes(forward, call, trace, sizes, store.options.pad)
         if found.trace is not trace and found.why is None:
             try:
-                check_trace(found.trace)
+                check_trace(found.trace, forward.instance)
                 guards = build_guards(found.trace, forward, call)
             except (CaptureError, Bypass) as error:
                 found = found._replace(trace=trace, why=NOT_AT_OTHER_SIZES.format(error))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from graphcache import _C, config
@@ -21,12 +22,12 @@ from graphcache.config import Options
 from graphcache.dispatch.bypass import check_device
 from graphcache.dispatch.entry import MAX_SIGHTED, Entries, Entry
 from graphcache.errors import CaptureError, OptionError
-from graphcache.guards.guards import submodule_with_hooks
 from graphcache.guards.static_objects import read_object, with_slots
 from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
 from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.runtime.source_lines import warn
+from graphcache.tracing.hooks import Hook
 from graphcache.tracing.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ MAX_SIGNATURES = 32
 MAX_RECAPTURES = 8
 MAX_UNSETTLED = 3  # first calls of one batch that may change values before that is called a habit
 MAX_EMPTY_SLOTS = 4
+RETRACED_AFTER = 8  # eager calls of a signature because of hooks, and each time the number has doubled
 MANY_WAYS = (
     f"is called in more than {MAX_SIGNATURES} ways (shapes, dtypes, constants), each seldom; such calls "
     "run eagerly",
@@ -85,6 +87,7 @@ class Store:
         self._recaptures = 0
         self._changed_itself = False
         self._unsettled = Counter[Any]()
+        self._eager_calls = Counter[Any]()
         self._by_batch: str | None = None
         self._replaced = ""
         self._warned: set[str] = set()
@@ -141,14 +144,30 @@ class Store:
             raise Bypass(Reason.OBJECT_FILLED, text=why)
         entry = self.entries.get(call.bare_key)
         if entry is not None and entry.eager is not None:
+            if self._may_be_served(call, entry):
+                self.entries.pop(call.bare_key, None)
+                return
             entry.last = self.native.calls
             raise Bypass(entry.eager.reason, text=entry.eager)
 
-    def check_worth_a_capture(self, call: BoundCall, instance: Any) -> None:
+    def _may_be_served(self, call: BoundCall, entry: Entry) -> bool:
+        """Return True where hooks that made calls eager are gone, or may have come to rest.
+
+        A hook may look only while somebody asks it to. So such calls are traced again, more and more
+        seldom.
+        """
+        if not all(hook.is_registered() for hook in entry.hooks):
+            return True
+        if len(self._eager_calls) > MAX_SIGHTED:
+            self._eager_calls.clear()
+        self._eager_calls[call.bare_key] += bool(entry.hooks)
+        count = self._eager_calls[call.bare_key]
+        return count >= RETRACED_AFTER and count.bit_count() == 1
+
+    def check_worth_a_capture(self, call: BoundCall) -> None:
         """Raises `Bypass` for a new signature that is not captured yet; makes room for one that is."""
-        hooked = submodule_with_hooks(instance)
-        if hooked is not None:
-            raise Bypass(Reason.HOOKS, text=f"hooks inside the forward, on {hooked}")
+        if nn_module._has_any_global_hook():
+            raise Bypass(Reason.HOOKS, "a global one, of every module")
         if self._recaptures > MAX_RECAPTURES:
             self.warn(
                 "recaptures",
@@ -306,8 +325,12 @@ class Store:
                 "pad={'argument': value}.",
             )
 
-    def handle_error(self, call: BoundCall, instance: Any, error: Exception) -> None:
+    def handle_error(
+        self, call: BoundCall, instance: Any, error: Exception, hooks: list[Hook]
+    ) -> None:
         """Runs a signature eagerly from here on, with one warning; a `Bypass` only lets it wait.
+
+        The forward may be another one without the `hooks` that ran: eagerly for as long as they are there.
 
         Raises:
             CaptureError: with `fallback=False`.
@@ -323,8 +346,8 @@ class Store:
             raise CaptureError(text, reason=reason) from error
         if call.key in self.entries:
             self.drop(self.entries.pop(call.key))
-        self.entries[call.bare_key] = entry = Entry(eager=EagerReason(reason, why))
-        if not call.objects:  # whose slot is not known
+        self.entries[call.bare_key] = entry = Entry(eager=EagerReason(reason, why), hooks=hooks)
+        if not call.objects and not hooks:  # whose slot is not known, or who may go
             self.hand_over(call, instance, entry)
         self.warn(
             why,

@@ -57,6 +57,7 @@ class ReadSet(NamedTuple):
         code: the forward, and the classes and functions among its arguments.
         sources: those of globals, imports and closures.
         ran: the code that ran and is no library's, by its address and that of its globals.
+        calls_root: whether the forward calls the module that it is bound to, and so the hooks of that.
     """
 
     names: frozenset[str] | None
@@ -64,6 +65,7 @@ class ReadSet(NamedTuple):
     code: list[Any]
     sources: list[Source]
     ran: Mapping[tuple[int, int], CodeType] = MappingProxyType({})
+    calls_root: bool = False
 
     def united(self, other: "ReadSet") -> "ReadSet":
         """Returns what either of two runs of one forward can read."""
@@ -74,6 +76,7 @@ class ReadSet(NamedTuple):
             self.code,
             [*self.sources, *other.sources],
             {**self.ran, **other.ran},
+            self.calls_root or other.calls_root,
         )
 
 
@@ -83,13 +86,12 @@ class Guards:
     Attributes:
         native: holds and compares it.
         unguarded: tensors that the forward reached, and for which no source was found.
-        hooked: the name of a module inside that has hooks, which a replay would not call; or None.
         iterators: names of iterators, which no replay would advance.
     """
 
     def __init__(self, builder: "_GuardBuilder | None" = None, unguarded: Iterable[Tensor] = ()) -> None:
         found = builder or _GuardBuilder()
-        self.native, self.hooked, self.iterators = found.native, found.hooked, found.iterators
+        self.native, self.iterators = found.native, found.iterators
         self.unguarded = list(unguarded)
 
     def check(self, *, grad: bool) -> bool:
@@ -119,7 +121,8 @@ class Guards:
         Returns:
             The guards; `unguarded` holds those of `reached` and `external` that have no source.
         """
-        builder = _GuardBuilder(instance, reads.names, reads.users_names)
+        root = None if reads.calls_root else instance
+        builder = _GuardBuilder(root, reads.names, reads.users_names)
         for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
             builder.native.add_dict(hooks, "hooks of every module", named=False, held=True)
         builder.walk(instance, "")
@@ -149,7 +152,7 @@ class _GuardBuilder(Walker):
     """Adds to a native guard all that can be reached and counts.
 
     Args:
-        root: the module that the forward is bound to.
+        root: the module whose hooks run outside the forward; or None.
         names: the attributes that count, or None for all.
         users_names: those of them that the user's code names.
     """
@@ -160,12 +163,11 @@ class _GuardBuilder(Walker):
         names: frozenset[str] | None = None,
         users_names: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__()
+        super().__init__(root)
         self.native = _C.Guard(names, "requires_grad" in users_names)
         self.tensors: dict[int, Tensor] = {}
         self.iterators: list[str] = []
-        self.hooked: str | None = None
-        self._root, self._names, self._users_names = root, names, users_names
+        self._names, self._users_names = names, users_names
         self._sources: set[tuple[int, Any]] = set()
 
     def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
@@ -173,8 +175,6 @@ class _GuardBuilder(Walker):
         if issubclass(kind, nn.Module):
             if is_new:
                 self.native.add_module(value, label, is_root=value is self._root)
-                if value is not self._root and _has_hooks(value):
-                    self.hooked = self.hooked or label
         elif issubclass(kind, Tensor):
             if not _has_address(value):
                 return False
@@ -271,17 +271,3 @@ def _has_address(tensor: Tensor) -> bool:
         and not nn.parameter.is_lazy(tensor)
         and not overrides_dispatch(tensor)
     )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def submodule_with_hooks(instance: Any) -> str | None:
-    """Names the first submodule whose hooks a replay would not call; None where there is none."""
-    if not isinstance(instance, nn.Module):
-        return None
-    if nn_module._has_any_global_hook():
-        return "every module (a global hook)"
-    inner = (item for item in instance.named_modules() if item[1] is not instance)
-    return next((repr(name) for name, module in inner if _has_hooks(module)), None)

@@ -40,6 +40,7 @@ ABSENT = object()
 
 OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _TABLES = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OPERATORS = [name[2:-2] for name, of in vars(operator).items() if name[:2] == "__" and callable(of)]
 # Methods that Python calls and no code names.
 SPECIAL = frozenset(
@@ -167,13 +168,17 @@ class Members(NamedTuple):
 class Walker:
     """Walks over all that can be reached from values. Subclasses take the things that the walk finds.
 
+    Args:
+        root: the module whose hooks are not walked over, since they run outside its forward; or None.
+
     Attributes:
         follows_classes: whether the class of an object is walked over too.
     """
 
     follows_classes = True
 
-    def __init__(self) -> None:
+    def __init__(self, root: Any = None) -> None:
+        self._root = root
         # Held, so that no other object gets an address that was visited.
         self._visited: dict[int, tuple[int, Any]] = {}
         self._types: dict[int, int] = {}
@@ -215,7 +220,7 @@ class Walker:
                 depth = max(depth, 2)
             is_new = depth > 0 and self._is_new(value, depth)
             if self.enter(value, label, depth, is_new) and is_new:
-                groups = members_of(value, label)
+                groups = members_of(value, label, is_root=value is self._root)
                 found = [each for group in groups for each in self._reached(group, depth - 1, held)]
                 pending += reversed(found)
 
@@ -265,14 +270,23 @@ def code_in(arguments: Any) -> list[Any]:
     return list(search.found.values())
 
 
-def members_of(value: Any, label: str) -> Iterator[Members]:
-    """Yields all members of a value, kind by kind; the class of the value included."""
+def members_of(value: Any, label: str, *, is_root: bool = False) -> Iterator[Members]:
+    """Yields all members of a value, kind by kind; the class of the value included.
+
+    Args:
+        value: the value.
+        label: its name.
+        is_root: whether it is a module whose hooks do not count.
+    """
     kind = type(value)  # not isinstance: proxies and mocks claim to be what they are not
     if issubclass(kind, nn.Module):
         yield Members.of(MODULE, value, label)
         for table in map(vars(value).get, _TABLES):
             if isinstance(table, dict):  # a scripted module has others
                 yield Members.of(TABLE, table, label)
+        for name in () if is_root else HOOKS:
+            if isinstance(table := vars(value).get(name), dict):
+                yield Members.of(TABLE, table, f"{label}.{name}")
         yield from _slots_and_class(value, label)
     elif is_plain(value) or is_opaque(kind.__module__):
         return

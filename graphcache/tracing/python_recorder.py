@@ -17,11 +17,13 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphcache import _C
 from graphcache.guards.guards import ReadSet
 from graphcache.guards.reachability import (
     ABSENT,
+    HOOKS,
     OF_MODULE,
     SPECIAL,
     Source,
@@ -34,6 +36,7 @@ from graphcache.runtime.source_lines import OURS, is_library, is_ours, is_torch
 from graphcache.runtime.torch_patches import as_in_a_capture
 from graphcache.tracing.bytecode import NamesInCode, words_in
 from graphcache.tracing.closures import Closures, contents_of
+from graphcache.tracing.hooks import HookRecorder
 from graphcache.tracing.library_code import LibraryCode
 from graphcache.tracing.python_snapshot import Snapshot
 
@@ -43,6 +46,7 @@ _COMPILED = str(_TORCH / "_dynamo" / "eval_frame.py")
 # Their Python compiles itself, eagerly, where no dispatch mode is active: `torch.cond`, flex_attention.
 _HIGHER_ORDER = str(_TORCH / "_higher_order_ops"), str(_TORCH / "nn" / "attention")
 _PICKLES = torch.Tensor._reduce_ex_internal.__code__
+_CALL = nn.Module._call_impl.__code__
 _ASKS = as_in_a_capture.before.__code__
 # Their kernels may run on streams of their own, which no capture is told of.
 _LAUNCHERS = ("cupy.", "cupyx.", "numba.cuda.", "numba_cuda.", "pycuda.", "taichi.", "warp.")
@@ -83,6 +87,7 @@ class PythonRecorder:
         asks: whether the forward asks if a capture is under way.
         compiled: whether `torch.compile` compiled some of it.
         effect: something that the user's code did and that nothing puts back; or None.
+        hooks: the hooks of submodules that ran.
         snapshot: the Python values before the forward ran; empty after `changed()`.
         blocker: the first thing that no graph can hold, and its kind; or None.
         memos: the tables of results that functions keep, as `functools.lru_cache` does.
@@ -106,10 +111,13 @@ class PythonRecorder:
         self._library = LibraryCode()
         self.asks = self.compiled = False
         self.effect: str | None = None
+        self.hooks = HookRecorder()
         self.memos: list[dict[Any, Any]] = []
         self.blocker: tuple[str, Reason] | None = None
         self._importing = 0  # code that a first import runs is none of the forward's
-        self.snapshot = snapshot or Snapshot()
+        self._root = instance if isinstance(instance, nn.Module) else None
+        self._calls_root = False
+        self.snapshot = snapshot or Snapshot(self._root)
         self.snapshot.note_results()
         for root in (instance, *self.code):
             self.snapshot.walk(root, "")
@@ -145,6 +153,7 @@ class PythonRecorder:
             self._closures.settle()
             if self._importing and _imports(frame):
                 self._importing -= 1
+            self.hooks.leave(frame)
             if frame.f_code.co_freevars:
                 self._closures.leave(frame)
 
@@ -154,10 +163,15 @@ class PythonRecorder:
             self._importing += 1
         if self._importing:
             return
+        self.hooks.enter(frame)
         if code is _ASKS:
             self.asks = self.asks or not is_ours(frame.f_back)
         elif code is _PICKLES:
             self._block(Reason.READS_VALUE, "it reads a value on the host: `pickle` or `torch.save`")
+        elif code is _CALL and self._root is not None and frame.f_locals["self"] is self._root:
+            self._calls_root = True  # as a method that is not the forward may do
+            for table in HOOKS:
+                self.snapshot.walk(vars(self._root).get(table), table)
         elif code.co_name == "compile_wrapper" and code.co_filename == _COMPILED:
             of_torch = frame.f_back is not None and frame.f_back.f_code.co_filename
             self.compiled = self.compiled or not (of_torch and of_torch.startswith(_HIGHER_ORDER))
@@ -212,7 +226,10 @@ class PythonRecorder:
             return
         self._note_launcher(module or type(owner).__module__)
         if name in _EFFECTS or type(owner).__module__ in _EFFECTS_OF:
-            if not _is_of_library(caller):
+            hook = self.hooks.running(caller)
+            if hook is not None:
+                hook.effect = hook.effect or f"{name}()"
+            if hook is not None or not _is_of_library(caller):
                 self.effect = self.effect or f"{name}()"
             return
         if name in _HAND_OVER:
@@ -274,7 +291,8 @@ class PythonRecorder:
             self._dynamic or self._library.dynamic or any(named.dynamic for named, _ in self._named)
         )
         sources = list(self._sources())
-        return ReadSet(None if dynamic else names, users, self.code, sources, self._of_users)
+        names_read = None if dynamic else names
+        return ReadSet(names_read, users, self.code, sources, self._of_users, self._calls_root)
 
     def changed(self, *, restore: bool = False) -> tuple[list[str], Snapshot | None]:
         """Finds the values that were set, replaced, changed or deleted since the start.

@@ -51,13 +51,16 @@ _READERS = frozenset(
 class Snapshot(Walker):
     """The members of all that was reached, at the time when each was found.
 
+    Args:
+        root: the module that the forward is bound to, or None.
+
     Attributes:
         tensors: those that were found, by identity; parameters excepted.
         dynamic: something was found that reads attributes which no code names.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, root: Any = None) -> None:
+        super().__init__(root)
         self.tensors: dict[int, Tensor] = {}
         self.dynamic = False
         self._members: dict[tuple[Kind, int], Members] = {}

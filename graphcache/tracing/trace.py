@@ -16,6 +16,7 @@ from graphcache.report.reasons import Reason
 from graphcache.runtime.host_transfers import Key
 from graphcache.runtime.torch_state import uncollected
 from graphcache.runtime.undo_log import UndoLog
+from graphcache.tracing.hooks import Hook
 from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder
@@ -58,6 +59,7 @@ class Trace:
         snapshot: the Python values before the run, if they are the same after it; or None.
         memos: tables of results that functions keep, as `functools.lru_cache` does.
         effect: something that the run did and that nothing puts back, such as printing; or None.
+        hooks: the hooks of submodules that ran.
         bears_nan: whether NaN in the arguments can't make a kernel stop the device.
         hides_nan: whether an operation can make NaN of its arguments disappear.
     """
@@ -82,6 +84,7 @@ class Trace:
     snapshot: Snapshot | None
     memos: list[dict[Any, Any]]
     effect: str | None
+    hooks: list[Hook]
     bears_nan: bool
     hides_nan: bool
 
@@ -192,6 +195,7 @@ def trace_forward(
         snapshot=snapshot,
         memos=python.memos,
         effect=python.effect,
+        hooks=list(python.hooks.found.values()),
         bears_nan=ops.bears_nan(),
         hides_nan=ops.hides_nan,
     )

@@ -1,4 +1,4 @@
-"""Traps: copies, hooks, compilers, modes and tensor types of torch."""
+"""Traps: copies, compilers, modes and tensor types of torch."""
 
 from __future__ import annotations
 
@@ -164,81 +164,6 @@ def test_a_graphed_subclass_calls_a_graphed_super(backend: Backend) -> None:
         equal(model(x), plain(x) * 3)
         equal(Base.forward(model, x), plain(x))
     assert info(model).hits >= 2
-
-
-def hooked(model: nn.Module, x: Tensor, seen: list[Any], handle: Any, times: int = 3) -> None:
-    """The hook runs at every call, doubling, until it is removed."""
-    for _ in range(times):
-        before = len(seen)
-        model(x)
-        assert len(seen) == before + 1
-    handle.remove()
-    model(x)
-    assert len(seen) == times
-
-
-def test_a_hook_of_its_own(net: Net, x: Tensor) -> None:
-    """The hook, added after the capture, is not called; it changes the result."""
-    replays(net, x)
-    seen: list[Any] = []
-
-    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        seen.append(1)
-        return out * 2
-
-    handle = net.register_forward_hook(hook)
-    equal(net(x), eagerly(net, x) * 2)
-    seen.clear()
-    hooked(net, x, seen, handle)
-    replays(net, x)
-
-
-def test_a_pre_hook_of_its_own(net: Net, x: Tensor) -> None:
-    """The hook is not called; it changes the arguments."""
-    replays(net, x)
-    with net.register_forward_pre_hook(lambda module, args: (args[0] + 1,)):
-        for _ in range(3):
-            equal(net(x), eagerly(net, x + 1))
-    replays(net, x)
-
-
-def test_a_hook_of_a_submodule(net: Net, x: Tensor) -> None:
-    """The hook is not called; it changes the result of the submodule."""
-    replays(net, x)
-    want = eagerly(net, x)
-    with net.up.register_forward_hook(lambda module, args, out: out * 3):
-        same_as_eager(net, x)
-        assert not torch.equal(net(x), want)
-    replays(net, x)
-
-
-def test_a_hook_of_a_submodule_that_was_there_before(net: Net, x: Tensor) -> None:
-    """The hook's operations are captured, and its Python is never called again."""
-    seen: list[Any] = []
-    handle = net.up.register_forward_hook(lambda *_: seen.append(1))
-    hooked(net, x, seen, handle)
-    replays(net, x)
-
-
-def test_a_hook_of_every_module(net: Net, x: Tensor) -> None:
-    """A global hook, such as a profiler's, is not called."""
-    replays(net, x)
-    seen: list[Any] = []
-    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
-        net(x)
-        assert net.up in seen
-        assert net in seen
-    replays(net, x)
-
-
-def test_a_hook_with_kwargs_on_a_submodule_of_a_closure(backend: Backend, x: Tensor) -> None:
-    """The hook is not called; its module is no child of the decorated one."""
-    inner = nn.Linear(8, 8).to(backend.device)
-    model = cuda_graphed(lambda x: inner(x) * 2, sizes=(2,))
-    replays(model, x)
-    with inner.register_forward_hook(lambda module, args, kwargs, out: out + 1, with_kwargs=True):
-        same_as_eager(model, x)
-    replays(model, x)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
