@@ -216,7 +216,7 @@ class PythonRecorder:
     def _enter_closure(self, frame: FrameType) -> None:
         for name, value in self._closures.enter(frame).items():
             if not _is_local_to_a_caller(frame, name, value):
-                self.snapshot.walk(value, name)
+                self.snapshot.walk_for_one_run(value, name)
 
     def _called_native(self, function: Any, caller: FrameType) -> None:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
@@ -309,6 +309,7 @@ class PythonRecorder:
             self.snapshot.restore()
         rebound = sorted(self._closures.rebound(restore=restore))
         valid = self.snapshot if restore or not (names or rebound) else None
+        self.snapshot.forget_run()
         self.memos = self.snapshot.memos
         self._dynamic = self._dynamic or self.snapshot.dynamic
         self.snapshot = Snapshot()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Snapshot(Walker):
         self._arrays: list[tuple[Any, bytes, str]] = []  # numbers on the host
         self.memos: list[dict[Any, Any]] = []  # what functions keep of their results
         self._known_results: list[set[Any]] = []
+        self._of_one_run: list[tuple[dict[Any, Any], Any]] = []
 
     def add_names(self, names: set[str]) -> None:
         """Adds the globals with these names of the Python modules that were found."""
@@ -153,6 +155,21 @@ class Snapshot(Walker):
         for table, known in zip(self.memos, self._known_results, strict=True):
             for key in table.keys() - known:
                 del table[key]
+
+    def walk_for_one_run(self, value: Any, label: str) -> None:
+        """Walks over a value that the forward itself may have made, and would not be rid of."""
+        tables: tuple[dict[Any, Any], ...] = self._visited, self._members
+        sizes = [len(table) for table in tables]
+        self.walk(value, label)
+        for table, size in zip(tables, sizes, strict=True):
+            self._of_one_run += [(table, key) for key in islice(reversed(table), len(table) - size)]
+
+    def forget_run(self) -> None:
+        """Lets go of all that was found for this run only, and of the tensors."""
+        for table, key in self._of_one_run:
+            table.pop(key, None)
+        self._of_one_run.clear()
+        self.tensors.clear()
 
     def restore(self) -> None:
         """Puts back everything that is not as it was."""

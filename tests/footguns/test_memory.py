@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphcache import cuda_graphed
-from tests.helpers import Backend, close, eagerly, info
+from tests.helpers import Backend, close, eagerly, info, replays
 
 
 class Weighted(nn.Module):
@@ -137,3 +137,14 @@ def test_containers_that_make_a_tensor_at_each_read(backend: Backend) -> None:
         dict.__setitem__(model.views, "scale", torch.full((2, 3), value, device=backend.device))
         x = backend.randn(2, 3)
         assert torch.equal(model(x), x * value)
+
+
+def masked(mask: Tensor) -> Any:
+    return lambda x: x * mask
+
+
+def test_forward_puts_a_tensor_into_a_closure(backend: Backend) -> None:
+    """Nothing: the closure goes with the call. Libraries make masks in this way."""
+    model = cuda_graphed(lambda x: masked(x > 0)(x), sizes=(2, 4))
+    for _ in range(3):
+        replays(model, backend.randn(2, 8))
