@@ -52,6 +52,7 @@ void bind_guards(py::module_& m) {
       .def("add_object", &Guard::add_object, py::arg("object"), label)
       .def("add_dict", &Guard::add_dict, py::arg("dict"), label, py::arg("named"), py::arg("held"))
       .def("add_items", &Guard::add_items, py::arg("items"), label)
+      .def("pin", &Guard::pin, py::arg("list"))
       .def("add_bytes", &Guard::add_bytes, py::arg("array"), label)
       .def("add_reference", &Guard::add_reference, py::arg("reference"), label)
       .def("add_source", &Guard::add_source, py::arg("container"), py::arg("key"), py::arg("value"), label)
@@ -59,7 +60,8 @@ void bind_guards(py::module_& m) {
       .def("add_tensor", &Guard::add_tensor, py::arg("tensor"), label)
       .def("keep", &Guard::keep, py::arg("object"))
       .def("check", &Guard::check, py::arg("grad"))
-      .def("explain", &Guard::explain, py::arg("grad"));
+      .def("explain", &Guard::explain, py::arg("grad"))
+      .def("is_gone", &Guard::is_gone);
   m.def("referent", &referent, py::arg("reference"));
 }
 

@@ -10,11 +10,21 @@ namespace py = pybind11;
 namespace graphcache {
 namespace {
 
-// Refers to no module, and so never to the guards that keep it.
-bool refers_to_no_module(PyObject* object) {
+// Tensors whose memory guards compare; torch's `swap_tensors` refuses those with weak references.
+bool has_address(PyObject* object) {
+  if (!is_exact_tensor(object)) {
+    return false;
+  }
+  const auto& tensor = tensor_in(object);
+  return tensor.layout() == c10::kStrided && tensor.has_storage() && !tensor.is_meta();
+}
+
+// Refers to no module, and so never to the guards that keep it. `deep`: tuples of tensors count, too.
+bool refers_to_no_module(PyObject* object, bool deep) {
   if (PyTuple_Check(object)) {
     for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
-      if (!refers_to_no_module(PyTuple_GET_ITEM(object, index))) {
+      auto* item = PyTuple_GET_ITEM(object, index);
+      if ((!deep && has_address(item)) || !refers_to_no_module(item, deep)) {
         return false;
       }
     }
@@ -25,18 +35,9 @@ bool refers_to_no_module(PyObject* object) {
       is_tensor(object);
 }
 
-// Tensors whose memory guards compare; torch's `swap_tensors` refuses those with weak references.
-bool has_address(PyObject* object) {
-  if (!is_exact_tensor(object)) {
-    return false;
-  }
-  const auto& tensor = tensor_in(object);
-  return tensor.layout() == c10::kStrided && tensor.has_storage() && !tensor.is_meta();
-}
-
-py::object reference_to(PyObject* object) {
+py::object reference_to(PyObject* object, bool keep) {
   // A weak reference keeps nothing alive, so it may be held.
-  if (refers_to_no_module(object) || PyWeakref_Check(object)) {
+  if (refers_to_no_module(object, keep) || PyWeakref_Check(object)) {
     return py::reinterpret_borrow<py::object>(object);
   }
   if (auto* reference = PyWeakref_NewRef(object, nullptr)) {
@@ -45,6 +46,18 @@ py::object reference_to(PyObject* object) {
   PyErr_Clear();
   // An object that the cycle collector does not know (a dtype, a device) refers to nothing: held as well.
   return PyObject_IS_GC(object) ? py::object() : py::reinterpret_borrow<py::object>(object);
+}
+
+bool holds_tensor(PyObject* object) {
+  if (!PyTuple_Check(object)) {
+    return is_tensor(object);
+  }
+  for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(object); ++index) {
+    if (holds_tensor(PyTuple_GET_ITEM(object, index))) {
+      return true;
+    }
+  }
+  return false;
 }
 
 // Calls `visit` with each object that this one refers to, until it returns false.
@@ -71,16 +84,43 @@ bool is_known_by_items(PyObject* object) {
 
 } // namespace
 
-Expected::Expected(PyObject* object, bool keep, int depth) : address_(object) {
-  if (object != nullptr && !keep && has_address(object)) {
-    tensor_type_ = Py_TYPE(object);
-    return;
+// Exact types only: no code of the user's runs here.
+bool is_equal(PyObject* a, PyObject* b) {
+  if (a == b || Py_TYPE(a) != Py_TYPE(b)) {
+    return a == b;
   }
-  object_ = object != nullptr ? reference_to(object) : py::object();
-  if (object == nullptr || object_ || depth == 0 || !is_known_by_items(object)) {
+  if (PyFloat_CheckExact(a)) {
+    // by bits: -0.0 is not 0.0, and nan is itself
+    return std::memcmp(
+               &reinterpret_cast<PyFloatObject*>(a)->ob_fval,
+               &reinterpret_cast<PyFloatObject*>(b)->ob_fval,
+               sizeof(double)) == 0;
+  }
+  if (PyTuple_CheckExact(a)) {
+    bool equal = PyTuple_GET_SIZE(a) == PyTuple_GET_SIZE(b);
+    for (Py_ssize_t index = 0; equal && index < PyTuple_GET_SIZE(a); ++index) {
+      equal = is_equal(PyTuple_GET_ITEM(a, index), PyTuple_GET_ITEM(b, index));
+    }
+    return equal;
+  }
+  return (PyLong_CheckExact(a) || PyUnicode_CheckExact(a) || PyBytes_CheckExact(a)) &&
+      PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+}
+
+Expected::Expected(PyObject* object, bool keep, int depth) : address_(object) {
+  if (object == nullptr) {
     return;
   }
   type_ = Py_TYPE(object);
+  is_weak_tensor_ = !keep && has_address(object);
+  if (is_weak_tensor_) {
+    return;
+  }
+  object_ = reference_to(object, keep || depth == 0);
+  by_items_ = !object_ && depth > 0 && is_known_by_items(object);
+  if (!by_items_) {
+    return;
+  }
   std::vector<py::object> held; // a weak reference is an allocation, which may set off the cycle collector
   each_referent(object, [&](PyObject* item) {
     held.push_back(py::reinterpret_borrow<py::object>(item));
@@ -91,11 +131,8 @@ Expected::Expected(PyObject* object, bool keep, int depth) : address_(object) {
   }
 }
 
-// The caller found something at the address: if that is of the type, and refers to the same, it is the same.
+// The caller found something of the type at the address: if that refers to the same, it is the same.
 bool Expected::refers_to_items() const {
-  if (Py_TYPE(address_) != type_) {
-    return false;
-  }
   size_t index = 0;
   bool same = true;
   each_referent(address_, [&](PyObject* item) {
@@ -106,25 +143,15 @@ bool Expected::refers_to_items() const {
   return same && index == items_.size();
 }
 
+bool Expected::is_gone() const {
+  const bool is_weak = object_ && object_.ptr() != address_;
+  const bool keeps_tensor = object_ && object_.ptr() == address_ && holds_tensor(address_);
+  return (is_weak && !is_alive(object_.ptr())) || keeps_tensor || any_gone(items_);
+}
+
 int Expected::traverse(visitproc visit, void* arg) const {
   Py_VISIT(object_.ptr());
   return traverse_all(items_, visit, arg);
-}
-
-// Exact types only: no code of the user's runs here.
-bool Expected::equals(PyObject* object) const {
-  if (address_ == nullptr || object_.ptr() != address_ || Py_TYPE(object) != Py_TYPE(address_)) {
-    return false;
-  }
-  if (PyFloat_CheckExact(object)) {
-    // by bits: -0.0 is not 0.0, and nan is itself
-    return std::memcmp(
-               &reinterpret_cast<PyFloatObject*>(object)->ob_fval,
-               &reinterpret_cast<PyFloatObject*>(address_)->ob_fval,
-               sizeof(double)) == 0;
-  }
-  return (PyLong_CheckExact(object) || PyUnicode_CheckExact(object) || PyBytes_CheckExact(object)) &&
-      PyObject_RichCompareBool(object, address_, Py_EQ) == 1;
 }
 
 ExpectedDict::ExpectedDict(PyObject* dict, py::object names, bool held)
@@ -159,24 +186,10 @@ bool ExpectedDict::counts(PyObject* key) const {
   return names_.is_none() || !PyUnicode_CheckExact(key) || PySet_Contains(names_.ptr(), key) == 1;
 }
 
-std::optional<py::object> ExpectedDict::changed() const {
-  if (!PyDict_Check(dict_)) {
-    return py::object();
-  }
-  auto expected = entries_.begin();
-  Py_ssize_t position = 0;
-  PyObject* key = nullptr;
-  PyObject* value = nullptr;
-  while (PyDict_Next(dict_, &position, &key, &value) != 0) {
-    if (!counts(key)) {
-      continue;
-    }
-    if (expected == entries_.end() || !expected->first.is(key) || !expected->second.is(value)) {
-      return py::reinterpret_borrow<py::object>(key);
-    }
-    ++expected;
-  }
-  return expected == entries_.end() ? std::nullopt : std::make_optional(py::object());
+bool ExpectedDict::is_gone() const {
+  return std::any_of(entries_.begin(), entries_.end(), [](const auto& entry) {
+    return entry.first.is_gone() || entry.second.is_gone();
+  });
 }
 
 int ExpectedDict::traverse(visitproc visit, void* arg) const {
@@ -193,7 +206,7 @@ namespace {
 
 // Calls `visit` with each item, until it returns false; without an iterator, which would be allocated.
 template <typename Visit>
-void each(PyObject* container, Visit visit) {
+void each_item(PyObject* container, Visit visit) {
   if (PyList_Check(container)) {
     for (Py_ssize_t index = 0; index < PyList_GET_SIZE(container); ++index) {
       if (!visit(PyList_GET_ITEM(container, index))) {
@@ -216,16 +229,16 @@ void each(PyObject* container, Visit visit) {
 
 ExpectedItems::ExpectedItems(PyObject* items) : container_(items) {
   const auto held = py::reinterpret_steal<py::object>(PySequence_Tuple(items)); // as in ExpectedDict
-  each(items, [&](PyObject* item) {
+  each_item(items, [&](PyObject* item) {
     items_.emplace_back(item);
     return true;
   });
 }
 
-bool ExpectedItems::same() const {
+bool ExpectedItems::has_same(PyObject* container) const {
   size_t index = 0;
   bool same = true;
-  each(container_, [&](PyObject* item) {
+  each_item(container, [&](PyObject* item) {
     same = index < items_.size() && items_[index].is(item);
     ++index;
     return same;

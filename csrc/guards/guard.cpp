@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 namespace py = pybind11;
@@ -145,6 +147,12 @@ bool Guard::Source::same() const {
   return expected.is(found.ptr());
 }
 
+// The tensors in a list or in slots live as long as that, which is held here.
+bool Guard::Source::is_gone() const {
+  const bool is_held = kind == Kind::kList || (kind == Kind::kSlot && !PyWeakref_CheckRefExact(container.ptr()));
+  return expected.is_gone() || (is_held && expected.is_weak_tensor());
+}
+
 int Guard::Source::traverse(visitproc visit, void* arg) const {
   Py_VISIT(container.ptr());
   Py_VISIT(key.ptr());
@@ -153,14 +161,24 @@ int Guard::Source::traverse(visitproc visit, void* arg) const {
 
 // Addresses
 
-Guard::Address::Address(PyObject* object_, py::object label_, std::vector<int64_t>& all_dims)
-    : object(object_), label(std::move(label_)) {
+namespace {
+
+// The storage of a Python tensor.
+c10::weak_intrusive_ptr<c10::StorageImpl> storage_of(PyObject* object) {
   if (!THPVariable_Check(object)) {
     throw py::type_error("graphcache: expected a torch.Tensor, got " + std::string(Py_TYPE(object)->tp_name));
   }
   const auto& tensor = THPVariable_Unpack(object);
   TORCH_CHECK_TYPE(
       tensor.has_storage(), "graphcache: a tensor of layout ", tensor.layout(), " has no storage");
+  return c10::weak_intrusive_ptr<c10::StorageImpl>(tensor.storage().getWeakStorageImpl());
+}
+
+} // namespace
+
+Guard::Address::Address(PyObject* object_, py::object label_, std::vector<int64_t>& all_dims)
+    : object(object_), known(storage_of(object)), label(std::move(label_)) {
+  const auto& tensor = THPVariable_Unpack(object);
   storage = tensor.storage().unsafeGetStorageImpl();
   data = storage->data();
   offset = tensor.storage_offset();
@@ -190,6 +208,11 @@ bool Guard::Address::same(const int64_t* expected) const {
     }
   }
   return same;
+}
+
+bool Guard::Address::is_gone() const {
+  const auto now = known.lock();
+  return !now || now->data() != data;
 }
 
 bool Guard::Address::requires_grad() const {
@@ -252,6 +275,10 @@ void Guard::add_items(const py::object& items, py::object label) {
     throw py::type_error("graphcache: expected a list or a set");
   }
   lists_.push_back(Items{ExpectedItems(items.ptr()), std::move(label)});
+}
+
+void Guard::pin(const py::object& list) {
+  pinned_.insert(list.ptr());
 }
 
 void Guard::add_bytes(py::object array, py::object label) {
@@ -332,16 +359,92 @@ PyObject* Guard::first_changed(const Checks& checks) {
   return nullptr;
 }
 
+// Lists that others with the same items took the place of, as a setter may make one at each call. All places of
+// a list have to have the same one now, and that has no other place: so no `is` can tell the difference.
+class Guard::ReplacedLists {
+ public:
+  explicit ReplacedLists(Guard& guard) : guard_(guard) {}
+
+  // Returns true if `found` does for what was expected in its place.
+  bool take(Expected& expected, PyObject* found) {
+    if (!PyList_CheckExact(found)) {
+      return false;
+    }
+    if (lists_.empty()) {
+      for (auto& items : guard_.lists_) {
+        if (guard_.pinned_.count(items.container()) == 0) {
+          lists_.emplace(items.container(), List{&items});
+        }
+      }
+    }
+    const auto known = lists_.find(expected.address());
+    if (known == lists_.end() || guard_.pinned_.count(found) != 0) {
+      return false;
+    }
+    auto& list = known->second;
+    if (list.now == nullptr && taken_.insert(found).second && list.items->has_same(found)) {
+      list.now = found;
+    }
+    list.places.push_back(&expected);
+    return list.now == found;
+  }
+
+  // Expects them from here on; returns the label of a list that is still in other places, or null.
+  PyObject* apply() {
+    if (!lists_.empty() && !std::exchange(guard_.places_are_counted_, true)) {
+      for (const auto& table : guard_.tables_) {
+        table.each_value([&](const Expected& value) {
+          if (const auto known = lists_.find(value.address()); known != lists_.end()) {
+            ++known->second.items->places;
+          }
+        });
+      }
+    }
+    for (const auto& [before, list] : lists_) {
+      const auto other = lists_.find(list.now);
+      const bool is_shared = other != lists_.end() && other->second.now == nullptr;
+      if (list.now != nullptr && (is_shared || list.places.size() != list.items->places)) {
+        return list.items->label.ptr();
+      }
+    }
+    for (const auto& [before, list] : lists_) {
+      if (list.now != nullptr) {
+        list.items->replace(list.now);
+      }
+      for (auto* expected : list.places) {
+        expected->replace(list.now);
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  struct List {
+    Items* items;
+    PyObject* now = nullptr;
+    std::vector<Expected*> places = {};
+  };
+
+  Guard& guard_;
+  std::unordered_map<const PyObject*, List> lists_; // by the list that was there
+  std::unordered_set<PyObject*> taken_;
+};
+
 // Some dict changed, but perhaps back to what it was, as by eval() on what is in eval mode already.
 Guard::Failure Guard::changed_table() {
+  ReplacedLists replaced(*this);
+  const auto take = [&](Expected& expected, PyObject* found) { return replaced.take(expected, found); };
   for (size_t index = 0; index < tables_.size(); ++index) {
-    const auto& table = tables_[index];
+    auto& table = tables_[index];
     if (!dict_watcher_.is_alive(index)) {
       return {table.label.ptr()};
     }
-    if (!table.same()) {
+    if (table.changed(take)) {
       return {table.label.ptr(), &table};
     }
+  }
+  if (auto* label = replaced.apply()) {
+    return {label};
   }
   dict_watcher_.rearm();
   return {};
@@ -374,6 +477,11 @@ py::object Guard::explain(bool grad) {
     return label;
   }
   return py::str(failure.table->is_mapping ? "{}[{!r}]" : "{}.{}").format(label, *key);
+}
+
+bool Guard::is_gone() const {
+  return never_ || any_gone(modules_) || any_gone(tables_) || any_gone(lists_) ||
+      any_gone(references_) || any_gone(dict_sources_) || any_gone(sources_) || any_gone(addresses_);
 }
 
 int Guard::traverse(visitproc visit, void* arg) const {

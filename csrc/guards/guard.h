@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <unordered_set>
 #include <vector>
 
 namespace graphcache {
@@ -30,6 +31,8 @@ class Guard {
   void add_dict(const pybind11::dict& dict, pybind11::object label, bool named, bool held);
   // A list or set keeps its items.
   void add_items(const pybind11::object& items, pybind11::object label);
+  // A list is in a place besides attributes and dicts. One that is not may be replaced by another with its items.
+  void pin(const pybind11::object& list);
   // An array on the host keeps its bytes.
   void add_bytes(pybind11::object array, pybind11::object label);
   // A weak reference or proxy refers to the same. It is held, which keeps nothing alive.
@@ -52,6 +55,10 @@ class Guard {
   // The name of the first thing that is not as it was; None where all is.
   pybind11::object explain(bool grad);
 
+  // True if it can never hold again, once it does not: something that it compares was freed. Also where it keeps
+  // tensors alive itself, so that nobody can tell.
+  bool is_gone() const;
+
   // For Python's cycle collector, to be called by the only owner; after `clear` no check succeeds.
   int traverse(visitproc visit, void* arg) const;
   void clear();
@@ -70,6 +77,7 @@ class Guard {
   struct Module {
     Module(const pybind11::object& module, pybind11::object label);
     bool same() const;
+    bool is_gone() const { return !is_alive(reference.ptr()); }
 
     pybind11::object reference;
     PyTypeObject* type;
@@ -90,10 +98,12 @@ class Guard {
 
   struct Items : ExpectedItems {
     pybind11::object label;
+    size_t places = 0; // in dicts, once they are counted
   };
 
   struct Reference {
     bool same() const { return reinterpret_cast<PyWeakReference*>(reference.ptr())->wr_object == referent; }
+    bool is_gone() const { return referent != Py_None && !is_alive(reference.ptr()); }
 
     pybind11::object reference;
     PyObject* referent;
@@ -109,6 +119,7 @@ class Guard {
   struct Source {
     Source(pybind11::object container, pybind11::object key, PyObject* value, pybind11::object label);
     bool same() const;
+    bool is_gone() const;
     int traverse(visitproc visit, void* arg) const;
 
     Kind kind = Kind::kOther;
@@ -123,9 +134,11 @@ class Guard {
     Address(PyObject* object, pybind11::object label, std::vector<int64_t>& all_dims);
     bool same(const int64_t* dims) const;
     bool requires_grad() const;
+    bool is_gone() const;
 
     PyObject* object; // not its TensorImpl: torch may swap that, if nobody else holds it
     c10::StorageImpl* storage;
+    c10::weak_intrusive_ptr<c10::StorageImpl> known; // the same: no other one gets its address
     const void* data;
     int64_t offset;
     int64_t numel;
@@ -135,6 +148,8 @@ class Guard {
     bool grad;
     pybind11::object label;
   };
+
+  class ReplacedLists;
 
   void add_hooks(const Module& module);
   void add_table(
@@ -153,6 +168,8 @@ class Guard {
   DictGroup dict_watcher_; // the same dicts, in the same order
   std::vector<Order> orders_;
   std::vector<Items> lists_;
+  bool places_are_counted_ = false;
+  std::unordered_set<PyObject*> pinned_; // of them, known by address: never read
   std::vector<Bytes> buffers_;
   std::vector<Reference> references_;
   std::vector<Source> dict_sources_; // globals of Python modules: they change often, elsewhere

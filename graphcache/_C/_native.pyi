@@ -133,6 +133,8 @@ class Guard:
         """
     def add_items(self, items: list[Any] | set[Any], label: str) -> None:
         """Guards the items of a list or a set."""
+    def pin(self, list: list[Any]) -> None:
+        """Has a list stay the same object, not only one with the same items, wherever it is."""
     def add_bytes(self, array: object, label: str) -> None:
         """Guards the bytes of an array on the host."""
     def add_reference(self, reference: object, label: str) -> None:
@@ -156,6 +158,8 @@ class Guard:
         """Return True if all is as it was; with `grad`, only if no tensor requires gradients either."""
     def explain(self, grad: bool) -> str | None:
         """Returns the name of the first thing that is not as it was; None if all is."""
+    def is_gone(self) -> bool:
+        """Return True if a failing guard can never hold again: something that it compares was freed."""
 
 def referent(reference: object) -> Any:
     """Returns what a weak reference or proxy refers to; None where that is gone."""

@@ -197,6 +197,8 @@ class _GuardBuilder(Walker):
 
     def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
         kind, container, items, label = members
+        if kind in (FIXED, LOOSE, LIST):
+            self._pin(item for _, item in items)
         if kind is FIXED:  # perhaps of a weak proxy, which nobody may ask
             return members.reachable()
         if kind is LOOSE:
@@ -241,10 +243,17 @@ class _GuardBuilder(Walker):
         if known in self._sources:
             return
         self._sources.add(known)
+        self._pin([source.value])
         if source.value is ABSENT:
             self.native.add_absence(source.container, source.key, source.label)
         else:
             self.native.add_source(*source)
+
+    def _pin(self, values: Iterable[Any]) -> None:
+        """Has lists stay the same objects, as they are in places that are not compared by attribute."""
+        for value in values:
+            if type(value) is list:
+                self.native.pin(value)
 
     def counts(self, key: Any) -> bool:
         """Return True if the code that ran may read a member with this key."""
