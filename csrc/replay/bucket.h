@@ -33,10 +33,10 @@ struct Dependencies {
   std::weak_ptr<Guard> guard;
   std::shared_ptr<MutatedMemory> mutated;
 
-  // Returns true if all of it is as it was captured, and no argument lies in memory that the graph mutates.
-  bool are_met(const Leaves& arguments, bool grad) const {
+  // Returns true if all values are as they were captured.
+  bool guard_passes(bool grad) const {
     const auto locked = guard.lock();
-    return locked != nullptr && locked->check(grad) && !mutated->overlaps(arguments.tensors);
+    return locked != nullptr && locked->check(grad);
   }
 };
 
@@ -80,6 +80,8 @@ class Bucket {
   }
   void prove(int64_t batch);
   bool serves(int64_t batch) const { return batch == size || (check_budget > 0 && is_proved(batch)); }
+  // Returns true if a call needs nothing of Python: no comparison, and no measurement.
+  bool is_ready(int64_t batch) const { return serves(batch) && replays < time_at && !retired; }
 
   std::shared_ptr<Versions> versions; // of what the graph reads; null where no write matters
   int64_t check_budget = 0; // how many padded calls it may serve until one is compared with eager

@@ -57,8 +57,7 @@ Bucket* Entry::find(int64_t batch) const {
   if (found == buckets.end() || (unpadded && (*found)->size != batch) || batch == 0) {
     return nullptr;
   }
-  auto* bucket = found->get();
-  return bucket->serves(batch) && bucket->replays < bucket->time_at && !bucket->retired ? bucket : nullptr;
+  return found->get();
 }
 
 py::object Dispatcher::miss() {
@@ -86,14 +85,13 @@ void Dispatcher::forget(const std::shared_ptr<Entry>& entry) {
   last_ = 0;
 }
 
-std::shared_ptr<const Signature> Dispatcher::find(
-    PyObject* args, PyObject* kwargs, PyObject* instance, Leaves& leaves, int64_t& batch) {
+py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instance) {
   if (known_.empty() || inlining || is_set(surroundings_.disabled)) {
-    return nullptr;
+    return miss();
   }
   const auto modes = Modes::now(surroundings_.device_mode);
   if (!modes) {
-    return nullptr;
+    return miss();
   }
   py::object training = py::none();
   if (has_training_) {
@@ -101,32 +99,44 @@ std::shared_ptr<const Signature> Dispatcher::find(
     training = py::reinterpret_steal<py::object>(PyObject_GetAttr(instance, name));
     if (!training) {
       PyErr_Clear();
-      return nullptr;
+      return miss();
     }
   }
-  for (size_t tried = 0; tried < known_.size(); ++tried) {
-    const size_t index = (last_ + tried) % known_.size();
-    const auto signature = known_[index]; // held: matching may run Python code, which may clear
-    if (signature->match(args, kwargs, training.ptr(), *modes, leaves, batch)) {
-      last_ = index;
-      return signature;
-    }
-  }
-  return nullptr;
-}
-
-py::object Dispatcher::serve(PyObject* args, PyObject* kwargs, PyObject* instance) {
   Leaves leaves;
   int64_t batch = 0;
-  const auto signature = find(args, kwargs, instance, leaves, batch);
-  if (signature == nullptr) {
-    return miss();
+  Miss eager{};
+  bool needs_python = false;
+  for (size_t tried = 0; tried < known_.size(); ++tried) {
+    const size_t index = (last_ + tried) % known_.size();
+    const auto signature = known_[index]; // held: what runs here may be Python code, which may clear
+    if (!signature->match(args, kwargs, training.ptr(), *modes, leaves, batch)) {
+      continue;
+    }
+    if (signature->device().is_cpu() && !is_set(surroundings_.emulated)) {
+      return miss();
+    }
+    const auto& entry = signature->entry;
+    if (entry->eager) {
+      eager = {{}, entry, batch};
+      continue; // unless the values of now have graphs
+    }
+    auto* bucket = entry->find(batch);
+    const std::unique_lock<PoolLock> locked(*entry->lock, std::try_to_lock);
+    if (bucket == nullptr || !locked.owns_lock()) {
+      needs_python = true;
+      continue;
+    }
+    if (!bucket->dependencies.guard_passes(signature->grad())) {
+      continue;
+    }
+    last_ = index;
+    return run(*signature, *bucket, leaves, batch);
   }
-  if (signature->entry->eager && (!signature->device().is_cpu() || is_set(surroundings_.emulated))) {
-    missed_ = {values_of(args, kwargs), signature->entry, batch};
-    return miss();
+  if (eager.entry != nullptr && !needs_python) {
+    eager.values = values_of(args, kwargs);
+    missed_ = std::move(eager);
   }
-  return run(*signature, leaves, batch);
+  return miss();
 }
 
 py::object Dispatcher::eager_reason(const py::tuple& args, const py::dict& kwargs) {
@@ -139,33 +149,21 @@ py::object Dispatcher::eager_reason(const py::tuple& args, const py::dict& kwarg
   return missed.entry->eager;
 }
 
-py::object Dispatcher::run(const Signature& signature, const Leaves& leaves, int64_t batch) {
-  auto& entry = *signature.entry;
-  auto* bucket = entry.find(batch);
-  const std::unique_lock<PoolLock> locked(*entry.lock, std::try_to_lock);
-  if (bucket == nullptr || !locked.owns_lock()) {
-    return miss();
-  }
+py::object Dispatcher::run(const Signature& signature, Bucket& bucket, const Leaves& leaves, int64_t batch) {
   const auto& device = signature.device();
   const int64_t stream = current_stream(device);
-  if (stream != bucket->lane->stream) {
+  if (!bucket.is_ready(batch) || stream != bucket.lane->stream || bucket.lane->is_held_elsewhere() ||
+      bucket.dependencies.mutated->overlaps(leaves.tensors)) {
     return miss();
   }
-  if (device.is_cpu()) {
-    if (!is_set(surroundings_.emulated)) {
-      return miss();
-    }
-  } else if (
-      bucket->node() == nullptr ? py::cast<bool>(surroundings_.capturing())
-                                : bucket->node()->is_capturing(reinterpret_cast<driver::Stream>(stream))) {
+  if (!device.is_cpu() &&
+      (bucket.node() == nullptr ? py::cast<bool>(surroundings_.capturing())
+                                : bucket.node()->is_capturing(reinterpret_cast<driver::Stream>(stream)))) {
     return miss();
   }
-  if (!bucket->dependencies.are_met(leaves, signature.grad()) || bucket->lane->is_held_elsewhere()) {
-    return miss();
-  }
-  entry.last = ++calls;
+  signature.entry->last = ++calls;
   ++batches[batch];
-  return bucket->run(leaves, batch, calls, stream);
+  return bucket.run(leaves, batch, calls, stream);
 }
 
 } // namespace graphcache

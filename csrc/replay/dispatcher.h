@@ -11,7 +11,7 @@
 
 namespace graphcache {
 
-// The graphs of one signature.
+// The graphs of one signature, for one set of values that guards compare.
 struct Entry {
   std::shared_ptr<PoolLock> lock;
   bool unpadded = false; // serves batches of exactly these sizes only
@@ -19,7 +19,7 @@ struct Entry {
   std::vector<std::shared_ptr<Bucket>> buckets; // by size, ascending
   pybind11::object eager; // the reason why it has no graphs and never will; null where it may
 
-  Bucket* find(int64_t batch) const;
+  Bucket* find(int64_t batch) const; // by size alone; null: there is none
 };
 
 // A graphed forward that this thread calls inside another's first call or capture is inlined.
@@ -67,15 +67,13 @@ class Dispatcher {
     int64_t batch;
   };
 
-  // Returns the signature of a call, and sets its tensors and its batch; null where there is none.
-  std::shared_ptr<const Signature> find(
-      PyObject* args, PyObject* kwargs, PyObject* instance, Leaves& leaves, int64_t& batch);
-  pybind11::object run(const Signature& signature, const Leaves& leaves, int64_t batch);
+  // Serves a call whose guards hold; or returns `miss()`. The pool's lock is held.
+  pybind11::object run(const Signature& signature, Bucket& bucket, const Leaves& leaves, int64_t batch);
 
   Surroundings surroundings_;
   bool has_training_;
-  std::vector<std::shared_ptr<const Signature>> known_;
-  size_t last_ = 0; // the signature of the last call: most likely that of the next
+  std::vector<std::shared_ptr<const Signature>> known_; // equal ones have entries with other guards
+  size_t last_ = 0; // the one that served the last call: most likely it serves the next
   Miss missed_;
 };
 

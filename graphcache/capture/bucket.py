@@ -115,6 +115,14 @@ class Bucket:
         self.native.retire()
         self.resources.clear()
 
+    def is_gone(self) -> bool:
+        """Return True if guards that fail will never hold again: something that they compare was freed.
+
+        Also where the result is memory outside, which the graph keeps alive itself.
+        """
+        keeps_memory = any(output.is_external() for output in self.result.outputs)
+        return keeps_memory or self.dependencies.guards.native.is_gone()
+
     def output_bytes(self) -> int:
         """Returns the bytes of its outputs that lie in the pool, which strong references would pin."""
         storages = [out.tensor.untyped_storage() for out in self.result.outputs if out.is_weak()]

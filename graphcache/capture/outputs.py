@@ -45,6 +45,10 @@ class Output:
         """Return True if another replay of the lane overwrites the output."""
         return self.kind is _C.OutputKind.POOL
 
+    def is_external(self) -> bool:
+        """Return True if the output is memory that the forward neither was given nor made."""
+        return self.kind in (_C.OutputKind.EXTERNAL, _C.OutputKind.EXTERNAL_VIEW)
+
     def is_made(self) -> bool:
         """Return True if its values are the graph's: in the pool, or a constant on the host."""
         return self.kind in (_C.OutputKind.POOL, _C.OutputKind.CONSTANT)

@@ -130,20 +130,18 @@ class GraphCache:
         return self._compare(forward, call, entry, bucket)
 
     def _entry(self, forward: Forward, call: BoundCall) -> Entry | None:
-        """Returns the entry that serves `call`; None if there is none, or no more.
+        """Returns the entry that serves `call`; None if there is none for the values of now.
 
         Raises:
             Bypass: where the call has to run eagerly.
         """
         check_call(call)
-        entry = self.store.entries.get(call.key)
-        if entry is not None:
-            entry.last = self.native.calls
-            if self.store.expire_changed(call, entry, grad=torch.is_grad_enabled()):
-                entry = None
+        entry = self.store.find(call)
         if entry is None:
             self.store.check_worth_a_capture(call)
-        elif entry.complete and entry.no_padding_reason is None and entry.bucket(call.batch) is None:
+            return None
+        entry.last = self.native.calls
+        if entry.complete and entry.no_padding_reason is None and entry.bucket(call.batch) is None:
             raise Bypass(Reason.ABOVE_LARGEST_SIZE)
         return entry
 
@@ -159,7 +157,7 @@ class GraphCache:
         if entry.blocked <= MAX_BLOCKED or self._moves == MAX_MOVES:
             raise Bypass(Reason.HELD_BY_ANOTHER_THREAD)
         self._moves += 1
-        self.store.drop(self.store.entries.pop(call.key))
+        self.store.drop(entry)
         return True
 
     def _replay(self, call: BoundCall, bucket: Bucket) -> Any:
@@ -282,7 +280,7 @@ class GraphCache:
                 counts.add(bucket.native)
         return counts.info(
             calls,
-            [entry.buckets for entry in graphed],
+            [graphs for store in stores for graphs in store.graphs()],
             [entry.no_padding_reason for entry in graphed if entry.no_padding_reason is not None],
             sorted({note for entry in graphed for note in entry.padding.notes}),
             next((store.pool for store in stores if store.pool is not None), None),

@@ -2,9 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
@@ -15,6 +16,7 @@ from graphcache.call.modes import is_stream_capturing, modes_of
 from graphcache.call.object_args import MutationHistory
 from graphcache.call.pytree import NotATree
 from graphcache.call.signature import Signature
+from graphcache.capture.bucket import Bucket
 from graphcache.capture.default_sizes import default_sizes
 from graphcache.capture.ladder import Captured
 from graphcache.capture.plan import PAD_IS_MISSING, CapturePlan, why_not_padded
@@ -58,7 +60,7 @@ class Store:
     Attributes:
         signature: reads the calls of the forward.
         native: serves calls before Python is asked.
-        entries: the record of each signature.
+        entries: the graphs of each signature, for each set of values that they were captured with.
         mutated: by the form of a call, the positions of the tensors that the forward mutates.
         counts: the counts of no graph's own, and of graphs that are gone.
         pool: the pool that the last call was captured into.
@@ -84,7 +86,7 @@ class Store:
         self.counts = Counts()
         self.mutated: dict[Any, frozenset[int]] = {}
         self.signature.mutation_history = MutationHistory()
-        self._recaptures = 0
+        self._recaptures = Counter[Any]()
         self._changed_itself = False
         self._unsettled = Counter[Any]()
         self._eager_calls = Counter[Any]()
@@ -142,11 +144,17 @@ class Store:
         """Raises `Bypass` for a kind of calls that was found to run eagerly."""
         if (why := self.signature.mutation_history.known(call.objects)) is not None:
             raise Bypass(Reason.OBJECT_FILLED, text=why)
-        entry = self.entries.get(call.bare_key)
-        if entry is not None and entry.eager is not None:
+        entries = self.entries.of(call.bare_key)
+        if not any(entry.buckets for entry in entries):
+            self._check_not_eager(call, entries)
+
+    def _check_not_eager(self, call: BoundCall, entries: list[Entry]) -> None:
+        for entry in entries:
+            if entry.eager is None:
+                continue
             if self._may_be_served(call, entry):
-                self.entries.pop(call.bare_key, None)
-                return
+                self.drop(entry)
+                continue
             entry.last = self.native.calls
             raise Bypass(entry.eager.reason, text=entry.eager)
 
@@ -164,14 +172,25 @@ class Store:
         count = self._eager_calls[call.bare_key]
         return count >= RETRACED_AFTER and count.bit_count() == 1
 
+    def find(self, call: BoundCall) -> Entry | None:
+        """Returns the entry whose values are those of now, or None.
+
+        First comes one with a graph for the call; then one that may get another size.
+        """
+        grad = torch.is_grad_enabled()
+        found = [entry for entry in self.entries.of(call.key) if entry.serves(call.batch, grad=grad)]
+        return next((entry for entry in found if entry.bucket(call.batch)), next(iter(found), None))
+
     def check_worth_a_capture(self, call: BoundCall) -> None:
-        """Raises `Bypass` for a new signature that is not captured yet; makes room for one that is."""
+        """Raises `Bypass` for a call that is not captured yet; makes room for one that is."""
+        self._check_not_eager(call, self.entries.of(call.bare_key))
+        recaptures = self._note_changes(call)
         if nn_module._has_any_global_hook():
             raise Bypass(Reason.HOOKS, "a global one, of every module")
-        if self._recaptures > MAX_RECAPTURES:
+        if recaptures > MAX_RECAPTURES:
             self.warn(
                 "recaptures",
-                f"runs eagerly now: {self._replaced} was replaced or changed after {self._recaptures} "
+                f"runs eagerly now: {self._replaced} was replaced or changed after {recaptures} "
                 "captures in a row",
                 "Pass what changes as an argument.",
                 "Change tensors in place (copy_).",
@@ -182,13 +201,52 @@ class Store:
             if self.entries.once > MAX_SIGNATURES:
                 self.warn("signatures", *MANY_WAYS)
             raise Bypass(Reason.SEEN_ONCE)
+        for entry in list(self.entries):
+            self._drop_changed(entry, only_gone=True)
         if len(self.entries) >= MAX_SIGNATURES:
             victim = self.entries.lru_victim()
             if victim is None:
                 self.warn("signatures", *MANY_WAYS)
                 raise Bypass(Reason.TOO_MANY_SIGNATURES, text=f"more than {MAX_SIGNATURES} signatures")
-            self.drop(self.entries.pop(victim))
+            self.drop(victim)
             self.counts.dropped += 1
+
+    def _note_changes(self, call: BoundCall) -> int:
+        """Drops graphs of a signature whose values will not come back.
+
+        Returns:
+            The number of captures in a row that were not worth it, as what they captured had changed.
+        """
+        key, entries = call.bare_key, [each for each in self.entries.of(call.key) if each.buckets]
+        if not entries:
+            return self._recaptures[key]
+        newest, by_itself = entries[-1], self._changed_itself
+        self._changed_itself = False
+        if not newest.is_replaced:
+            newest.is_replaced = True
+            if len(self._recaptures) > MAX_SIGHTED:
+                self._recaptures.clear()
+            if not by_itself:  # as a table does that gets an entry for another batch
+                self._recaptures[key] = 1 if newest.amortized() else self._recaptures[key] + 1
+            changed = newest.changed(newest.buckets.values(), grad=torch.is_grad_enabled())
+            self._replaced = changed[0].dependencies.guards.explain(grad=torch.is_grad_enabled())
+            logger.info("%s will be recaptured: %s changed", self.name, self._replaced)
+        given_up = self._recaptures[key] > MAX_RECAPTURES
+        for entry in entries:
+            never_used = given_up and not any(bucket.native.replays for bucket in entry.buckets.values())
+            self._drop_changed(entry, only_gone=not (by_itself or never_used))
+        return self._recaptures[key]
+
+    def _drop_changed(self, entry: Entry, *, only_gone: bool) -> None:
+        """Drops graphs of an entry whose values have changed; or only those whose values are gone."""
+        changed = entry.changed(entry.buckets.values(), grad=False)
+        gone = [bucket for bucket in changed if not only_gone or bucket.is_gone()]
+        for bucket in gone:
+            self.counts.add(entry.buckets.pop(bucket.size).native)
+        if gone and not entry.buckets:
+            self.drop(entry)
+        elif gone and entry.native is not None:
+            self._set_buckets(entry, entry.native)
 
     def check_objects_unchanged(self, call: BoundCall) -> None:
         """Records which objects a call changed.
@@ -250,7 +308,7 @@ class Store:
         Raises:
             Bypass: where another thread captured them meanwhile.
         """
-        entry = self.entries.get(call.key, Entry())
+        entry = self.find(call) or Entry(call.key)
         if call.batch in entry.buckets or not (exactly or entry.bucket(call.batch) is None):
             raise Bypass(Reason.FIRST_CALL)
         sizes = self.options.sizes or default_sizes(call.batch)
@@ -258,7 +316,7 @@ class Store:
 
     def why_not_padded(self, call: BoundCall, trace: Trace) -> str | None:
         """Explains why no rows may be added to this signature; None where nothing speaks against it."""
-        entry = self.entries.get(call.key, Entry())
+        entry = self.find(call) or Entry(call.key)
         if trace.effect is not None:
             return f"it does what nothing puts back ({trace.effect})"
         return entry.no_padding_reason or self._by_batch or why_not_padded(trace, call, self.options.pad)
@@ -266,27 +324,6 @@ class Store:
     def note_by_batch(self, why: str | None) -> None:
         """Records that the forward changes Python values by batch: it is padded no more."""
         self._by_batch = why
-
-    def expire_changed(self, call: BoundCall, entry: Entry, *, grad: bool) -> bool:
-        """Return True if what the graphs of an entry depend on has changed; drops them then.
-
-        Graphs of exact sizes were captured one by one: those whose values are as they were stay.
-        """
-        changed = entry.changed(grad=grad)
-        if not changed:
-            return False
-        if not self._changed_itself:  # as a table does that gets an entry for another batch
-            self._recaptures = 1 if entry.amortized() else self._recaptures + 1
-        self._changed_itself = False
-        self._replaced = changed[0].dependencies.guards.explain(grad=grad)
-        logger.info("%s will be recaptured: %s changed", self.name, self._replaced)
-        if entry.no_padding_reason is None or len(changed) == len(entry.buckets):
-            self.drop(self.entries.pop(call.key))
-            return True
-        self.withdraw(entry)
-        for bucket in changed:
-            self.counts.add(entry.buckets.pop(bucket.size).native)
-        return False
 
     def publish(self, plan: CapturePlan, captured: Captured, held: list[Tensor]) -> None:
         """Adds the graphs of a plan to its signature, and hands them to native code.
@@ -296,7 +333,10 @@ class Store:
             captured: its graphs.
             held: tensors of the first result that a replay's will take the place of.
         """
-        entry = self.entries.setdefault(plan.call.key, Entry())
+        entry = self.find(plan.call)
+        if entry is None:
+            entry = Entry(plan.call.key)
+            self.entries.add(entry)
         self.withdraw(entry)
         if captured.no_padding_reason is not None:
             exact = {size: bucket for size, bucket in entry.buckets.items() if bucket.exact_only}
@@ -312,8 +352,9 @@ class Store:
         self.counts.captures += len(captured.buckets)
         self.counts.capture_seconds += captured.seconds
         self.hand_over(plan.call, plan.forward.instance, entry)
-        for key in self.entries.with_empty_slots()[:-MAX_EMPTY_SLOTS]:  # their memory may be large
-            self.drop(self.entries.pop(key))
+        for entries in self.entries.with_empty_slots()[:-MAX_EMPTY_SLOTS]:  # their memory may be large
+            for each in entries:
+                self.drop(each)
         for bucket in entry.buckets.values():
             bucket.lane.reserve_for(held)
         if entry.no_padding_reason is PAD_IS_MISSING:  # at last, since warnings may be errors
@@ -325,9 +366,7 @@ class Store:
                 "pad={'argument': value}.",
             )
 
-    def handle_error(
-        self, call: BoundCall, instance: Any, error: Exception, hooks: list[Hook]
-    ) -> None:
+    def handle_error(self, call: BoundCall, instance: Any, error: Exception, hooks: list[Hook]) -> None:
         """Runs a signature eagerly from here on, with one warning; a `Bypass` only lets it wait.
 
         The forward may be another one without the `hooks` that ran: eagerly for as long as they are there.
@@ -344,9 +383,12 @@ class Store:
         if not self.options.fallback:
             text = f"graphcache: {self.name} can't be captured: {why}"
             raise CaptureError(text, reason=reason) from error
-        if call.key in self.entries:
-            self.drop(self.entries.pop(call.key))
-        self.entries[call.bare_key] = entry = Entry(eager=EagerReason(reason, why), hooks=hooks)
+        found = self.find(call)
+        for each in self.entries.of(call.key):
+            if each is found or each.eager is not None:
+                self.drop(each)
+        entry = Entry(call.bare_key, eager=EagerReason(reason, why), hooks=hooks)
+        self.entries.add(entry)
         if not call.objects and not hooks:  # whose slot is not known, or who may go
             self.hand_over(call, instance, entry)
         self.warn(
@@ -367,13 +409,16 @@ class Store:
             self.native.add(parameters, leaves, call.identities, training, entry.native)
         if entry.eager is not None:
             entry.native.set_eager(entry.eager)
+        self._set_buckets(entry, entry.native)
+
+    def _set_buckets(self, entry: Entry, native: _C.Entry) -> None:
         # Python compares each replay, where that is asked for.
         served = () if config.is_checking() else entry.buckets.values()
-        buckets = [bucket.native for bucket in served]
-        entry.native.set(buckets, entry.no_padding_reason is not None)
+        native.set([bucket.native for bucket in served], entry.no_padding_reason is not None)
 
     def drop(self, entry: Entry) -> None:
-        """Drops the graphs of an entry; their counts stay."""
+        """Drops an entry and its graphs; their counts stay."""
+        self.entries.remove(entry)
         self.withdraw(entry)
         for bucket in entry.buckets.values():
             self.counts.add(bucket.native)
@@ -386,12 +431,19 @@ class Store:
 
     def graphed(self) -> list[Entry]:
         """Returns the entries that have graphs."""
-        return [entry for entry in self.entries.values() if entry.buckets]
+        return [entry for entry in self.entries if entry.buckets]
+
+    def graphs(self) -> list[list[Mapping[int, Bucket]]]:
+        """Returns the graphs by size, of each entry of each signature."""
+        by_key: dict[Any, list[Mapping[int, Bucket]]] = {}
+        for entry in self.graphed():
+            by_key.setdefault(entry.key, []).append(entry.buckets)
+        return list(by_key.values())
 
     def clear(self) -> None:
         """Drops all graphs, the counts and the history."""
-        while self.entries:
-            self.drop(self.entries.popitem()[1])
+        for entry in list(self.entries):
+            self.drop(entry)
         self.entries = Entries()
         self._forget()
 

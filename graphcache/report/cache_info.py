@@ -59,7 +59,8 @@ class CacheInfo:
         times: the times of a call by size, measured once after 512 replays of that size.
         sizes: captured sizes of all signatures, ascending.
         signatures: number of signatures (shapes, dtypes, constants, modes) that have graphs.
-        dropped: number of least recently used signatures whose graphs were dropped for new ones.
+        dropped: number of least recently used sets of graphs that were dropped for new ones. A
+            signature has one set, or one for each value of what goes back and forth.
         captures: number of captured graphs, including those dropped since.
         capture_seconds: time spent on captures.
         expired: number of held outputs that calls of this forward made unreadable (`stale="error"`).
@@ -193,7 +194,7 @@ class Counts:
     def info(
         self,
         calls: int,
-        signatures: Sequence[Mapping[int, Any]],
+        signatures: Sequence[Sequence[Mapping[int, Any]]],
         no_padding_reasons: Iterable[str],
         notes: Iterable[str],
         pool: Any,
@@ -203,13 +204,13 @@ class Counts:
 
         Args:
             calls: the number of all calls.
-            signatures: the graphs of each signature, by size.
+            signatures: the graphs by size, of each set of values of each signature.
             no_padding_reasons: the reasons why signatures are captured at exact sizes only.
             notes: how padding can't be compared.
             pool: the pool of the graphs, or None.
             batches: the number of calls by their number of rows.
         """
-        buckets = [bucket for graphs in signatures for bucket in graphs.values()]
+        buckets = [bucket for each in signatures for graphs in each for bucket in graphs.values()]
         live = [bucket for bucket in buckets if not bucket.native.retired]
         times = {
             size: mean_times(bucket.timing.times() for bucket in buckets if bucket.size == size)

@@ -15,8 +15,7 @@ PAGE = FOLDER / "TRAPS.md"
 SECTIONS = (
     *("replaced_parameters", "replaced_state", "python_values", "weak_references"),
     *("code_and_structure", "composition", "state", "aliasing", "arguments", "padding"),
-    *("other_batches", "failure", "order", "random_numbers", "hooks", "interplay",
-    "memory"),
+    *("other_batches", "failure", "order", "random_numbers", "hooks", "interplay", "memory"),
 )
 HEAD = """# Traps of CUDA graphs
 

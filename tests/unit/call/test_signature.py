@@ -119,7 +119,7 @@ def test_options_name_what_a_wrapper_shows(backend: Backend, by_name: bool) -> N
     for _ in range(3):
         got = graphed(x=x, y=y) if by_name else graphed(x, y)
         torch.testing.assert_close(got, total(x, y))
-    (entry,) = graphed._cache().store.entries.values()
+    (entry,) = graphed._cache().store.entries
     assert list(entry.buckets) == [4]  # y, which has 3 rows for ever, carries no batch
     assert entry.buckets[4].native.padded_rows > 0
     with pytest.raises(OptionError, match="bind names 'z', and total takes x, y, scale"):

@@ -90,7 +90,7 @@ def test_padded_rows_hold_the_pad_value(backend: Backend, pad: Any, row: list[fl
     graphed(x[:1], x[:1].clone())  # one batch alone does not tell which arguments carry it
     for _ in range(3):
         graphed(x, x.clone())
-    (entry,) = graphed._cache().store.entries.values()
+    (entry,) = graphed._cache().store.entries
     seen.copy_(entry.buckets[4].static[0])
     assert seen[:2].tolist() == x.tolist()
     assert seen[2:].tolist() == [row, row]

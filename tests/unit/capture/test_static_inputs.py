@@ -39,7 +39,7 @@ def values(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
 
 
 def static(graphed: Any, size: int) -> list[Tensor]:
-    (entry,) = graphed._cache().store.entries.values()
+    (entry,) = graphed._cache().store.entries
     return entry.buckets[size].static
 
 

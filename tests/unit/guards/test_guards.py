@@ -261,7 +261,7 @@ def test_a_global_hook_is_noticed(backend: Backend, mlp: MLP, kind: str) -> None
         mlp(x)
         assert mlp.up in called
     replay_equals_eager(mlp, x)
-    assert mlp.forward.cache_info().captures == 2
+    assert mlp.forward.cache_info().captures == 1  # back to what it was
 
 
 @pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")

@@ -257,7 +257,7 @@ def test_a_graph_begins_with_its_staging_node(backend: Backend) -> None:
     graphed = cuda_graphed(lambda x, y: x + y, sizes=(4,))
     x = backend.randn(4)
     graphed(x, x)
-    (entry,) = graphed._cache().store.entries.values()
+    (entry,) = graphed._cache().store.entries
     assert entry.buckets[4].graph.node.nodes == 2  # one kernel for both inputs, and the addition
 
 

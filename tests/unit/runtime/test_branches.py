@@ -71,7 +71,7 @@ def branches_of(
         torch.testing.assert_close(graphed(x), forward(x), rtol=0, atol=0)
     info = graphed.cache_info()
     assert (info.hits, info.captures) == (5, 1), info
-    (entry,) = graphed._cache().store.entries.values()
+    (entry,) = graphed._cache().store.entries
     return int(entry.buckets[rows].graph.branches)
 
 
@@ -383,7 +383,7 @@ def branches_by_size(forward: Callable[[Tensor], Tensor], width: int, *sizes: in
     x = torch.randn(min(sizes), width, device=CUDA)
     graphed(x)
     assert torch.equal(graphed(x), forward(x))
-    (entry,) = graphed._cache().store.entries.values()
+    (entry,) = graphed._cache().store.entries
     return {size: bucket.graph.branches for size, bucket in entry.buckets.items()}
 
 
