@@ -369,7 +369,7 @@ class Store:
     def handle_error(self, call: BoundCall, instance: Any, error: Exception, hooks: list[Hook]) -> None:
         """Runs a signature eagerly from here on, with one warning; a `Bypass` only lets it wait.
 
-        The forward may be another one without the `hooks` that ran: eagerly for as long as they are there.
+        Without the `hooks` that ran, the forward may be another one: it is eager for as long as they stay.
 
         Raises:
             CaptureError: with `fallback=False`.

@@ -49,7 +49,7 @@ class Hook:
         try:
             self._function: Callable[[], Any] = weakref.ref(function)
         except TypeError:
-            self._function = lambda: self._registered()
+            self._function = self._registered
         function = getattr(function, "func", function)  # of a partial
         name = getattr(function, "__qualname__", type(function).__qualname__)
         self._name = name.rpartition("<locals>.")[2]

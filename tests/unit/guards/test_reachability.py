@@ -313,7 +313,7 @@ def kinds(value: Any) -> list[Kind]:
         (Meta("Made", (), {}), [Kind.CLASS, Kind.TYPE]),
         (function_with(1), [Kind.EXTRA, Kind.LOOSE]),
         (torch.ones(1), [Kind.EXTRA]),
-        (nn.Linear(1, 1), [Kind.MODULE, *[Kind.TABLE] * 3, Kind.TYPE]),
+        (nn.Linear(1, 1), [Kind.MODULE, *[Kind.TABLE] * 5, Kind.TYPE]),
         (types.ModuleType("made"), [Kind.SCOPE]),
         (torch._C, []),  # no state of the user's
         (_C.Guard(), []),
