@@ -369,7 +369,7 @@ class Store:
     def handle_error(self, call: BoundCall, instance: Any, error: Exception, hooks: list[Hook]) -> None:
         """Runs a signature eagerly from here on, with one warning; a `Bypass` only lets it wait.
 
-        Without the `hooks` that ran, the forward may be another one: it is eager for as long as they stay.
+        Without the `hooks` that ran, it may be another forward: it is eager as long as they stay.
 
         Raises:
             CaptureError: with `fallback=False`.
