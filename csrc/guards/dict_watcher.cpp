@@ -4,6 +4,7 @@
 
 #if PY_VERSION_HEX >= 0x030C0000
 #include <unordered_map>
+#include <utility>
 #endif
 
 namespace graphcache {
@@ -12,9 +13,9 @@ namespace graphcache {
 
 namespace {
 
-using Groups = std::unordered_map<PyObject*, std::vector<DictGroup*>>;
+using Groups = std::unordered_map<PyObject*, std::vector<std::pair<DictGroup*, size_t>>>;
 
-// The groups of each watched dict. Never destroyed: dicts are freed until the very end of the process.
+// The groups of each watched dict, with its index there. Never destroyed: dicts are freed until the very end of the process.
 Groups& groups() {
   static auto& all = *new Groups;
   return all;
@@ -38,11 +39,11 @@ struct DictWatcher {
       return 0;
     }
     const bool freed = event == PyDict_EVENT_DEALLOCATED;
-    for (auto* group : found->second) {
-      group->changed_ = true;
+    for (const auto& [group, index] : found->second) {
+      group->changed_ = group->dicts_[index].changed = true;
       if (freed) {
         group->blind_ = true;
-        std::replace(group->dicts_.begin(), group->dicts_.end(), dict, static_cast<PyObject*>(nullptr));
+        group->dicts_[index].dict = nullptr;
       }
     }
     if (freed) {
@@ -69,13 +70,15 @@ struct DictWatcher {
 };
 
 DictGroup::~DictGroup() {
-  for (auto* dict : dicts_) {
+  for (const auto& each : dicts_) {
+    auto* const dict = each.dict;
     const auto found = groups().find(dict);
     if (found == groups().end()) {
       continue; // freed, added twice, or never watched
     }
     auto& watching = found->second; // perhaps without this group, of which the dict could not be watched
-    const auto rest = std::remove(watching.begin(), watching.end(), this);
+    const auto rest = std::remove_if(
+        watching.begin(), watching.end(), [this](const auto& known) { return known.first == this; });
     if (rest == watching.end()) {
       continue;
     }
@@ -91,19 +94,21 @@ DictGroup::~DictGroup() {
 }
 
 void DictGroup::add_once(PyObject* dict) {
-  if (std::find(dicts_.begin(), dicts_.end(), dict) == dicts_.end()) {
+  const auto is_same = [dict](const Dict& known) { return known.dict == dict; };
+  if (std::none_of(dicts_.begin(), dicts_.end(), is_same)) {
     add(dict);
   }
 }
 
 void DictGroup::add(PyObject* dict) {
-  dicts_.push_back(dict);
-  if (DictWatcher::id() < 0 || PyDict_Watch(DictWatcher::id(), dict) < 0) {
+  const bool watched = DictWatcher::id() >= 0 && PyDict_Watch(DictWatcher::id(), dict) >= 0;
+  dicts_.push_back({dict, !watched, watched});
+  if (!watched) {
     PyErr_Clear();
     blind_ = changed_ = true;
     return;
   }
-  groups()[dict].push_back(this);
+  groups()[dict].emplace_back(this, dicts_.size() - 1);
 }
 
 bool DictGroup::clean() const {
@@ -111,11 +116,18 @@ bool DictGroup::clean() const {
 }
 
 bool DictGroup::is_alive(size_t index) const {
-  return dicts_[index] != nullptr;
+  return dicts_[index].dict != nullptr;
+}
+
+bool DictGroup::has_changed(size_t index) const {
+  return dicts_[index].changed;
 }
 
 void DictGroup::rearm() {
   changed_ = blind_;
+  for (auto& each : dicts_) {
+    each.changed = !each.watched;
+  }
 }
 
 #else
@@ -152,6 +164,10 @@ bool DictGroup::clean() const {
 
 bool DictGroup::is_alive(size_t /*index*/) const {
   return true; // whoever asks knows: a new dict at the same address has another tag
+}
+
+bool DictGroup::has_changed(size_t index) const {
+  return version(versions_[index].dict) != versions_[index].tag;
 }
 
 void DictGroup::rearm() {

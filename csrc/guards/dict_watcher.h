@@ -28,6 +28,8 @@ class DictGroup {
 
   // False if the dict that was added at this index was freed; such a group never gets clean again.
   bool is_alive(size_t index) const;
+  // True if the dict that was added at this index changed, and lives, or may have.
+  bool has_changed(size_t index) const;
 
   // Takes the present contents for unchanged; only while all of the dicts live.
   void rearm();
@@ -36,7 +38,12 @@ class DictGroup {
  private:
   friend struct DictWatcher;
 
-  std::vector<PyObject*> dicts_; // null where it was freed
+  struct Dict {
+    PyObject* dict; // null: it was freed
+    bool changed;
+    bool watched;
+  };
+  std::vector<Dict> dicts_;
   bool changed_ = false;
   bool blind_ = false; // one can't be watched, or was freed
 #else

@@ -439,7 +439,7 @@ Guard::Failure Guard::changed_table() {
     if (!dict_watcher_.is_alive(index)) {
       return {table.label.ptr()};
     }
-    if (table.changed(take)) {
+    if (dict_watcher_.has_changed(index) && table.changed(take)) {
       return {table.label.ptr(), &table};
     }
   }
