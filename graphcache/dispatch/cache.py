@@ -79,6 +79,9 @@ class GraphCache:
             self.store.check_known(call)  # before slots are looked for, which takes longer
             return self._serve(Forward(function, instance), call, pool)
         except Bypass as bypass:
+            if bypass.why.reason is Reason.CPU_TENSORS and self.store.pool is not None:
+                with self.store.pool.lock:  # the module may have left its device for good
+                    self.store.drop_gone()
             return self._eager(bypass.why, function, args, kwargs)
 
     def _eager(

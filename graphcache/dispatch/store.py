@@ -201,8 +201,7 @@ class Store:
             if self.entries.once > MAX_SIGNATURES:
                 self.warn("signatures", *MANY_WAYS)
             raise Bypass(Reason.SEEN_ONCE)
-        for entry in list(self.entries):
-            self._drop_changed(entry, only_gone=True)
+        self.drop_gone()
         if len(self.entries) >= MAX_SIGNATURES:
             victim = self.entries.lru_victim()
             if victim is None:
@@ -236,6 +235,11 @@ class Store:
             never_used = given_up and not any(bucket.native.replays for bucket in entry.buckets.values())
             self._drop_changed(entry, only_gone=not (by_itself or never_used))
         return self._recaptures[key]
+
+    def drop_gone(self) -> None:
+        """Drops graphs over memory that was freed; the lock of the pool is held."""
+        for entry in list(self.entries):
+            self._drop_changed(entry, only_gone=True)
 
     def _drop_changed(self, entry: Entry, *, only_gone: bool) -> None:
         """Drops graphs of an entry whose values have changed; or only those whose values are gone."""

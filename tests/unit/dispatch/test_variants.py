@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from graphcache import GraphCacheWarning, cuda_graphed
+from graphcache import GraphCacheWarning, config, cuda_graphed
 from graphcache.dispatch.cache import GraphCache
 from tests.helpers import Backend, eager
 
@@ -180,6 +181,21 @@ def test_going_back_is_no_recapture(backend: Backend) -> None:
     assert model.forward.cache_info().captures == 3
 
 
+def test_calls_that_may_not_be_captured_are_no_recaptures(backend: Backend) -> None:
+    model = cuda_graphed(Switched(backend.device), sizes=(2,))
+    x = backend.randn(2, 8)
+    model(x)
+    model.flag = True
+    profile = cProfile.Profile()
+    with profile:
+        for _ in range(12):
+            model(x)
+    for _ in range(2):
+        assert torch.equal(model(x), eager(model, x))
+    told = model.forward.cache_info()
+    assert (told.captures, told.hits) == (2, 1)
+
+
 def test_least_recently_used_value_is_dropped_first(backend: Backend) -> None:
     model = cuda_graphed(Switched(backend.device), sizes=(2,))
     x = backend.randn(2, 8)
@@ -284,7 +300,7 @@ def test_graph_over_a_freed_tensor_is_dropped(backend: Backend, what: str) -> No
 
 
 def test_graph_that_returns_a_replaced_tensor_is_dropped(backend: Backend) -> None:
-    """It keeps the tensor alive itself, so nobody can tell whether that is gone."""
+    """The graph keeps the tensor alive itself, so nobody can tell whether that is gone."""
 
     class Returning(nn.Module):
         def __init__(self) -> None:
@@ -303,6 +319,15 @@ def test_graph_that_returns_a_replaced_tensor_is_dropped(backend: Backend) -> No
     gc.collect()
     assert storage.expired()
     assert model(x)[1] is model.state
+
+
+def test_graphs_of_a_module_that_moved_are_dropped(backend: Backend) -> None:
+    model = cuda_graphed(Switched(backend.device), sizes=(2,))
+    model(backend.randn(2, 8))
+    model.double().float().cpu()
+    with config.switched(config.emulated_var, False):
+        model(torch.randn(2, 8))
+    assert not list(model.forward._cache().store.entries)
 
 
 # What can't be captured
