@@ -262,7 +262,7 @@ class GraphCache:
     def repeats_harmlessly(self) -> bool:
         """Return True if a graph served the latest call; see `Entry.mutates_only_passed`."""
         latest = self.native.calls
-        for entry in list(self.store.entries):
+        for entry in self.store.graphed():
             if entry.native is not None and entry.native.last == latest:
                 return entry.mutates_only_passed
         return False
