@@ -218,6 +218,8 @@ def _graphed_method(function: Callable[..., Any], instance: Any, options: Option
     return GraphedForward(MethodType(function, instance), options)
 
 
+# The attribute of a module whose object serves its calls in place of the graph cache, where it likes to.
+TRANSLATOR = "_graphcache_translator"
 _GONE = "graphcache: the module of this forward is gone"
 _MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})
 _PLAIN_CALL = nn.Module._call_impl
@@ -273,6 +275,9 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
             wrapped = itself()._current_forward(owner)  # type: ignore[union-attr]
             bound = MethodType(wrapped, owner) if is_method else wrapped
+            translator = None if compiled else vars(owner).get(TRANSLATOR)
+            if translator is not None:
+                return translator.translate(caches.of(bound, owner), bound, args, kwargs)
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)

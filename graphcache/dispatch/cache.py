@@ -84,6 +84,13 @@ class GraphCache:
                     self.store.drop_gone()
             return self._eager(bypass.why, function, args, kwargs)
 
+    def bypass(
+        self, why: EagerReason, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a call that no graph is looked for, and counts it."""
+        self.native.calls += 1
+        return self._eager(why, function, args, kwargs)
+
     def _eager(
         self,
         why: EagerReason,
@@ -297,6 +304,20 @@ class GraphCache:
 
     def _graphed(self) -> list[Entry]:
         return [entry for cache in (self, *self.beside) for entry in cache.store.graphed()]
+
+    def replays(self) -> int:
+        """Returns the number of replays by the graphs that there are now."""
+        return sum(bucket.native.replays for entry in self._graphed() for bucket in entry.buckets.values())
+
+    def merge(self, other: "GraphCache") -> None:
+        """Drops the graphs of a cache beside this one, and takes over its counts."""
+        self.beside.remove(other)
+        info = other.store
+        while info.entries:
+            info.drop(info.entries.popitem()[1])
+        self.store.counts.merge(info.counts)
+        self.native.calls += info.native.calls
+        self.native.batches = Counter(self.native.batches) + Counter(info.native.batches)
 
     def clear(self) -> None:
         """Drops the graphs and the counts.

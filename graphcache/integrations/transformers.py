@@ -5,6 +5,7 @@ mode in which Inductor makes CUDA graphs. Those copy each input and check each t
 The graphs of this library need one launch, and the kernels are the same.
 """
 
+import sys
 import weakref
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.nn.modules import module as nn_module
 
 from graphcache.integrations import transformers_stop
 from graphcache.runtime.source_lines import warn
-from graphcache.wrappers import InstanceForward
+from graphcache.wrappers import TRANSLATOR, InstanceForward
 
 _METHOD = "get_compiled_call"
+_PREPARE = "_prepare_cache_for_generation"
 _WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -27,12 +29,25 @@ def attach(module: nn.Module) -> None:
     transformers_stop.install()
     if callable(getattr(type(module), _METHOD, None)):
         vars(module)[_METHOD] = CompiledCall(module)
+    attach_default_cache(module)
     inner = vars(module).get("_modules", {}).get("_orig_mod")
     if callable(getattr(type(inner), _METHOD, None)):
         warn(
             f"{type(inner).__qualname__} has graphs that are not used: generate() of a compiled model "
             "calls the one inside it; give that: cuda_graphed(model)"
         )
+
+
+def attach_default_cache(module: nn.Module) -> None:
+    """Lets graphs serve the calls of one of transformers' models that name no cache."""
+    models = sys.modules.get("transformers.modeling_utils")
+    if models is None or not isinstance(module, models.PreTrainedModel):
+        return
+    from graphcache.integrations.transformers_cache import DefaultCache
+
+    vars(module)[TRANSLATOR] = default = DefaultCache(module)
+    if callable(getattr(type(module), _PREPARE, None)):
+        vars(module)[_PREPARE] = default
 
 
 class CompiledCall:
