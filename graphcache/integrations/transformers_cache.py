@@ -281,9 +281,9 @@ class Step:
         plans, own, name = self.memory.plans, self.memory.own, self._name
 
         def step(module: Any, state: list[Tensor], **arguments: Any) -> Any:
-            cache, counting = step_cache(plans, own, state)
+            cache = step_cache(plans, own, state)
             result = class_forward(type(module))(module, **arguments, **{name: cache})
-            counting.advance()
+            state[0].add_(1)
             return type(result)(**{key: value for key, value in result.items() if key != name})
 
         module = self._module()

@@ -105,16 +105,16 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
     """The keys and values of one layer, in memory of a fixed length.
 
     Args:
-        cache: the cache that counts the tokens.
+        positions: those of the new tokens.
         keys: the memory of the keys.
         values: the memory of the values.
         plan: the kind of the layer.
     """
 
-    def __init__(self, cache: "StepCache", keys: Tensor, values: Tensor, plan: Plan) -> None:
+    def __init__(self, positions: "Positions", keys: Tensor, values: Tensor, plan: Plan) -> None:
         CacheLayerMixin.__init__(self)
-        self.positions = cache.positions
-        self.cumulative_length = cache.length
+        self.positions = positions
+        self.cumulative_length = positions.length
         self.keys, self.values = keys, values
         self.max_cache_len = keys.shape[-2]
         self.is_sliding = plan.window > 0
@@ -124,7 +124,7 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Puts the keys and values of the new tokens at their positions."""
-        positions = self.positions(key_states.shape[-2])
+        positions = self.positions.of(key_states.shape[-2])
         self.keys.index_copy_(2, positions, key_states)
         self.values.index_copy_(2, positions, value_states)
         return self.keys, self.values
@@ -143,9 +143,9 @@ class StepHybridLayer(LinearAttentionLayer, StepLayer):  # type: ignore[misc]
 
     is_compileable = True
 
-    def __init__(self, cache: "StepCache", keys: Tensor, values: Tensor, plan: Plan) -> None:
+    def __init__(self, positions: "Positions", keys: Tensor, values: Tensor, plan: Plan) -> None:
         LinearAttentionLayer.__init__(self, plan.states)
-        StepLayer.__init__(self, cache, keys, values, plan)
+        StepLayer.__init__(self, positions, keys, values, plan)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: all tensors are there."""
@@ -169,55 +169,61 @@ class StepCache(Cache):  # type: ignore[misc]
 
     Args:
         plans: the kinds of the layers.
-        tensors: the number of tokens, then the tensors of all layers.
+        positions: those of the new tokens.
+        tensors: the tensors of all layers.
     """
 
-    def __init__(self, plans: Iterable[Plan], tensors: Sequence[Tensor]) -> None:
-        self.length = tensors[0]
-        self._positions: dict[int, Tensor] = {}
-        rest = iter(tensors[1:])
-        super().__init__(layers=[self._layer(plan, rest) for plan in plans])
+    def __init__(self, plans: Iterable[Plan], positions: "Positions", tensors: Iterable[Tensor]) -> None:
+        rest = iter(tensors)
+        super().__init__(layers=[self._layer(plan, positions, rest) for plan in plans])
 
-    def positions(self, count: int) -> Tensor:
-        """Returns the positions of the new tokens."""
-        if count not in self._positions:
-            new = torch.arange(count, device=self.length.device)
-            self._positions[count] = new + self.length
-        return self._positions[count]
-
-    def advance(self) -> None:
-        """Counts the new tokens."""
-        for count in self._positions:
-            self.length.add_(count)
-
-    def _layer(self, plan: Plan, rest: Iterator[Tensor]) -> Any:
+    @staticmethod
+    def _layer(plan: Plan, positions: "Positions", rest: Iterator[Tensor]) -> Any:
         if plan.base is DummyLayer:
             return DummyLayer()
         keys = (next(rest), next(rest)) if plan.grows else ()
         fixed = {each: next(rest) for each in plan.fixed}
         if ("keys", None) in fixed:
-            return StepCrossLayer(self, fixed["keys", None], fixed["values", None], plan)
+            return StepCrossLayer(positions, fixed["keys", None], fixed["values", None], plan)
         if not plan.states:
-            return StepLayer(self, *keys, plan)
-        layer = StepHybridLayer(self, *keys, plan) if keys else LinearAttentionLayer(plan.states)
+            return StepLayer(positions, *keys, plan)
+        layer = StepHybridLayer(positions, *keys, plan) if keys else LinearAttentionLayer(plan.states)
         _set_states(layer, plan, fixed)
         return layer
 
 
-def step_cache(plans: Sequence[Plan], own: int, tensors: Sequence[Tensor]) -> "tuple[Any, StepCache]":
-    """Returns the cache that a forward is passed, and the one in it that counts the tokens.
+class Positions:
+    """The positions of the tokens of one call.
+
+    Args:
+        length: the number of tokens before the call.
+    """
+
+    def __init__(self, length: Tensor) -> None:
+        self.length = length
+        self._by_count: dict[int, Tensor] = {}
+
+    def of(self, count: int) -> Tensor:
+        """Returns the positions of as many new tokens."""
+        if count not in self._by_count:
+            self._by_count[count] = torch.arange(count, device=self.length.device) + self.length
+        return self._by_count[count]
+
+
+def step_cache(plans: Sequence[Plan], own: int, state: Sequence[Tensor]) -> Any:
+    """Returns the cache that a forward is passed.
 
     Args:
         plans: the kinds of the layers.
         own: the number of layers that are not of an encoder; -1 where the model has none.
-        tensors: the number of tokens, then the tensors of all layers.
+        state: the number of tokens, then the tensors of all layers.
     """
-    cache = StepCache(plans, tensors)
+    cache = StepCache(plans, Positions(state[0]), state[1:])
     if own < 0:
-        return cache, cache
-    cross = StepCache((), tensors[:1])
+        return cache
+    cross = StepCache((), Positions(state[0]), ())
     cache.layers, cross.layers = cache.layers[:own], cache.layers[own:]
-    return EncoderDecoderCache(cache, cross), cache
+    return EncoderDecoderCache(cache, cross)
 
 
 # The user's cache while the memory of graphs holds its tensors

@@ -170,6 +170,9 @@ def trace_forward(
         ops.note_read(tensor)
     # Before the trace itself holds anything of the call.
     leak = find_leak(ops.made, tensors, ops.reached()) if blocker is None and not mutations else None
+    if leak is not None and snapshot is not None:
+        snapshot = None  # it holds what it found in closures that the forward made
+        leak = find_leak(ops.made, tensors, ops.reached())
     reached = ops.reached()
     return Trace(
         result=result,
