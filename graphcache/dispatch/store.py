@@ -64,6 +64,7 @@ class Store:
         mutated: by the form of a call, the positions of the tensors that the forward mutates.
         counts: the counts of no graph's own, and of graphs that are gone.
         pool: the pool that the last call was captured into.
+        is_quiet: nothing is warned about.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, options: Options, instance: Any) -> None:
@@ -79,6 +80,7 @@ class Store:
         )
         self.pool: GraphPool | None = options.pool
         self.entries = Entries()
+        self.is_quiet = False
         self._forget()
 
     def _forget(self) -> None:
@@ -453,7 +455,7 @@ class Store:
 
     def warn(self, about: str, text: str, *steps: str) -> None:
         """Warns, once about each thing, and numbers the next steps."""
-        if about not in self._warned:
+        if about not in self._warned and not self.is_quiet:
             self._warned.add(about)
             numbered = (f"\n  {number}. {step}" for number, step in enumerate(steps, 1))
             warn(f"{self.name} {text}{''.join(numbered)}")

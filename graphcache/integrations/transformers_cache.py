@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from graphcache import config
+from graphcache.call.pytree import NotATree
+from graphcache.capture.closeness import same
 from graphcache.dispatch.bypass import check_surroundings
 from graphcache.dispatch.cache import GraphCache
 from graphcache.errors import CaptureError
@@ -27,8 +29,14 @@ _PREPARE = "_prepare_cache_for_generation"
 SMALLEST = 128  # tokens
 AT_ONCE = 512  # tokens; a limit up to this one is taken at once, since each growth costs a capture
 MAX_MEMORIES = 2
-MAX_WAIT = 4096  # calls
+FIRST_WAIT, MAX_WAIT = 64, 4096  # calls that are left alone after one that no graph serves
+MAX_UNREPLAYED = 8  # calls
+CHECKED_AGAIN = 4  # times the calls so far
+_MASKS = "attention_mask", "decoder_attention_mask"
 _PREFILL = EagerReason(Reason.OBJECT_FILLED, "it fills a cache of keys and values; later calls are replayed")
+
+
+_DIFFERS = EagerReason(Reason.OBJECT_CHANGES, "it returns something else with a cache of a fixed length")
 
 
 def capacity_for(tokens: int) -> int:
@@ -127,7 +135,11 @@ class DefaultCache:
         length = _length(cache)
         if not length:
             return _PREFILL
-        mask = named.get(_mask_name(cache))
+        mask = named.get(_MASKS[isinstance(cache, EncoderDecoderCache)])
+        if named.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            return EagerReason(Reason.OBJECT_CHANGES, "attentions are as long as the cache")
+        if named.get("return_dict") is False or not getattr(module.config, "return_dict", True):
+            return EagerReason(Reason.OBJECT_CHANGES, "it returns a tuple")
         if mask is not None and not (isinstance(mask, Tensor) and mask.shape[1:] == (length + 1,)):
             return EagerReason(Reason.OBJECT_CHANGES, "the mask has not the length of the cache")
         return None
@@ -141,21 +153,18 @@ class DefaultCache:
         step = self._step(graphs, cache)
         if not isinstance(step, Step):
             return graphs.bypass(step, function, (), named)
-        lease = step.memory.lease
-        arguments = {name: value for name, value in named.items() if name not in NAMES}
-        try:
-            result = step.run(arguments, _mask_name(cache))
-        except CaptureError:
-            raise
-        except Exception:
-            if step.is_proved:
-                raise
-            step.wait()
-            step.memory.length.fill_(lease.length)
+        lease, name = self._leases[cache], self._name
+        arguments = {key: value for key, value in named.items() if key not in NAMES}
+
+        def expected() -> Any:
+            return _without_cache(function(**arguments, **{name: lease.reference(cache)}), name)
+
+        result, is_served = step.run(graphs, arguments, expected)
+        if not is_served:
             self._end(cache)
-            return graphs.bypass(step.reason(), function, (), named)
+            return function(**named)
         lease.length += 1
-        return _with_cache(result, self._name, cache)
+        return _with_cache(result, name, cache)
 
     def _step(self, graphs: GraphCache, cache: Any) -> "Step | EagerReason":
         """Returns the graphs for the next step of a cache, whose tensors lie in their memory then."""
@@ -219,10 +228,6 @@ def _inputs(named: dict[str, Any]) -> Tensor | None:
     return next((named[name] for name in names if named.get(name) is not None), None)
 
 
-def _mask_name(cache: Any) -> str:
-    return "decoder_attention_mask" if isinstance(cache, EncoderDecoderCache) else "attention_mask"
-
-
 def _length(cache: Any) -> int:
     try:
         return int(cache.get_seq_length())
@@ -245,6 +250,18 @@ def _shape(cache: Any) -> Any:
     return tuple(tensors)
 
 
+def _same(expected: Any, result: Any) -> bool:
+    try:
+        return same(expected, result)
+    except NotATree:
+        return False
+
+
+def _without_cache(result: Any, name: str) -> Any:
+    """Returns a result of the model as it is without a cache."""
+    return type(result)(**{key: value for key, value in result.items() if key != name})
+
+
 def _with_cache(result: Any, name: str, cache: Any) -> Any:
     """Returns a result of the model with the user's cache in its place."""
     if next(reversed(result)) in ("logits", "last_hidden_state"):
@@ -262,34 +279,37 @@ class Step:
         memory: the memory.
         shape: all by which caches that fit into the memory are alike.
         name: the name of the parameter for the cache.
-
-    Attributes:
-        is_proved: a call has been replayed.
     """
 
     def __init__(self, module: nn.Module, graphs: GraphCache, memory: Memory, shape: Any, name: str) -> None:
         self.memory, self.shape, self._name = memory, shape, name
         self._module = weakref.ref(module)
         self._options = graphs.store.options._replace(batch_dim=0, sizes=None, pad=None, bind=("state",))
-        self._counted = 0
-        self._unreplayed = 0
-        self._waits, self._wait = 0, 64
+        self._makes_mask = False
+        self._waits, self._wait = 0, FIRST_WAIT
+        self._why: EagerReason | None = None
         self._start(graphs)
 
     def _start(self, graphs: GraphCache) -> None:
-        self.is_proved = False
+        self._is_proved, self._unreplayed = False, 0
+        self._checks: dict[Any, tuple[int, int]] = {}
         plans, own, name = self.memory.plans, self.memory.own, self._name
+        made = _MASKS[own >= 0] if self._makes_mask else None
+        rows, capacity = self.memory.rows, self.memory.capacity
 
         def step(module: Any, state: list[Tensor], **arguments: Any) -> Any:
+            if made is not None and arguments.get(made) is None:
+                seen = torch.arange(capacity, device=state[0].device) <= state[0]
+                arguments[made] = seen.long().expand(rows, -1)
             cache = step_cache(plans, own, state)
             result = class_forward(type(module))(module, **arguments, **{name: cache})
             state[0].add_(1)
-            return type(result)(**{key: value for key, value in result.items() if key != name})
+            return _without_cache(result, name)
 
-        module = self._module()
+        module: Any = self._module()
         self._forward = InstanceForward(module, step, self._options, compiled=True)
         self._graphs = self._forward._cache()
-        self._graphs.name = graphs.name
+        self._graphs.name = self._graphs.store.name = graphs.name
         graphs.beside.append(self._graphs)
 
     def drop(self, graphs: GraphCache) -> None:
@@ -303,45 +323,82 @@ class Step:
             self.memory.grow(_capacity(tokens, limit))
             self._start(graphs)
 
-    def run(self, arguments: dict[str, Any], mask_name: str) -> Any:
-        """Runs the forward for the next token of the cache in the memory."""
-        memory, lease = self.memory, self.memory.lease
-        length = memory.capacity
-        if memory.counted != lease.length:
-            memory.length.fill_(lease.length)
+    def run(
+        self, graphs: GraphCache, arguments: dict[str, Any], expected: Callable[[], Any]
+    ) -> "tuple[Any, bool]":
+        """Runs the forward for the next token of the cache in the memory.
+
+        Args:
+            graphs: the graphs of the module's own calls.
+            arguments: those of the call but for the cache.
+            expected: returns the result of a call that grows the user's cache.
+
+        Returns:
+            The result without a cache, and True; or None and False, and then the call is left alone.
+        """
+        memory, length = self.memory, self.memory.lease.length
+        mask_name = _MASKS[memory.own >= 0]
         mask = arguments.get(mask_name)
+        given = dict(arguments)
         if mask is not None:
-            arguments[mask_name] = nn.functional.pad(mask, (0, length - mask.shape[1]))
+            given[mask_name] = nn.functional.pad(mask, (0, memory.capacity - mask.shape[1]))
+        want = expected() if self._is_check_due(frozenset(given), mask is None) else None
+        if memory.counted != length:
+            memory.length.fill_(length)
         memory.counted = -1
-        result = self._forward(memory.step(length), **arguments)
-        memory.counted = lease.length + 1
-        memory.note(lease.length + 1)
-        if not self.is_proved:
-            self._judge()
-        return result
+        self._graphs.store.is_quiet = mask is None and not self._makes_mask  # there is another way
+        try:
+            result = self._forward(memory.step(memory.capacity), **given)
+        except CaptureError:
+            raise
+        except Exception as error:
+            if self._is_proved:
+                raise
+            self._reject(graphs, mask, EagerReason(Reason.OBJECT_CHANGES, f"{type(error).__name__}: {error}"))
+            return None, False
+        if want is not None and not _same(want, result):
+            self._reject(graphs, mask, _DIFFERS)
+            return None, False
+        memory.counted = length + 1
+        memory.note(length + 1)
+        if not self._is_proved:
+            self._judge(graphs, mask)
+        return result, True
 
-    def _judge(self) -> None:
-        self.is_proved = self._graphs.replays() > 0
+    def _is_check_due(self, *form: Any) -> bool:
+        """Return True if a call is to be compared with the one that grows the user's cache."""
+        calls, due = self._checks.get(form, (0, 0))
+        self._checks[form] = calls + 1, (CHECKED_AGAIN * max(calls, 16) if calls == due else due)
+        return calls == due
+
+    def _judge(self, graphs: GraphCache, mask: Any) -> None:
+        self._is_proved = self._graphs.replays() > 0
         self._unreplayed += 1
-        if self.is_proved:
-            self._unreplayed = 0
-        elif self._unreplayed >= 8 or any(e.eager for e in self._graphs.store.entries.values()):
-            self.wait()
+        found = self._failure()
+        if not self._is_proved and (found is not None or self._unreplayed >= MAX_UNREPLAYED):
+            eager = self._graphs.store.counts.eager
+            known = [why for why in reversed(eager) if isinstance(why, EagerReason)]
+            self._reject(graphs, mask, found or next(iter(known), _DIFFERS))
 
-    def wait(self) -> None:
+    def _failure(self) -> EagerReason | None:
+        entries = self._graphs.store.entries.values()
+        return next((entry.eager for entry in entries if entry.eager is not None), None)
+
+    def _reject(self, graphs: GraphCache, mask: Any, why: EagerReason) -> None:
         """Leaves calls alone for a while, and for longer each time."""
-        self._unreplayed = 0
-        self._waits, self._wait = self._wait, min(2 * self._wait, MAX_WAIT)
+        self._why = why
+        if mask is None and not self._makes_mask:  # some models make one as long as the cache on the host
+            self._makes_mask = True
+        else:
+            self._waits, self._wait = self._wait, min(4 * self._wait, MAX_WAIT)
+        self.drop(graphs)
+        self._start(graphs)
 
     def is_waiting(self) -> bool:
         """Return True if the call is left alone."""
-        if self._waits:
-            self._waits -= 1
-            return True
-        return False
+        self._waits -= self._waits > 0
+        return self._waits > 0
 
     def reason(self) -> EagerReason:
         """Returns the reason why calls are left alone."""
-        found = [e.eager for e in self._graphs.store.entries.values() if e.eager is not None]
-        known = [*found, *(why for why in self._graphs.store.counts.eager if isinstance(why, EagerReason))]
-        return known[0] if known else EagerReason(Reason.OBJECT_CHANGES)
+        return self._why or _DIFFERS

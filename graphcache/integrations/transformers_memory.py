@@ -5,6 +5,7 @@ the graphs does. Whoever reads a tensor of the cache ends the lease: the cache g
 The captured forward sees a `StepCache` over views of the same memory, of a length that does not change.
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -326,6 +327,43 @@ class Lease:
             layer.__class__ = LEASED[plan.base]
             members["_lease"], members["_index"] = self, index
 
+    def reference(self, cache: Any) -> Any:
+        """Returns a cache like the user's over the same memory, which a call of the forward does not change."""
+        layers = [self._reference_layer(index, layer) for index, layer in enumerate(layers_of(cache))]
+        shell = copy.copy(cache)
+        if self.memory.own < 0:
+            shell.layers = layers
+            return shell
+        shell.is_updated = dict(cache.is_updated)
+        for name, part in ("self_attention_cache", layers[: self.memory.own]), (
+            "cross_attention_cache",
+            layers[self.memory.own :],
+        ):
+            setattr(shell, name, copy.copy(getattr(cache, name)))
+            getattr(shell, name).layers = part
+        return shell
+
+    def _reference_layer(self, index: int, layer: Any) -> Any:
+        plan = self.memory.plans[index]
+        if plan.base is DummyLayer:
+            return layer
+        made = object.__new__(_PEEKING.get(plan.base, plan.base))
+        vars(made).update(vars(layer))
+        del made._lease, made._index
+        made.has_previous_state = dict(getattr(layer, "has_previous_state", {}))
+        if plan.grows:
+            first = self._first(index, self.length)
+            views = (tensor[:, :, first : self.length] for tensor in self.memory.growing[index])
+            made.keys, made.values = views
+            made.cumulative_length = self.length
+        _set_fixed(made, plan, [tensor.clone() for tensor in self.memory.fixed[index]])
+        return made
+
+    def _first(self, index: int, length: int) -> int:
+        """Returns the position of the first token that a layer of the user's cache holds."""
+        window = self.memory.plans[index].window
+        return max(self.firsts[index], length - window + 1 if window else 0)
+
     def tokens(self, index: int) -> int:
         """Returns the number of tokens of a layer."""
         plan = self.memory.plans[index]
@@ -370,19 +408,35 @@ class Lease:
             layer.__class__ = plan.base
             del layer._lease, layer._index
             if plan.grows:
-                first = self.firsts[index]
+                first = self._first(index, length)
                 if plan.window:
                     layer.cumulative_length = length
-                    first = max(first, length - plan.window + 1)
                 for name, tensor in zip(("keys", "values"), self.memory.growing[index], strict=True):
                     setattr(layer, name, tensor[:, :, first:length].clone())
-            for name in _STATES if plan.states else ():
-                setattr(layer, name, dict.fromkeys(range(plan.states)))
-            for (name, key), tensor in zip(plan.fixed, self.memory.fixed[index], strict=True):
-                if key is None:
-                    setattr(layer, name, tensor.clone())
-                else:
-                    getattr(layer, name)[key] = tensor.clone()
+            _set_fixed(layer, plan, [tensor.clone() for tensor in self.memory.fixed[index]])
+
+
+def _set_fixed(layer: Any, plan: Plan, tensors: list[Tensor]) -> None:
+    """Gives a layer its tensors that keep their shape."""
+    for name in _STATES if plan.states else ():
+        setattr(layer, name, dict.fromkeys(range(plan.states)))
+    for (name, key), tensor in zip(plan.fixed, tensors, strict=True):
+        if key is None:
+            setattr(layer, name, tensor)
+        else:
+            getattr(layer, name)[key] = tensor
+
+
+def _peek(layer: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Returns the keys and values with those of new tokens, and does not keep them."""
+    return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
+
+
+_PEEKING = {
+    base: type(base.__name__, (base,), {"update": _peek})
+    for base in LEASED
+    if issubclass(base, CacheLayerMixin)
+}
 
 
 class Memory:
