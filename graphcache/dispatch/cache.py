@@ -85,7 +85,11 @@ class GraphCache:
             return self._eager(bypass.why, function, args, kwargs)
 
     def bypass(
-        self, why: EagerReason, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        why: EagerReason,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Runs a call that no graph is looked for, and counts it."""
         self.native.calls += 1
@@ -307,17 +311,19 @@ class GraphCache:
 
     def replays(self) -> int:
         """Returns the number of replays by the graphs that there are now."""
-        return sum(bucket.native.replays for entry in self._graphed() for bucket in entry.buckets.values())
+        return sum(
+            bucket.native.replays for entry in self._graphed() for bucket in entry.buckets.values()
+        )
 
     def merge(self, other: "GraphCache") -> None:
         """Drops the graphs of a cache beside this one, and takes over its counts."""
         self.beside.remove(other)
-        info = other.store
-        while info.entries:
-            info.drop(info.entries.popitem()[1])
-        self.store.counts.merge(info.counts)
-        self.native.calls += info.native.calls
-        self.native.batches = Counter(self.native.batches) + Counter(info.native.batches)
+        store = other.store
+        while store.entries:
+            store.drop(store.entries.popitem()[1])
+        self.store.counts.merge(store.counts)
+        self.native.calls += store.native.calls
+        self.native.batches = Counter(self.native.batches) + Counter(store.native.batches)
 
     def clear(self) -> None:
         """Drops the graphs and the counts.

@@ -397,13 +397,18 @@ class Store:
         self.entries.add(entry)
         if not call.objects and not hooks:  # whose slot is not known, or who may go
             self.hand_over(call, instance, entry)
-        self.warn(
-            why,
-            f"can't be captured, so it runs eagerly: {why}",
-            reason.advice,
-            "Or decorate a smaller part, without that.",
-            "Or silence this warning with graphcache.disabled().",
-        )
+        self.warn_of_failures()
+
+    def warn_of_failures(self) -> None:
+        """Warns of each signature that can't be captured, once."""
+        for why in [entry.eager for entry in self.entries.values() if entry.eager is not None]:
+            self.warn(
+                str(why),
+                f"can't be captured, so it runs eagerly: {why}",
+                why.reason.advice,
+                "Or decorate a smaller part, without that.",
+                "Or silence this warning with graphcache.disabled().",
+            )
 
     def hand_over(self, call: BoundCall, instance: Any, entry: Entry) -> None:
         """Lets native code serve calls like this one with the graphs that there are now, or eagerly."""

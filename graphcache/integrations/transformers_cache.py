@@ -1,8 +1,8 @@
-"""The default cache of transformers' models: a `DynamicCache` for the user, one of a fixed length for graphs.
+"""The default cache of transformers' models: the user's grows, and that of graphs has a fixed length.
 
 A call that names no cache gets a `DynamicCache`, which grows by a token at each step, so no graph holds
-for two steps. Here such a call is translated. The keys and values of the cache move into memory of a fixed
-address, and a graph of the forward reads and writes them there. The cache that the user sees counts on.
+for two steps. Here such a call is translated. The keys and values of the cache move into memory of a
+fixed address, and a graph of the forward reads and writes them there. The user's cache counts on.
 """
 
 import inspect
@@ -20,7 +20,15 @@ from graphcache.capture.closeness import same
 from graphcache.dispatch.bypass import check_surroundings
 from graphcache.dispatch.cache import GraphCache
 from graphcache.errors import CaptureError
-from graphcache.integrations.transformers_memory import Lease, Memory, layers_of, plans_of, step_cache
+from graphcache.integrations.transformers_memory import (
+    Lease,
+    Memory,
+    Template,
+    layers_of,
+    plans_of,
+    step_cache,
+    tensors_of,
+)
 from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.wrappers import InstanceForward, class_forward
 
@@ -33,9 +41,10 @@ FIRST_WAIT, MAX_WAIT = 64, 4096  # calls that are left alone after one that no g
 MAX_UNREPLAYED = 8  # calls
 CHECKED_AGAIN = 4  # times the calls so far
 _MASKS = "attention_mask", "decoder_attention_mask"
-_PREFILL = EagerReason(Reason.OBJECT_FILLED, "it fills a cache of keys and values; later calls are replayed")
+_PREFILL = EagerReason(Reason.OBJECT_FILLED, "it fills a cache; later calls are replayed")
 
 
+_MAKES = EagerReason(Reason.OBJECT_FILLED, "it makes a cache; later calls are replayed")
 _DIFFERS = EagerReason(Reason.OBJECT_CHANGES, "it returns something else with a cache of a fixed length")
 
 
@@ -60,35 +69,45 @@ class DefaultCache:
         self._module = weakref.ref(module)
         parameters = inspect.signature(class_forward(type(module))).parameters
         self._parameters = [name for name in parameters if name != "self"]
-        self._name = next((name for name in NAMES if name in parameters), None)
-        # The caches that nobody passed, and the largest number of tokens that each may get; 0 for unknown.
+        self._name = next((name for name in NAMES if name in parameters), "")
+        # The caches that nobody passed, each with the most tokens that it may get; 0 for unknown.
         self._limits: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._leases: weakref.WeakKeyDictionary[Any, Lease] = weakref.WeakKeyDictionary()
         self._moved_out: weakref.WeakSet[Any] = weakref.WeakSet()
         self._steps: list[Step] = []
-        self._rejected: dict[Any, EagerReason] = {}
+        self._made: First | None = None
+        self._makes_none = False
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return DefaultCache, (self._module(),)  # for `copy.deepcopy`, too
 
     # What `generate` asks for
 
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **more: Any) -> Any:
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **more: Any
+    ) -> Any:
         """Stands in for the method with which `generate` makes a cache."""
         module = self._module()
         result = getattr(type(module), _PREPARE)(module, generation_config, model_kwargs, *args, **more)
         cache = next((model_kwargs[name] for name in NAMES if model_kwargs.get(name) is not None), None)
         # What the user says is left alone, and so is what an assistant takes back.
-        asked = generation_config.cache_implementation is not None or generation_config.is_assistant
+        asked = (
+            generation_config.cache_implementation is not None
+            or generation_config.is_assistant
+            or getattr(cache, "_is_user_defined", False)
+        )
         if cache is not None and cache not in self._limits and not asked:
-            if not getattr(cache, "_is_user_defined", False):
-                self._limits[cache] = more.get("max_cache_length", args[-1] if args else 0)
+            self._limits[cache] = more.get("max_cache_length", args[-1] if args else 0)
         return result
 
     # Calls
 
     def translate(
-        self, graphs: GraphCache, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        graphs: GraphCache,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Serves one call of the forward, which `graphs` would serve as it is.
 
@@ -98,12 +117,12 @@ class DefaultCache:
             args: the arguments.
             kwargs: likewise.
         """
-        if self._name is None or len(args) > len(self._parameters):
+        if not self._name or len(args) > len(self._parameters):
             return graphs(function, self._module(), args, kwargs)
         named = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         cache = next((named[name] for name in NAMES if named.get(name) is not None), None)
         if cache is None:
-            return self._without_cache(graphs, function, args, kwargs)
+            return self._first(graphs, function, (args, kwargs), named)
         if cache not in self._limits:
             return graphs(function, self._module(), args, kwargs)
         why = self._why_not(cache, named)
@@ -112,36 +131,83 @@ class DefaultCache:
         self._end(cache)
         return graphs.bypass(why, function, args, kwargs)
 
-    def _without_cache(self, graphs: GraphCache, function: Any, args: Any, kwargs: Any) -> Any:
-        result = graphs(function, self._module(), args, kwargs)
-        for cache in (result.get(name) for name in NAMES) if isinstance(result, dict) else ():
-            inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-            if type(inner) is DynamicCache:
-                self._limits.setdefault(cache, 0)
+    def _first(self, graphs: GraphCache, function: Any, call: Any, named: dict[str, Any]) -> Any:
+        """Serves a call without a cache, whose result may hold a new one.
+
+        Args:
+            graphs: the graphs of the forward.
+            function: the forward, bound.
+            call: the arguments as they were given.
+            named: the arguments by name.
+        """
+        module: Any = self._module()
+        asked = named.get("use_cache")
+        if asked is None:
+            asked = getattr(module.config.get_text_config(), "use_cache", False)
+        why = self._why_unfit(named) if asked else None
+        if not asked or why is not None or self._makes_none:
+            return self._mark(graphs(function, module, *call))
+        if self._made is not None:
+            arguments = {key: value for key, value in named.items() if key not in NAMES}
+            result, tensors = self._made.forward(**arguments)
+            cache = self._made.template.make(tensors, _inputs(named).shape[1])  # type: ignore[union-attr]
+            return self._mark(_with_cache(result, self._name, cache))
+        if callable(getattr(type(module), _PREPARE, None)) or not graphs.store.options.fallback:
+            result = graphs.bypass(_MAKES, function, *call)
+        else:
+            result = _quietly(graphs, function, module, call)
+        cache = self._cache_in(self._mark(result))
+        self._makes_none = cache is None
+        if self._makes_none:
+            graphs.store.warn_of_failures()
+        plans = "" if cache is None else plans_of(cache)
+        if not isinstance(plans, str):
+            self._made = First(module, graphs, Template(cache, plans), self._name)
         return result
 
-    def _why_not(self, cache: Any, named: dict[str, Any]) -> EagerReason | None:
-        """Returns the reason why a call is not translated; None where it is."""
-        module = self._module()
+    def _cache_in(self, result: Any) -> Any:
+        """Returns the cache of a result, if it is one that grows; else None."""
+        cache = result.get(self._name) if isinstance(result, dict) else None
+        inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        return cache if type(inner) is DynamicCache else None
+
+    def _mark(self, result: Any) -> Any:
+        """Returns a result; its cache is none of the user's."""
+        if (cache := self._cache_in(result)) is not None:
+            self._limits.setdefault(cache, 0)
+        return result
+
+    def _why_unfit(self, named: dict[str, Any]) -> EagerReason | None:
+        """Returns the reason why a call is not translated, whatever its cache; None for none."""
+        module: Any = self._module()
         try:
             check_surroundings(module)
         except Bypass as bypass:
             return bypass.why
         inputs = _inputs(named)
-        if inputs is None or inputs.shape[1] != 1 or module.training:
+        if inputs is None or module.training:
             return _PREFILL
         if not inputs.is_cuda and not (inputs.device.type == "cpu" and config.is_emulated()):
-            return EagerReason(Reason.CPU_TENSORS if inputs.device.type == "cpu" else Reason.OTHER_DEVICE)
-        length = _length(cache)
-        if not length:
-            return _PREFILL
-        mask = named.get(_MASKS[isinstance(cache, EncoderDecoderCache)])
-        if named.get("output_attentions") or getattr(module.config, "output_attentions", False):
-            return EagerReason(Reason.OBJECT_CHANGES, "attentions are as long as the cache")
+            return EagerReason(
+                Reason.CPU_TENSORS if inputs.device.type == "cpu" else Reason.OTHER_DEVICE
+            )
         if named.get("return_dict") is False or not getattr(module.config, "return_dict", True):
-            return EagerReason(Reason.OBJECT_CHANGES, "it returns a tuple")
+            return EagerReason(Reason.OBJECT_CHANGES, "it returns a tuple with a cache that grows")
+        return None
+
+    def _why_not(self, cache: Any, named: dict[str, Any]) -> EagerReason | None:
+        """Returns the reason why a call is not translated; None where it is."""
+        if (why := self._why_unfit(named)) is not None:
+            return why
+        module: Any = self._module()
+        length, inputs = _length(cache), _inputs(named)
+        if not length or inputs is None or inputs.shape[1] != 1:
+            return _PREFILL
+        if named.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            return EagerReason(Reason.OBJECT_CHANGES, "it returns attentions of the cache")
+        mask = named.get(_MASKS[isinstance(cache, EncoderDecoderCache)])
         if mask is not None and not (isinstance(mask, Tensor) and mask.shape[1:] == (length + 1,)):
-            return EagerReason(Reason.OBJECT_CHANGES, "the mask has not the length of the cache")
+            return EagerReason(Reason.OBJECT_CHANGES, "its mask is not as long as the cache that grows")
         return None
 
     def _end(self, cache: Any) -> None:
@@ -198,13 +264,14 @@ class DefaultCache:
         step = next((each for each in alike if each.memory.lease is None), None)
         if step is None and alike and (cache not in self._moved_out or len(alike) >= MAX_MEMORIES):
             step = alike[0]
-            step.memory.lease.end()
+            step.end()
         if step is None:
             others = [each for each in self._steps if each.shape != shape]
             for old in others[: max(len(others) + 1 - MAX_MEMORIES, 0)]:
                 self._drop(graphs, old)
             capacity = _capacity(_length(cache) + 1, self._limits[cache])
-            step = Step(self._module(), graphs, Memory(cache, plans, capacity), shape, self._name)
+            module: Any = self._module()
+            step = Step(module, graphs, Memory(cache, plans, capacity), shape, self._name)
         else:
             self._steps.remove(step)
             step.make_room(graphs, _length(cache) + 1, self._limits[cache])
@@ -212,9 +279,7 @@ class DefaultCache:
         return step
 
     def _drop(self, graphs: GraphCache, step: "Step") -> None:
-        lease = step.memory.lease
-        if lease is not None:
-            lease.end()
+        step.end()
         step.drop(graphs)
         self._steps.remove(step)
 
@@ -236,7 +301,7 @@ def _length(cache: Any) -> int:
 
 
 def _shape(cache: Any) -> Any:
-    tensors = []
+    tensors: list[Any] = []
     for layer in layers_of(cache):
         for name in ("keys", "values"):
             t = getattr(layer, name, None)
@@ -270,6 +335,48 @@ def _with_cache(result: Any, name: str, cache: Any) -> Any:
     return type(result)(**result, **{name: cache})
 
 
+def _quietly(graphs: GraphCache, function: Any, module: Any, call: Any) -> Any:
+    graphs.store.is_quiet = True
+    try:
+        return graphs(function, module, *call)
+    finally:
+        graphs.store.is_quiet = False
+
+
+class First:
+    """The graphs of a forward that makes a cache.
+
+    Args:
+        module: the module.
+        graphs: the graphs of its own calls.
+        template: makes the caches.
+        name: the name of the field with the cache.
+
+    Attributes:
+        forward: returns the result without the cache, and the tensors of the cache.
+        template: makes the caches.
+    """
+
+    def __init__(self, module: nn.Module, graphs: GraphCache, template: Template, name: str) -> None:
+        plans = template.plans
+
+        def first(module: Any, **arguments: Any) -> Any:
+            result = class_forward(type(module))(module, **arguments)
+            return _without_cache(result, name), tensors_of(result[name], plans)
+
+        self.template = template
+        self.forward = _beside(module, graphs, first, graphs.store.options)
+
+
+def _beside(module: nn.Module, graphs: GraphCache, function: Any, options: Any) -> InstanceForward:
+    """Returns a graphed forward of the module whose counts are parts of those of `graphs`."""
+    forward = InstanceForward(module, function, options, compiled=True)
+    made = forward._cache()
+    made.name = made.store.name = graphs.name
+    graphs.beside.append(made)
+    return forward
+
+
 class Step:
     """The graphs of a forward over one memory.
 
@@ -281,7 +388,9 @@ class Step:
         name: the name of the parameter for the cache.
     """
 
-    def __init__(self, module: nn.Module, graphs: GraphCache, memory: Memory, shape: Any, name: str) -> None:
+    def __init__(
+        self, module: nn.Module, graphs: GraphCache, memory: Memory, shape: Any, name: str
+    ) -> None:
         self.memory, self.shape, self._name = memory, shape, name
         self._module = weakref.ref(module)
         self._options = graphs.store.options._replace(batch_dim=0, sizes=None, pad=None, bind=("state",))
@@ -307,10 +416,13 @@ class Step:
             return _without_cache(result, name)
 
         module: Any = self._module()
-        self._forward = InstanceForward(module, step, self._options, compiled=True)
+        self._forward = _beside(module, graphs, step, self._options)
         self._graphs = self._forward._cache()
-        self._graphs.name = self._graphs.store.name = graphs.name
-        graphs.beside.append(self._graphs)
+
+    def end(self) -> None:
+        """Ends the lease of the memory."""
+        if (lease := self.memory.lease) is not None:
+            lease.end()
 
     def drop(self, graphs: GraphCache) -> None:
         """Drops the graphs; their counts go over to `graphs`."""
@@ -336,7 +448,8 @@ class Step:
         Returns:
             The result without a cache, and True; or None and False, and then the call is left alone.
         """
-        memory, length = self.memory, self.memory.lease.length
+        memory, lease = self.memory, self.memory.lease
+        length = 0 if lease is None else lease.length
         mask_name = _MASKS[memory.own >= 0]
         mask = arguments.get(mask_name)
         given = dict(arguments)
@@ -354,7 +467,9 @@ class Step:
         except Exception as error:
             if self._is_proved:
                 raise
-            self._reject(graphs, mask, EagerReason(Reason.OBJECT_CHANGES, f"{type(error).__name__}: {error}"))
+            self._reject(
+                graphs, mask, EagerReason(Reason.OBJECT_CHANGES, f"{type(error).__name__}: {error}")
+            )
             return None, False
         if want is not None and not _same(want, result):
             self._reject(graphs, mask, _DIFFERS)
@@ -387,7 +502,9 @@ class Step:
     def _reject(self, graphs: GraphCache, mask: Any, why: EagerReason) -> None:
         """Leaves calls alone for a while, and for longer each time."""
         self._why = why
-        if mask is None and not self._makes_mask:  # some models make one as long as the cache on the host
+        if (
+            mask is None and not self._makes_mask
+        ):  # some models make one as long as the cache on the host
             self._makes_mask = True
         else:
             self._waits, self._wait = self._wait, min(4 * self._wait, MAX_WAIT)

@@ -1,30 +1,32 @@
 """Memory of a fixed address for a growing cache of keys and values, and the two faces of it.
 
-The user's `DynamicCache` stays what it is. While a `Lease` lasts, its layers hold no tensors; the memory of
-the graphs does. Whoever reads a tensor of the cache ends the lease: the cache gets tensors of its own again.
-The captured forward sees a `StepCache` over views of the same memory, of a length that does not change.
+The user's `DynamicCache` stays what it is. While a `Lease` lasts, its layers hold no tensors; the memory
+of the graphs does. Whoever reads a tensor of the cache ends the lease: the cache gets tensors of its own
+again. The captured forward sees a `StepCache` over views of the same memory, of a fixed length.
 """
 
 import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
 )
 
+# Not in each version.
+DummyLayer = getattr(cache_utils, "DummyLayer", None)
+_HYBRIDS = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
 _STATES = ("conv_states", "recurrent_states")
 _TENSORS = ("keys", "values", *_STATES)
 
@@ -55,7 +57,7 @@ def layers_of(cache: Any) -> list[Any]:
 
 
 def plans_of(cache: Any) -> "tuple[Plan, ...] | str":
-    """Returns the kind of each layer, or the reason why no memory of a fixed address serves the cache."""
+    """Returns the kind of each layer, or the reason why no memory serves the cache."""
     if isinstance(cache, EncoderDecoderCache):
         if not all(cache.is_updated.values()):
             return "a layer holds nothing of the encoder's"
@@ -182,14 +184,15 @@ class StepCache(Cache):  # type: ignore[misc]
     def _layer(plan: Plan, positions: "Positions", rest: Iterator[Tensor]) -> Any:
         if plan.base is DummyLayer:
             return DummyLayer()
-        keys = (next(rest), next(rest)) if plan.grows else ()
-        fixed = {each: next(rest) for each in plan.fixed}
-        if ("keys", None) in fixed:
-            return StepCrossLayer(positions, fixed["keys", None], fixed["values", None], plan)
-        if not plan.states:
-            return StepLayer(positions, *keys, plan)
-        layer = StepHybridLayer(positions, *keys, plan) if keys else LinearAttentionLayer(plan.states)
-        _set_states(layer, plan, fixed)
+        if ("keys", None) in plan.fixed:
+            return StepCrossLayer(positions, next(rest), next(rest), plan)
+        if not plan.grows:
+            layer = LinearAttentionLayer(plan.states)
+        else:
+            kind = StepHybridLayer if plan.states else StepLayer
+            layer = kind(positions, next(rest), next(rest), plan)
+        if plan.states:
+            _set_states(layer, plan, {each: next(rest) for each in plan.fixed})
         return layer
 
 
@@ -276,7 +279,9 @@ def _moved(name: str) -> property:
 
 def _leased(base: type) -> type:
     """Returns the class of a layer of type `base` whose tensors lie in a `Memory`."""
-    names = [name for name in _TENSORS if name in ("keys", "values") or issubclass(base, LinearAttentionLayer)]
+    names = [
+        name for name in _TENSORS if name in ("keys", "values") or issubclass(base, LinearAttentionLayer)
+    ]
     # No base class: an object's class can be replaced only by one of the same layout.
     shared = {name: value for name, value in vars(_Leased).items() if callable(value)}
     members: dict[str, Any] = {"__slots__": (), **shared, **{name: _moved(name) for name in names}}
@@ -286,16 +291,9 @@ def _leased(base: type) -> type:
     return type(base.__name__, (base,), members)
 
 
-LEASED = {
-    base: _leased(base)
-    for base in (
-        DynamicLayer,
-        DynamicSlidingWindowLayer,
-        LinearAttentionLayer,
-        LinearAttentionAndFullAttentionLayer,
-        LinearAttentionAndSlidingWindowAttentionLayer,
-    )
-}
+_BASES = [DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer]
+_BASES += [getattr(cache_utils, name) for name in _HYBRIDS if hasattr(cache_utils, name)]
+LEASED = {base: _leased(base) for base in _BASES}
 
 
 class Lease:
@@ -328,16 +326,19 @@ class Lease:
             members["_lease"], members["_index"] = self, index
 
     def reference(self, cache: Any) -> Any:
-        """Returns a cache like the user's over the same memory, which a call of the forward does not change."""
+        """Returns a cache like the user's, over the same memory, that a call does not change."""
         layers = [self._reference_layer(index, layer) for index, layer in enumerate(layers_of(cache))]
         shell = copy.copy(cache)
         if self.memory.own < 0:
             shell.layers = layers
             return shell
         shell.is_updated = dict(cache.is_updated)
-        for name, part in ("self_attention_cache", layers[: self.memory.own]), (
-            "cross_attention_cache",
-            layers[self.memory.own :],
+        for name, part in (
+            ("self_attention_cache", layers[: self.memory.own]),
+            (
+                "cross_attention_cache",
+                layers[self.memory.own :],
+            ),
         ):
             setattr(shell, name, copy.copy(getattr(cache, name)))
             getattr(shell, name).layers = part
@@ -347,7 +348,7 @@ class Lease:
         plan = self.memory.plans[index]
         if plan.base is DummyLayer:
             return layer
-        made = object.__new__(_PEEKING.get(plan.base, plan.base))
+        made: Any = object.__new__(_PEEKING.get(plan.base, plan.base))
         vars(made).update(vars(layer))
         del made._lease, made._index
         made.has_previous_state = dict(getattr(layer, "has_previous_state", {}))
@@ -437,6 +438,62 @@ _PEEKING = {
     for base in LEASED
     if issubclass(base, CacheLayerMixin)
 }
+
+
+def tensors_of(cache: Any, plans: Sequence[Plan]) -> list[Tensor]:
+    """Returns the tensors of a cache whose layers are of these kinds."""
+    tensors = []
+    for layer, plan in zip(layers_of(cache), plans, strict=True):
+        if plan.grows:
+            tensors += [layer.keys, layer.values]
+        tensors += [_get(layer, *each) for each in plan.fixed]
+    return tensors
+
+
+class Template:
+    """Makes caches like the one that a forward has made.
+
+    Args:
+        cache: that cache.
+        plans: the kinds of its layers.
+    """
+
+    def __init__(self, cache: Any, plans: tuple[Plan, ...]) -> None:
+        self.plans = plans
+        self._shells: list[Any] = []
+        for layer in layers_of(cache):
+            self._shells.append(shell := copy.copy(layer))
+            for name in _TENSORS:
+                vars(shell).pop(name, None)
+        self._cache = copy.copy(cache)
+        self._parts: dict[str, Any] = {"": self._cache}
+        if isinstance(cache, EncoderDecoderCache):
+            names = "self_attention_cache", "cross_attention_cache"
+            self._parts = {name: copy.copy(getattr(cache, name)) for name in names}
+        self._counts = [len(part.layers) for part in self._parts.values()]
+        for part in self._parts.values():
+            part.layers = []
+
+    def make(self, tensors: Iterable[Tensor], tokens: int) -> Any:
+        """Returns a cache of these tensors, which hold as many tokens."""
+        rest, layers = iter(tensors), []
+        for shell, plan in zip(self._shells, self.plans, strict=True):
+            layers.append(layer := copy.copy(shell))
+            if plan.grows:
+                layer.keys, layer.values = next(rest), next(rest)
+                if plan.window:
+                    layer.cumulative_length = tokens
+            if plan.base is DummyLayer:
+                layer.keys = layer.values = None
+            _set_fixed(layer, plan, [next(rest) for _ in plan.fixed])
+        made, given = copy.copy(self._cache), iter(layers)
+        for (name, part), count in zip(self._parts.items(), self._counts, strict=True):
+            own = copy.copy(part) if name else made
+            own.layers = list(islice(given, count))
+            if name:
+                setattr(made, name, own)
+                made.is_updated = dict(made.is_updated)
+        return made
 
 
 class Memory:
