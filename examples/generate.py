@@ -25,9 +25,8 @@ model = cuda_graphed(model)  # the one line
 def write(model: Any, length: int, sample: bool) -> Tensor:
     torch.manual_seed(length)
     prompt = torch.randint(1, 1000, (2, length)).to(model.device)
-    how = {"do_sample": sample, "max_new_tokens": 24, "pad_token_id": 0, "disable_compile": True}
-    mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, cache_implementation="static", **how)
+    how = {"do_sample": sample, "max_new_tokens": 24, "pad_token_id": 0}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
 
 
 with emulate():  # emulate() concerns CPU tensors only

@@ -140,19 +140,27 @@ def families(figures: dict[str, Any]) -> str:
             (
                 name,
                 f"{sum(identical)} of {len(identical)} ways",
-                f"{found.get('replayed', 0)} of {found.get('calls', 0)} calls",
+                _replayed(found),
                 f"{found.get('captures', 0)}, {found.get('captures_again', 0)} more",
                 f"{found['speedup']:.1f} times" if "speedup" in found else "not measured",
                 why_not(found),
             )
         )
+    cache = f"with a {named} cache" if (named := figures.get("cache", "static")) else "as it is"
     return (
-        "transformers' `generate` with a static cache, from small configurations with random weights, "
+        f"transformers' `generate` {cache}, from small configurations with random weights, "
         "in four ways: greedily, after a prompt of another length, by sampling with a seed, and padded "
         "on the left; all of that twice, each time with another cache. The first call of each decode "
         "fills its cache and is eager. "
         f"transformers {figures['transformers']}.\n\n" + table(rows)
     )
+
+
+def _replayed(found: dict[str, Any]) -> str:
+    """Returns the share of replayed calls; where it is known, that of the second decodes' steps."""
+    if "steps" in found:
+        return f"{found['steps_replayed_again']} of {found['steps']} steps"
+    return f"{found.get('replayed', 0)} of {found.get('calls', 0)} calls"
 
 
 def why_not(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Calls of transformers' models that name no cache are replayed, and the user's cache is as without graphs."""
+"""Calls of transformers' models that name no cache are replayed; the user's cache is as in eager."""
 
 import copy
 import pickle
@@ -40,7 +40,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Bart": {**BART, "decoder_start_token_id": 1, "forced_eos_token_id": None},
 }
 TOKENS = 14
-NAME = default_cache.NAMES[0 if "cache" in transformers.DynamicCache.__module__ else 1]
 
 
 @pytest.fixture(autouse=True)
