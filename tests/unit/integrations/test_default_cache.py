@@ -254,7 +254,7 @@ def test_a_call_that_makes_a_cache_is_replayed(backend: Backend) -> None:
         {"use_cache": False},
     ],
 )
-def test_what_the_user_says_is_done(backend: Backend, said: dict[str, Any]) -> None:
+def test_choices_of_the_user_win(backend: Backend, said: dict[str, Any]) -> None:
     plain, model = pair(backend)
     caches = [transformers.DynamicCache(config=plain.config) for _ in range(2)]
     given = [
