@@ -5,7 +5,7 @@ import gc
 import operator
 import sys
 import weakref
-from collections import UserDict, defaultdict, deque, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 
 import pytest
@@ -16,11 +16,37 @@ import graphcache
 from graphcache import _C
 
 
-def test_only_the_root_may_have_hooks() -> None:
+@pytest.mark.parametrize("flag", ["with_kwargs", "always_call", "prepend"])
+def test_hooks_count_except_those_of_the_root(flag: str) -> None:
     module = nn.Identity()
     module.register_forward_hook(lambda *_: None)
-    assert not guard(module).check(False)
-    assert guard(module, is_root=True).check(False)
+    inner, root = guard(module), guard(module, is_root=True)
+    assert inner.check(False)
+    handle = module.register_forward_hook(lambda *_: None, **{flag: True})
+    assert inner.explain(False) == f"module._forward_hooks[{handle.id}]"
+    assert root.check(False)
+    handle.remove()
+    assert inner.check(False)
+
+
+def test_flags_of_hooks_count() -> None:
+    module = nn.Identity()
+    handle = module.register_forward_hook(lambda *_: None)
+    held = guard(module)
+    module._forward_hooks_with_kwargs[handle.id] = True
+    assert held.explain(False) == f"module._forward_hooks_with_kwargs[{handle.id}]"
+
+
+def test_order_of_hooks_counts() -> None:
+    module = nn.Identity()
+    first = module.register_forward_hook(lambda *_: None)
+    last = module.register_forward_hook(lambda *_: None)
+    held = guard(module)
+    hooks: OrderedDict[int, object] = module._forward_hooks  # type: ignore[assignment]
+    hooks.move_to_end(first.id)
+    assert held.explain(False) == "module._forward_hooks"
+    hooks.move_to_end(last.id)
+    assert held.check(False)
 
 
 def guard(module: nn.Module, *, is_root: bool = False) -> _C.Guard:
