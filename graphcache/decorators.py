@@ -10,7 +10,7 @@ from torch.jit import ScriptModule
 from graphcache.call.parameters import shown_parameters
 from graphcache.config import BatchDim, Options, Pad, Stale, top_name
 from graphcache.errors import OptionError
-from graphcache.integrations import transformers
+from graphcache.integrations import adapters, transformers
 from graphcache.pool import GraphPool
 from graphcache.runtime.source_lines import warn
 from graphcache.wrappers import GraphedForward, InstanceForward, class_forward, has_compiled_call
@@ -148,6 +148,10 @@ def _decorate(target: Any, options: Options) -> Any:
         function = own.__wrapped__ if isinstance(own, InstanceForward) else own
         target.forward = InstanceForward(target, _checked(function, options), options)
         transformers.attach(target)
+        if (inside := adapters.model_inside(target)) is not None:
+            target.forward.pass_on_to(_decorate(inside, options).forward)
+        else:
+            target.forward.check_reached(target)
         if has_compiled_call(target):
             warn(
                 f"{type(target).__qualname__} has graphs that are not used: it was compiled in place "

@@ -3,11 +3,13 @@
 import copy
 import gc
 import inspect
+import re
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from traceback import walk_stack
-from types import FunctionType, MethodType, ModuleType
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from graphcache.dispatch.cache import GraphCache
 from graphcache.errors import GraphCacheError, OptionError
 from graphcache.report.cache_info import CacheInfo
 from graphcache.report.suggest_sizes import Suggestion
+from graphcache.runtime.source_lines import warn
 
 
 class _Caches:
@@ -220,6 +223,7 @@ def _graphed_method(function: Callable[..., Any], instance: Any, options: Option
 
 # The attribute of a module whose object serves its calls in place of the graph cache, where it likes to.
 TRANSLATOR = "_graphcache_translator"
+MAX_UNREACHED = 8  # calls of a part of a graphed module that is never called itself
 _GONE = "graphcache: the module of this forward is gone"
 _MODULE_CALLS = frozenset({"_call_impl", "inner", "_wrapped_call_impl"})
 _PLAIN_CALL = nn.Module._call_impl
@@ -275,12 +279,18 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
                 return wrapped(called, *args, **kwargs) if is_method else wrapped(*args, **kwargs)
             wrapped = itself()._current_forward(owner)  # type: ignore[union-attr]
             bound = MethodType(wrapped, owner) if is_method else wrapped
+            if (forward := itself()) is not None:
+                forward._self_parts.leave()
+                if forward._self_inside is not None:
+                    return bound(*args, **kwargs)
             translator = None if compiled else vars(owner).get(TRANSLATOR)
             if translator is not None:
                 return translator.translate(caches.of(bound, owner), bound, args, kwargs)
             return caches.of(bound, owner)(bound, owner, args, kwargs)
 
         super().__init__(function, dispatch)
+        self._self_parts = _Parts()
+        self._self_inside: InstanceForward | None = None
         itself = weakref.ref(self)  # or the wrapper would outlive its module until a collection
         self._self_known_counts: dict[str, int] = {}
         self._self_frozen = (
@@ -301,9 +311,7 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         Uses the attribute of `Module.compile`, which torch leaves out of copies and pickles. Where there
         are hooks, or another forward, the call goes torch's usual way.
         """
-        kind = type(module)
-        plain = kind.__call__ is nn.Module.__call__ and kind._call_impl is _PLAIN_CALL
-        if plain and not has_compiled_call(module):
+        if _is_called_plainly(module) and not has_compiled_call(module):
             vars(module)["_compiled_call_impl"] = _module_call(weakref.ref(module), self)
 
     def _wrapped_call(self) -> tuple[Callable[..., Any], Any]:
@@ -348,6 +356,24 @@ class InstanceForward(_Inspectable, wrapt.FunctionWrapper):  # type: ignore[type
         self._self_compiled_forms.append((options, made))
         self._cache().beside.append(made._cache())
         return made
+
+    def warmup(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._self_parts.leave()
+        if self._self_inside is not None:
+            self._self_inside.warmup(*args, **kwargs)
+        else:
+            super().warmup(*args, **kwargs)
+
+    warmup.__doc__ = _Inspectable.warmup.__doc__
+
+    def check_reached(self, module: nn.Module) -> None:
+        """Warns where parts of `module` are called again and again, and never the module itself."""
+        self._self_parts.enter(module)
+
+    def pass_on_to(self, inside: "InstanceForward") -> None:
+        """Leaves all graphs to a forward that this one calls, whose calls count as those of this one."""
+        self._self_inside = inside
+        self._cache().beside.append(inside._cache())
 
     @property
     def __self__(self) -> Any:
@@ -441,6 +467,89 @@ def graph_cache_of(module: nn.Module) -> GraphCache | None:
     if not isinstance(forward, _Inspectable) or _owner_of(forward) is not module:  # type: ignore[arg-type]
         return None
     return forward._cache()
+
+
+class _Parts:
+    """The parts of a graphed module, until the module itself is called for the first time.
+
+    A method such as `generate` may call a part and never the module: then the graphs are not used.
+    """
+
+    def __init__(self) -> None:
+        self._whole: Callable[[], Any] = lambda: None
+        self._entered: list[tuple[weakref.ref[nn.Module], Callable[..., Any]]] = []
+        self._counts = Counter[str]()
+
+    def enter(self, module: nn.Module) -> None:
+        """Has the calls of all parts counted, by the attribute of `Module.compile`."""
+        self._whole = weakref.ref(module)
+        for path, part in _parts_of(module):
+            if _is_called_plainly(part) and "_compiled_call_impl" not in vars(part):
+                call = self._counted(path, weakref.ref(part))
+                vars(part)["_compiled_call_impl"] = call
+                self._entered.append((weakref.ref(part), call))
+
+    def leave(self) -> None:
+        """Counts no more; inside a trace, which looks for changes, a later call does that."""
+        if not self._entered or _C.is_inlining():
+            return
+        for reference, call in self._entered:
+            part = reference()
+            if part is not None and vars(part).get("_compiled_call_impl") is call:
+                del vars(part)["_compiled_call_impl"]
+        self._entered.clear()
+
+    def _counted(self, path: str, reference: Callable[[], Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_compiling():
+                return reference()._call_impl(*args, **kwargs)
+            part = _called_module() or reference()
+            if self._entered and not _C.is_inlining():
+                self._count(path)
+            return part._call_impl(*args, **kwargs)
+
+        return call
+
+    def _count(self, path: str) -> None:
+        whole, frame = self._whole(), sys._getframe(1)
+        while whole is not None and frame is not None and not _is_method_of(frame, whole):
+            frame = frame.f_back  # type: ignore[assignment]
+        method = None if frame is None else frame.f_code.co_name
+        if whole is None or method == "forward":  # as the user asked for
+            return
+        self._counts[path] += 1
+        if self._counts[path] == MAX_UNREACHED:
+            self.leave()
+            kind = type(whole).__qualname__
+            caller = f"its `{method}` calls" if method else "its user calls"
+            part = re.sub(r"\.(\d+)", r"[\1]", f"model.{path}")
+            steps = [f"Decorate the part that is called: cuda_graphed({part})."]
+            if method:
+                steps.append(f"Or the method: model.{method} = cuda_graphed(model.{method}).")
+            numbered = "".join(f"\n  {number}. {step}" for number, step in enumerate(steps, 1))
+            warn(
+                f"{kind} has graphs that are not used: {caller} {path!r} in place of {kind}.forward"
+                f"{numbered}"
+            )
+
+
+def _is_method_of(frame: FrameType, whole: nn.Module) -> bool:
+    code = frame.f_code
+    first = code.co_varnames[0] if code.co_argcount else ""
+    return hasattr(type(whole), code.co_name) and frame.f_locals.get(first) is whole
+
+
+def _parts_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the children of a module and theirs, also those in lists of modules, with their paths."""
+    for path, part in module.named_modules():
+        depth = sum(not name.isdecimal() for name in path.split("."))
+        if part is not module and depth <= 2 and not isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            yield path, part
+
+
+def _is_called_plainly(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__call__ is nn.Module.__call__ and kind._call_impl is _PLAIN_CALL
 
 
 # Calls that graphs serve never reach wrapt, which needs a microsecond to find the wrapped function.

@@ -515,3 +515,63 @@ def test_methods_of_an_object_with_slots_are_graphed(backend: Backend, bound: bo
             if turn == 2:
                 each.scale = 5.0
     assert [call.cache_info().hits for call in calls] == [3, 3]
+
+
+class Encoder(nn.Module):
+    """Has a method that its users call in place of the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(x).tanh()
+
+    def encode(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+NOT_USED = r"Encoder has graphs that are not used: its `encode` calls 'layers\.0' in place of Encoder"
+
+
+def test_a_forward_that_is_never_reached_warns_once(backend: Backend) -> None:
+    model = cuda_graphed(Encoder().to(backend.device))
+    x = backend.randn(2, 8)
+    for _ in range(7):
+        model.encode(x)
+    with pytest.warns(GraphCacheWarning, match=NOT_USED) as caught:
+        for _ in range(20):
+            model.encode(x)
+    assert len(caught) == 1
+    assert "cuda_graphed(model.layers[0])" in str(caught[0].message)
+    assert not any("_compiled_call_impl" in vars(layer) for layer in model.layers)
+
+
+def test_a_forward_that_is_reached_does_not_warn(backend: Backend) -> None:
+    x = backend.randn(2, 8)
+    for use in (lambda model: model(x), lambda model: model.forward.warmup(x)):
+        model = cuda_graphed(Encoder().to(backend.device))
+        for _ in range(7):
+            model.encode(x)
+        use(model)
+        assert not any("_compiled_call_impl" in vars(layer) for layer in model.layers)
+        for _ in range(9):
+            model.encode(x)
+
+
+def test_parts_inside_another_graph_do_not_warn(backend: Backend) -> None:
+    model = cuda_graphed(nn.Sequential(cuda_graphed(Encoder()), nn.Tanh()).to(backend.device))
+    for _ in range(10):
+        model(backend.randn(2, 8))
+    assert model.forward.cache_info().hits > 0
+
+
+def test_replicas_of_parts_call_their_own_weights(backend: Backend) -> None:
+    model = cuda_graphed(Encoder().to(backend.device))
+    layer, x = model.layers[0], backend.randn(2, 8)
+    replica: Any = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight * 2, layer.bias
+    assert close(replica(x), nn.functional.linear(x, layer.weight * 2, layer.bias))
+    assert close(copy.deepcopy(model).encode(x), model.encode(x))

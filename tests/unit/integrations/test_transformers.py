@@ -243,3 +243,22 @@ def test_generate_of_transformers(backend: Backend) -> None:
     assert compiled_graphs
     assert model.forward.cache_info().hits > 40
     assert captures[-1] == captures[-3] <= 3  # one a length of cache, and one while Dynamo holds a cache
+
+
+@pytest.mark.filterwarnings("ignore::graphcache.errors.GraphCacheWarning")
+def test_hidden_states_do_not_end_replays(backend: Backend) -> None:
+    """transformers adds hooks for good where somebody asks for hidden states; then they sleep."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
+    )
+    model = cuda_graphed(transformers.BertModel(config).eval().to(backend.device), sizes=(2,))
+    tokens = torch.randint(0, 99, (2, 8), device=backend.device)
+    for asked in (False, True, False, True):
+        before = model.forward.cache_info().hits
+        for _ in range(6):
+            found = model(tokens, output_hidden_states=asked)
+            assert len(found.get("hidden_states") or ()) == 3 * asked
+        assert model.forward.cache_info().hits >= before + 3
+    info = model.forward.cache_info()
+    assert not any("hook" in why for why in info.eager)
