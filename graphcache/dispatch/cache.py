@@ -319,8 +319,8 @@ class GraphCache:
         """Drops the graphs of a cache beside this one, and takes over its counts."""
         self.beside.remove(other)
         store = other.store
-        while store.entries:
-            store.drop(store.entries.popitem()[1])
+        for entry in list(store.entries):
+            store.drop(entry)
         self.store.counts.merge(store.counts)
         self.native.calls += store.native.calls
         self.native.batches = Counter(self.native.batches) + Counter(store.native.batches)

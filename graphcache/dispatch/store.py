@@ -401,7 +401,7 @@ class Store:
 
     def warn_of_failures(self) -> None:
         """Warns of each signature that can't be captured, once."""
-        for why in [entry.eager for entry in self.entries.values() if entry.eager is not None]:
+        for why in [entry.eager for entry in self.entries if entry.eager is not None]:
             self.warn(
                 str(why),
                 f"can't be captured, so it runs eagerly: {why}",

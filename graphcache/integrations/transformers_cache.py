@@ -496,7 +496,7 @@ class Step:
             self._reject(graphs, mask, found or next(iter(known), _DIFFERS))
 
     def _failure(self) -> EagerReason | None:
-        entries = self._graphs.store.entries.values()
+        entries = self._graphs.store.entries
         return next((entry.eager for entry in entries if entry.eager is not None), None)
 
     def _reject(self, graphs: GraphCache, mask: Any, why: EagerReason) -> None:
