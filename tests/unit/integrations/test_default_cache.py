@@ -171,7 +171,7 @@ def test_returned_cache_is_gone_on_with(backend: Backend) -> None:
         results.append((more, cache))
     assert torch.equal(results[0][0], results[1][0])
     assert_same_cache(results[0][1], results[1][1])
-    assert model.forward.cache_info().hits > TOKENS + 2
+    assert model.forward.cache_info().hits >= TOKENS + 2
 
 
 def test_a_pickled_cache_is_the_one_that_eager_makes(backend: Backend) -> None:
@@ -201,14 +201,13 @@ def test_a_loop_that_passes_the_cache_on_is_replayed(backend: Backend, masked: b
     plain, model = pair(backend)
     mask = left_padded(plain) if masked else None
     ids = torch.randint(1, 97, (3, 5)).to(backend.device)
-    for _ in range(2):
+    for _ in range(3):  # the second one captures the call that makes a cache
         before = model.forward.cache_info()
-        (want, theirs), (got, mine) = (loop(each, 20, mask, ids) for each in (plain, model))
+        (want, theirs), (got, mine) = (loop(each, 14, mask, ids) for each in (plain, model))
         assert torch.equal(want, got)
         assert_same_cache(theirs, mine)
     info = model.forward.cache_info()
-    assert info.hits - before.hits >= 20
-    assert info.captures <= before.captures + 2  # that of the call that makes a cache
+    assert (info.hits - before.hits, info.captures) == (15, before.captures)
 
 
 def test_two_loops_take_turns(backend: Backend) -> None:
@@ -245,13 +244,14 @@ def test_a_call_that_makes_a_cache_is_replayed(backend: Backend) -> None:
     assert model.forward.cache_info().hits == 4
 
 
+@pytest.mark.filterwarnings("ignore::graphcache.GraphCacheWarning")
 @pytest.mark.parametrize(
     "said",
     [
         {"past_key_values": "a cache"},
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
+        {"use_cache": False, "max_new_tokens": 4},
     ],
 )
 def test_choices_of_the_user_win(backend: Backend, said: dict[str, Any]) -> None:
