@@ -348,6 +348,10 @@ def test_value_without_graphs_leaves_those_of_another(backend: Backend) -> None:
             assert torch.equal(model(x), eager(model, x))
     told = model.forward.cache_info()
     assert (told.captures, told.hits) == (1, 5)
+    x = backend.randn(3, 8)  # of no size, so that Python serves it
+    assert torch.equal(model(x), eager(model, x))
+    first = "the first call of a signature"
+    assert model.forward.cache_info().eager[first] == told.eager[first] == 2
 
 
 # Lists
