@@ -229,8 +229,9 @@ class Store:
                 self._recaptures.clear()
             if not by_itself:  # as a table does that gets an entry for another batch
                 self._recaptures[key] = 1 if newest.amortized() else self._recaptures[key] + 1
-            changed = newest.changed(newest.buckets.values(), grad=torch.is_grad_enabled())
-            self._replaced = changed[0].dependencies.guards.explain(grad=torch.is_grad_enabled())
+            grad = torch.is_grad_enabled()
+            for bucket in newest.changed(newest.buckets.values(), grad=grad)[:1]:
+                self._replaced = bucket.dependencies.guards.explain(grad=grad)
             logger.info("%s will be recaptured: %s changed", self.name, self._replaced)
         given_up = self._recaptures[key] > MAX_RECAPTURES
         for entry in entries:
