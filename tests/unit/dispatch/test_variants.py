@@ -340,18 +340,23 @@ def test_value_without_graphs_leaves_those_of_another(backend: Backend) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * x.sum().item() if self.reads else x * 2
 
-    model = cuda_graphed(Reading(), sizes=(2,))
+    model = cuda_graphed(Reading(), sizes=(2, 4))
     x = backend.randn(2, 8)
     with pytest.warns(GraphCacheWarning, match=r"\.item"):
         for step in range(12):
             model.reads = step % 2 == 1
             assert torch.equal(model(x), eager(model, x))
     told = model.forward.cache_info()
-    assert (told.captures, told.hits) == (1, 5)
-    x = backend.randn(3, 8)  # of no size, so that Python serves it
+    assert (told.captures, told.hits) == (2, 5)
+    x = backend.randn(5, 8)  # of no size, so that Python serves it
     assert torch.equal(model(x), eager(model, x))
     first = "the first call of a signature"
     assert model.forward.cache_info().eager[first] == told.eager[first] == 2
+    model.reads = False
+    for _ in range(3):
+        x = backend.randn(3, 8)  # compared by Python before it is padded
+        assert torch.equal(model(x), eager(model, x))
+    assert model.forward.cache_info().hits == 5 + 2
 
 
 # Lists
