@@ -4,6 +4,7 @@ All are rows that a caller gave: one of the largest value of each argument, say,
 forward can take. Where all are alike, numbers in floating point come in halves, too.
 """
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ _ORDERED = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+LARGE = 16
 MAX_EXTREMES = 3  # arguments whose largest and least values are looked for
 
 
@@ -116,6 +118,24 @@ class Sample:
                 tensor if held is None else torch.cat([tensor, _cycle(held[1], held[0], count)], held[0])
                 for tensor, held in zip(call.tensors, self.rows, strict=True)
             ]
+
+
+def scaled_down(call: BoundCall) -> BoundCall | None:
+    """Returns the call with large floating point brought down to 1; None where there is none.
+
+    Large rows hide what rows of padding add to them, as in a softmax over all rows.
+    """
+    tensors = list(call.tensors)
+    with _plainly(call):
+        for index, (tensor, leaf) in enumerate(zip(call.tensors, call.roles, strict=True)):
+            if leaf.role is BATCHED and tensor.dtype in _ORDERED[:4] and tensor.numel():
+                largest = torch.where(tensor.isfinite(), tensor, 0).abs().max()
+                if bool(largest > LARGE):
+                    tensors[index] = tensor / largest
+    if all(map(operator.is_, tensors, call.tensors)):
+        return None
+    args, kwargs = call.arguments(tensors)
+    return call._replace(args=args, kwargs=kwargs, tensors=tensors)
 
 
 def _whole(call: BoundCall) -> list[Tensor]:

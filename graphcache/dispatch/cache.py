@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from graphcache.capture.bucket import SETTLED, Bucket
 from graphcache.capture.mixing import mixing_operator
 from graphcache.capture.other_sizes import why_unlike_captured
 from graphcache.capture.outputs import find_batch_dims
+from graphcache.capture.samples import scaled_down
 from graphcache.capture.verify import ROWS_ALIKE, checked_replay
 from graphcache.config import Options
 from graphcache.dispatch.bypass import (
@@ -188,13 +189,17 @@ class GraphCache:
             bucket.native.check_budget = entry.padding.interval
             return self._replay(call, bucket)
         self.store.counts.eager[EagerReason(Reason.COMPARED)] += 1
+        pad, compared = self.store.options.pad, [(call, trace)]
+        if pad is not None and entry.is_pure and (small := scaled_down(call)) is not None:
+            with suppress(Exception):  # it may take no such values
+                compared.insert(0, (small, trace_forward(forward, small, restore=True)))
         with self.store.pool_for(call).lock:
             why = why_unlike_captured(trace, bucket, call.batch) or find_batch_dims(
                 [bucket], call.batch, trace.layout, trace.tensors
             )
-            if why is None:
-                pad = self.store.options.pad
-                why = entry.padding.why_unlike(trace, call, bucket, pad, self.native.calls)
+            for each, of in compared:
+                if why is None or why is ROWS_ALIKE:
+                    why = entry.padding.why_unlike(of, each, bucket, pad, self.native.calls)
             if trace.changes:
                 self.store.note_by_batch(why)
             if why is not None:

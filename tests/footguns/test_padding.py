@@ -60,9 +60,10 @@ def test_warm_up_calls_are_all_positive(backend: Backend) -> None:
         same_as_eager(model, -backend.randn(3, 8).abs() - 1, times=1)
 
 
-def test_large_values_hide_a_softmax_over_rows(backend: Backend) -> None:
+@pytest.mark.parametrize("pad", [None, 1.0])
+def test_large_values_hide_a_softmax_over_rows(backend: Backend, pad: Any) -> None:
     """Padded rows count in a softmax; one row with all the weight hides it from a comparison."""
-    model = cuda_graphed(lambda x: x.softmax(0), sizes=(4,))
+    model = cuda_graphed(lambda x: x.softmax(0), sizes=(4,), pad=pad)
     for values in ((-2000.0, 2000.0, 1000.0),) * 5 + ((-2000.0, -1000.0, -1500.0),) * 3:
         x = torch.tensor(values, device=backend.device)[:, None].expand(3, 8).contiguous()
         same_as_eager(model, x, times=1)

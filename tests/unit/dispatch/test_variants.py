@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -181,6 +182,7 @@ def test_going_back_is_no_recapture(backend: Backend) -> None:
     assert model.forward.cache_info().captures == 3
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="cProfile sets no profile function there")
 def test_calls_that_may_not_be_captured_are_no_recaptures(backend: Backend) -> None:
     model = cuda_graphed(Switched(backend.device), sizes=(2,))
     x = backend.randn(2, 8)
@@ -322,7 +324,7 @@ def test_graph_that_returns_a_replaced_tensor_is_dropped(backend: Backend) -> No
 
 
 def test_graphs_of_a_module_that_moved_are_dropped(backend: Backend) -> None:
-    model = cuda_graphed(Switched(backend.device), sizes=(2,))
+    model = cuda_graphed(nn.Sequential(nn.Linear(8, 8)).to(backend.device), sizes=(2,))
     model(backend.randn(2, 8))
     model.double().float().cpu()
     with config.switched(config.emulated_var, False):
