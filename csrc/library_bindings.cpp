@@ -14,6 +14,7 @@
 #include "call/pytree.cpp"
 #include "call/signature.cpp"
 #include "guards/dict_watcher.cpp"
+#include "guards/effects.cpp"
 #include "guards/expected.cpp"
 #include "guards/guard.cpp"
 #include "guards/static_object.cpp"

@@ -106,10 +106,15 @@ void bind_buckets(py::module_& m) {
           "name"_a, "size"_a, "lane"_a, "launch"_a, "result"_a, "guard"_a, "mutated"_a)
       .def(
           "run",
-          [](Bucket& bucket, const py::list& tensors, int64_t batch, int64_t call, int64_t stream) {
-            return bucket.run(leaves_of(tensors), batch, call, stream);
+          [](Bucket& bucket, const py::list& tensors, int64_t batch, int64_t call, int64_t stream, bool repeat) {
+            const auto guard = bucket.dependencies.guard.lock();
+            if (repeat && guard != nullptr && !guard->effects().empty() && !guard->check(/*grad=*/false)) {
+              throw std::runtime_error(
+                  "graphcache: " + *bucket.name + " was changed by another thread while it was called");
+            }
+            return bucket.run(leaves_of(tensors), batch, call, stream, repeat);
           },
-          "tensors"_a, "batch"_a, "call"_a, "stream"_a)
+          "tensors"_a, "batch"_a, "call"_a, "stream"_a, "repeat"_a = true)
       .def(
           "set_batch_dims",
           [](Bucket& bucket, const std::vector<std::vector<int64_t>>& dims) {

@@ -1,5 +1,6 @@
 // The Python face of the guards.
 #include "guards/guard.h"
+#include "guards/static_object.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -46,6 +47,60 @@ py::object referent(const py::object& reference) {
 
 void bind_guards(py::module_& m) {
   const py::arg label("label");
+  py::class_<Location, std::shared_ptr<Location>>(m, "Location")
+      .def(
+          py::init<const py::object&, py::object, bool>(), py::arg("container"), py::arg("key"), py::arg("borrowed"));
+  py::class_<Effect>(m, "Effect")
+      .def(
+          py::init([](std::shared_ptr<Location> place, py::object label) {
+            Effect effect;
+            effect.place = std::move(place);
+            effect.type = py::none();
+            effect.label = std::move(label);
+            return effect;
+          }),
+          py::arg("place"), label)
+      .def_static(
+          "of_object",
+          [](std::shared_ptr<StaticObject> object, size_t index, py::object label) {
+            Effect effect;
+            effect.object = std::move(object);
+            effect.index = index;
+            effect.type = py::none();
+            effect.label = std::move(label);
+            return effect;
+          },
+          py::arg("object"), py::arg("index"), label)
+      .def(
+          "expect_int",
+          [](Effect& effect, int64_t low, int64_t high) {
+            effect.low = low;
+            effect.high = high;
+          },
+          py::arg("low"), py::arg("high"))
+      .def("expect_type", [](Effect& effect, py::type type) { effect.type = std::move(type); }, py::arg("type"))
+      .def(
+          "store_sum",
+          [](Effect& effect, size_t base, int64_t amount) {
+            effect.store = Effect::Sum;
+            effect.base = base;
+            effect.amount = amount;
+          },
+          py::arg("base"), py::arg("amount"))
+      .def(
+          "store_constant",
+          [](Effect& effect, py::object value) {
+            effect.store = Effect::Constant;
+            effect.constant = std::move(value);
+          },
+          py::arg("value"))
+      .def(
+          "store_output",
+          [](Effect& effect, size_t output) {
+            effect.store = Effect::Output;
+            effect.output = output;
+          },
+          py::arg("output"));
   py::class_<Guard, std::shared_ptr<Guard>>(m, "Guard", py::custom_type_setup(&make_collectable))
       .def(py::init<py::object, bool>(), py::arg("names") = py::none(), py::arg("grads") = false)
       .def("add_module", &Guard::add_module, py::arg("module"), label, py::arg("is_root") = false)
@@ -58,6 +113,8 @@ void bind_guards(py::module_& m) {
       .def("add_source", &Guard::add_source, py::arg("container"), py::arg("key"), py::arg("value"), label)
       .def("add_absence", &Guard::add_absence, py::arg("container"), py::arg("key"), label)
       .def("add_tensor", &Guard::add_tensor, py::arg("tensor"), label)
+      .def("free", &Guard::free, py::arg("container"), py::arg("key"))
+      .def("add_effect", &Guard::add_effect, py::arg("effect"))
       .def("keep", &Guard::keep, py::arg("object"))
       .def("check", &Guard::check, py::arg("grad"))
       .def("explain", &Guard::explain, py::arg("grad"))

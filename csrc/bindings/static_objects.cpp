@@ -7,7 +7,20 @@ namespace graphcache {
 void bind_static_objects(py::module_& m) {
   py::class_<StaticObject, std::shared_ptr<StaticObject>>(m, "StaticObject")
       .def(py::init<>())
-      .def("bind", &StaticObject::bind, "object"_a, "guard"_a, "tensors"_a)
+      .def(
+          "bind",
+          [](StaticObject& slot,
+             const py::object& object,
+             const std::shared_ptr<Guard>& guard,
+             const std::vector<at::Tensor>& tensors,
+             const std::vector<std::pair<py::object, py::object>>& counters) {
+            std::vector<Location> places;
+            for (const auto& [container, key] : counters) {
+              places.emplace_back(container, key, /*borrowed=*/true);
+            }
+            slot.bind(object, guard, tensors, std::move(places));
+          },
+          "object"_a, "guard"_a, "tensors"_a, "counters"_a)
       .def("release", &StaticObject::release)
       .def(
           "holds",

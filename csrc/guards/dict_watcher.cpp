@@ -2,10 +2,7 @@
 
 #include <algorithm>
 
-#if PY_VERSION_HEX >= 0x030C0000
-#include <unordered_map>
 #include <utility>
-#endif
 
 namespace graphcache {
 
@@ -33,13 +30,16 @@ bool is_finalizing() {
 
 // CPython calls this before the change is made: no Python object is touched here, and nothing raised.
 struct DictWatcher {
-  static int notify(PyDict_WatchEvent event, PyObject* dict, PyObject* /*key*/, PyObject* /*value*/) {
+  static int notify(PyDict_WatchEvent event, PyObject* dict, PyObject* key, PyObject* /*value*/) {
     const auto found = groups().find(dict);
     if (found == groups().end()) {
       return 0;
     }
     const bool freed = event == PyDict_EVENT_DEALLOCATED;
     for (const auto& [group, index] : found->second) {
+      if (event == PyDict_EVENT_MODIFIED && group->ignores(dict, key)) {
+        continue;
+      }
       group->changed_ = group->dicts_[index].changed = true;
       if (freed) {
         group->blind_ = true;
@@ -115,6 +115,16 @@ bool DictGroup::clean() const {
   return !changed_;
 }
 
+void DictGroup::ignore(PyObject* dict, PyObject* key) {
+  ignored_[dict].push_back(key);
+}
+
+bool DictGroup::ignores(PyObject* dict, PyObject* key) const {
+  const auto found = ignored_.find(dict);
+  return found != ignored_.end() &&
+      std::find(found->second.begin(), found->second.end(), key) != found->second.end();
+}
+
 bool DictGroup::is_alive(size_t index) const {
   return dicts_[index].dict != nullptr;
 }
@@ -161,6 +171,9 @@ bool DictGroup::clean() const {
   }
   return true;
 }
+
+// The table of the dict is compared at each change instead.
+void DictGroup::ignore(PyObject* /*dict*/, PyObject* /*key*/) {}
 
 bool DictGroup::is_alive(size_t /*index*/) const {
   return true; // whoever asks knows: a new dict at the same address has another tag

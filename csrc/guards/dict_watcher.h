@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 namespace graphcache {
@@ -23,6 +24,9 @@ class DictGroup {
   // Adds a dict that is held, unless it was added; then indexes do not count.
   void add_once(PyObject* dict);
 
+  // Has other values of an entry not count as a change: another check looks at them.
+  void ignore(PyObject* dict, PyObject* key);
+
   // True if none has changed since it was added, or since `rearm`. May err towards "changed".
   bool clean() const;
 
@@ -38,12 +42,15 @@ class DictGroup {
  private:
   friend struct DictWatcher;
 
+  bool ignores(PyObject* dict, PyObject* key) const;
+
   struct Dict {
     PyObject* dict; // null: it was freed
     bool changed;
     bool watched;
   };
   std::vector<Dict> dicts_;
+  std::unordered_map<PyObject*, std::vector<PyObject*>> ignored_; // keys, which others keep alive
   bool changed_ = false;
   bool blind_ = false; // one can't be watched, or was freed
 #else

@@ -2,6 +2,7 @@
 
 #include "tensors/python_tensor.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string_view>
 
@@ -131,6 +132,28 @@ Expected::Expected(PyObject* object, bool keep, int depth) : address_(object) {
   }
 }
 
+Expected Expected::anything() {
+  Expected free(nullptr);
+  free.any_ = true;
+  return free;
+}
+
+bool FreeSources::has(PyObject* container, PyObject* key) const {
+  return std::any_of(places_.begin(), places_.end(), [&](const auto& place) {
+    auto* const known = place.second.ptr();
+    return place.first == container &&
+        (known == key ||
+         (PyUnicode_CheckExact(known) && PyUnicode_CheckExact(key) && PyUnicode_Compare(known, key) == 0) ||
+         (PyLong_CheckExact(known) && PyLong_CheckExact(key) && PyObject_RichCompareBool(known, key, Py_EQ) == 1));
+  });
+}
+
+bool FreeSources::has(PyObject* container, Py_ssize_t index) const {
+  return std::any_of(places_.begin(), places_.end(), [&](const auto& place) {
+    return place.first == container && PyLong_AsSsize_t(place.second.ptr()) == index;
+  });
+}
+
 // The caller found something of the type at the address: if that refers to the same, it is the same.
 bool Expected::refers_to_items() const {
   size_t index = 0;
@@ -154,7 +177,7 @@ int Expected::traverse(visitproc visit, void* arg) const {
   return traverse_all(items_, visit, arg);
 }
 
-ExpectedDict::ExpectedDict(PyObject* dict, py::object names, bool held)
+ExpectedDict::ExpectedDict(PyObject* dict, py::object names, bool held, const FreeSources& free)
     : dict_(dict), names_(std::move(names)) {
 #if PY_VERSION_HEX < 0x030C0000
   if (!held) {
@@ -168,12 +191,16 @@ ExpectedDict::ExpectedDict(PyObject* dict, py::object names, bool held)
   for (const auto item : items) {
     auto* const key = PyTuple_GET_ITEM(item.ptr(), 0);
     if (counts(key)) {
-      entries_.emplace_back(Expected(key), Expected(PyTuple_GET_ITEM(item.ptr(), 1)));
+      auto* const value = PyTuple_GET_ITEM(item.ptr(), 1);
+      entries_.emplace_back(Expected(key), free.has(dict, key) ? Expected::anything() : Expected(value));
     }
   }
 }
 
 bool ExpectedDict::counts(PyObject* key) const {
+  if (!names_.is_none() && PyUnicode_CheckExact(key) && PySet_Contains(names_.ptr(), key) != 1) {
+    return false;
+  }
   // torch.compile replaces the first two of nn.Module, and no forward of what exists already runs them;
   // the others are caches of Python: of what copies and pickles, and of annotations.
   if (PyUnicode_CheckExact(key)) {
@@ -183,7 +210,7 @@ bool ExpectedDict::counts(PyObject* key) const {
       }
     }
   }
-  return names_.is_none() || !PyUnicode_CheckExact(key) || PySet_Contains(names_.ptr(), key) == 1;
+  return true;
 }
 
 bool ExpectedDict::is_gone() const {
@@ -227,10 +254,11 @@ void each_item(PyObject* container, Visit visit) {
 
 } // namespace
 
-ExpectedItems::ExpectedItems(PyObject* items) : container_(items) {
+ExpectedItems::ExpectedItems(PyObject* items, const FreeSources& free) : container_(items) {
   const auto held = py::reinterpret_steal<py::object>(PySequence_Tuple(items)); // as in ExpectedDict
   each_item(items, [&](PyObject* item) {
-    items_.emplace_back(item);
+    const bool is_free = free.has(items, static_cast<Py_ssize_t>(items_.size()));
+    items_.push_back(is_free ? Expected::anything() : Expected(item));
     return true;
   });
 }

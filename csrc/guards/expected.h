@@ -22,6 +22,9 @@ class Expected {
   // refer to.
   explicit Expected(PyObject* object, bool keep = false, int depth = 4);
 
+  // Whatever is there: another check looks at that.
+  static Expected anything();
+
   // The same object; or, of numbers, texts and tuples of them, one of the same type and value.
   bool is(PyObject* object) const;
   // True if an object that it needs was freed, so that it will never be found again. Also where it keeps a tensor
@@ -39,6 +42,7 @@ class Expected {
   bool refers_to_items() const;
 
   PyObject* address_;
+  bool any_ = false;
   pybind11::object object_; // the object itself, a weak reference to it, or nothing
   PyTypeObject* type_ = nullptr; // of one that is known by its address, or its items; never read
   bool is_weak_tensor_ = false;
@@ -49,6 +53,17 @@ class Expected {
 // Numbers, texts and tuples of them, of the same type and value.
 bool is_equal(PyObject* a, PyObject* b);
 
+// Places that are left to another check, as a counter is: each a container and its key or index.
+class FreeSources {
+ public:
+  void add(PyObject* container, pybind11::object key) { places_.emplace_back(container, std::move(key)); }
+  bool has(PyObject* container, PyObject* key) const;
+  bool has(PyObject* container, Py_ssize_t index) const;
+
+ private:
+  std::vector<std::pair<PyObject*, pybind11::object>> places_; // compared only while all containers live
+};
+
 // True if the object of a weak reference still lives.
 inline bool is_alive(PyObject* reference) {
   return reinterpret_cast<PyWeakReference*>(reference)->wr_object != Py_None;
@@ -56,7 +71,8 @@ inline bool is_alive(PyObject* reference) {
 
 inline bool Expected::is(PyObject* object) const {
   if (object != address_) {
-    return object != nullptr && address_ != nullptr && object_.ptr() == address_ && is_equal(object, address_);
+    return any_ ||
+        (object != nullptr && address_ != nullptr && object_.ptr() == address_ && is_equal(object, address_));
   }
   if (object_) {
     return object_.ptr() == address_ || is_alive(object_.ptr());
@@ -85,7 +101,7 @@ class ExpectedDict {
  public:
   // `names`: a frozenset of the keys that count, besides those that are no strings; None: all do. A dict
   // that is not `held` is kept alive before Python 3.12, where nobody can ask whether it lives.
-  ExpectedDict(PyObject* dict, pybind11::object names, bool held);
+  ExpectedDict(PyObject* dict, pybind11::object names, bool held, const FreeSources& free);
 
   // True if the dict is as it was; whoever asks knows that it lives.
   bool same() const { return !changed().has_value(); }
@@ -124,14 +140,14 @@ std::optional<pybind11::object> ExpectedDict::changed(const Takes& takes) {
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   while (PyDict_Next(dict_, &position, &key, &value) != 0) {
-    if (!counts(key)) {
-      continue;
-    }
-    if (expected == entries_.end() || !expected->first.is(key) ||
-        !(expected->second.is(value) || takes(expected->second, value))) {
+    if (expected != entries_.end() && expected->first.is(key)) { // it counted at first, so it does now
+      if (!expected->second.is(value) && !takes(expected->second, value)) {
+        return pybind11::reinterpret_borrow<pybind11::object>(key);
+      }
+      ++expected;
+    } else if (counts(key)) {
       return pybind11::reinterpret_borrow<pybind11::object>(key);
     }
-    ++expected;
   }
   return expected == entries_.end() ? std::nullopt : std::make_optional(pybind11::object());
 }
@@ -139,7 +155,7 @@ std::optional<pybind11::object> ExpectedDict::changed(const Takes& takes) {
 // The items of one list or set.
 class ExpectedItems {
  public:
-  explicit ExpectedItems(PyObject* items);
+  ExpectedItems(PyObject* items, const FreeSources& free);
 
   // True if the container is as it was; whoever asks knows that it lives.
   bool same() const { return has_same(container_); }

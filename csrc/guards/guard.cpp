@@ -261,20 +261,28 @@ void Guard::add_object(const py::object& object, py::object label) {
 
 void Guard::add_dict(const py::dict& dict, py::object label, bool named, bool held) {
   dict_watcher_.add(dict.ptr()); // first: what changes from here on is noticed
-  ExpectedDict added(dict.ptr(), named ? names_ : py::none(), held);
+  ExpectedDict added(dict.ptr(), named ? names_ : py::none(), held, free_);
   tables_.push_back(Table{std::move(added), std::move(label), !named});
+}
+
+void Guard::free(const py::object& container, py::object key) {
+  if (PyDict_Check(container.ptr())) {
+    dict_watcher_.ignore(container.ptr(), key.ptr());
+    scopes_.ignore(container.ptr(), key.ptr());
+  }
+  free_.add(container.ptr(), std::move(key));
 }
 
 void Guard::add_table(PyObject* dict, py::object label, const py::object& names, bool is_mapping) {
   dict_watcher_.add(dict);
-  tables_.push_back(Table{ExpectedDict(dict, names, /*held=*/true), std::move(label), is_mapping});
+  tables_.push_back(Table{ExpectedDict(dict, names, /*held=*/true, free_), std::move(label), is_mapping});
 }
 
 void Guard::add_items(const py::object& items, py::object label) {
   if (!PyList_Check(items.ptr()) && !PyAnySet_Check(items.ptr())) {
     throw py::type_error("graphcache: expected a list or a set");
   }
-  lists_.push_back(Items{ExpectedItems(items.ptr()), std::move(label)});
+  lists_.push_back(Items{ExpectedItems(items.ptr(), free_), std::move(label)});
 }
 
 void Guard::pin(const py::object& list) {
@@ -346,7 +354,10 @@ Guard::Failure Guard::first_failure(bool grad) {
   if (label == nullptr) {
     label = first_changed(buffers_);
   }
-  return {label == nullptr ? changed_address(grad) : label};
+  if (label == nullptr) {
+    label = changed_address(grad);
+  }
+  return {label == nullptr ? effects_.first_unmet() : label};
 }
 
 template <typename Checks>
@@ -489,6 +500,7 @@ int Guard::traverse(visitproc visit, void* arg) const {
   stop = stop != 0 ? stop : traverse_all(lists_, visit, arg);
   stop = stop != 0 ? stop : traverse_all(dict_sources_, visit, arg);
   stop = stop != 0 ? stop : traverse_all(sources_, visit, arg);
+  stop = stop != 0 ? stop : effects_.traverse(visit, arg);
   for (const auto& held : references_) { // with a callback
     stop = stop != 0 ? stop : visit(held.reference.ptr(), arg);
   }
@@ -507,6 +519,7 @@ void Guard::clear() {
   const auto dict_sources = std::move(dict_sources_);
   const auto sources = std::move(sources_);
   const auto kept = std::move(kept_);
+  const auto effects = std::move(effects_);
   const auto references = std::move(references_);
 }
 

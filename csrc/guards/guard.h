@@ -2,6 +2,7 @@
 #pragma once
 
 #include "guards/dict_watcher.h"
+#include "guards/effects.h"
 #include "guards/expected.h"
 
 #include <ATen/core/Tensor.h>
@@ -46,6 +47,11 @@ class Guard {
   // A tensor keeps its storage, address and metadata. It is not kept alive: its source was added, and is
   // compared before. Where no source is compared, the tensor has to be kept.
   void add_tensor(const pybind11::object& tensor, pybind11::object label);
+  // Leaves the value at `key` of a container to an effect; before the container is added.
+  void free(const pybind11::object& container, pybind11::object key);
+  // Adds an effect, whose place has to hold what the effect expects; after the container was added.
+  void add_effect(Effect effect) { effects_.add(std::move(effect)); }
+  const Effects& effects() const { return effects_; }
   // Keeps an object alive.
   void keep(pybind11::object object) { kept_.push_back(std::move(object)); }
 
@@ -163,6 +169,8 @@ class Guard {
 
   pybind11::object names_;
   bool grads_;
+  FreeSources free_;
+  Effects effects_;
   std::vector<Module> modules_; // and other objects
   std::vector<Table> tables_; // those of each module behind its __dict__, which keeps them alive
   DictGroup dict_watcher_; // the same dicts, in the same order

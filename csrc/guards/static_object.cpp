@@ -29,9 +29,13 @@ const Lease* lease_of(const c10::Storage& storage) {
 } // namespace
 
 void StaticObject::bind(
-    const py::object& object, const std::shared_ptr<Guard>& guard, const std::vector<at::Tensor>& tensors) {
+    const py::object& object,
+    const std::shared_ptr<Guard>& guard,
+    const std::vector<at::Tensor>& tensors,
+    std::vector<Location> counters) {
   reference_ = py::weakref(object);
   guard_ = guard;
+  counters_ = std::move(counters);
   calls = 0;
   versions.clear();
   for (const auto& tensor : tensors) {
@@ -42,6 +46,7 @@ void StaticObject::bind(
 void StaticObject::release() {
   reference_ = py::object();
   guard_.reset();
+  counters_.clear();
   versions.clear();
 }
 

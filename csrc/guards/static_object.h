@@ -1,6 +1,7 @@
 // Objects that are passed to a forward and hold tensors for it, such as a cache of keys and values.
 #pragma once
 
+#include "guards/effects.h"
 #include "guards/guard.h"
 
 #include <ATen/core/Tensor.h>
@@ -16,13 +17,18 @@ class StaticObject {
  public:
   // The guard holds as long as the object has the same contents.
   void bind(
-      const pybind11::object& object, const std::shared_ptr<Guard>& guard, const std::vector<at::Tensor>& tensors);
+      const pybind11::object& object,
+      const std::shared_ptr<Guard>& guard,
+      const std::vector<at::Tensor>& tensors,
+      std::vector<Location> counters = {});
   void release();
 
   bool is(PyObject* object) const;
   // Returns true if that object may be passed to a graph; counts how often it was.
   bool serves(PyObject* object);
   pybind11::object object() const; // None once it is gone
+  // The place of one of its counters; null where it has none of that number.
+  const Location* counter(size_t index) const { return index < counters_.size() ? &counters_[index] : nullptr; }
 
   int64_t calls = 0;
   std::vector<c10::VariableVersion> versions; // of its tensors, in the order of the object
@@ -30,6 +36,7 @@ class StaticObject {
  private:
   pybind11::object reference_;
   std::weak_ptr<Guard> guard_;
+  std::vector<Location> counters_; // in its dicts and lists, which the guard knows
 };
 
 // Memory that graphs were captured over, leased to one storage after another. The first one owned it. Later ones

@@ -4,16 +4,57 @@ namespace py = pybind11;
 
 namespace graphcache {
 
-py::object Bucket::run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream) {
+py::object Bucket::run(
+    const Leaves& arguments, int64_t batch, int64_t call, int64_t stream, bool repeat) {
   const Origin origin{name, call, batch, size};
-  start(arguments, batch, origin, stream);
+  const auto guard = repeat ? dependencies.guard.lock() : nullptr;
+  const auto* const effects = guard == nullptr || guard->effects().empty() ? nullptr : &guard->effects();
+  auto places = effects == nullptr ? Effects::Found() : effects->find();
+  const bool stores_outputs = effects != nullptr && effects->has_outputs();
+  if (stores_outputs) {
+    take_replaced(*effects, places);
+  }
+  try {
+    start(arguments, batch, origin, stream, places.taken.empty());
+  } catch (...) {
+    if (stores_outputs) {
+      put_back_replaced(*effects, places, origin);
+    }
+    throw;
+  }
+  if (effects != nullptr) {
+    effects->store(places);
+  }
   dependencies.mutated->raise_versions(arguments.tensors);
   lane->stream = stream;
   auto made = result.give(batch, size, arguments, origin, *lane);
+  if (stores_outputs) {
+    const auto both = py::reinterpret_steal<py::tuple>(made.release());
+    effects->store_outputs(places, both[1]);
+    made = both[0];
+  }
   ++replays;
   padded_rows += size - batch;
   check_budget -= static_cast<int64_t>(batch != size);
   return made;
+}
+
+// Outputs of the last replay that this one replaces in Python need not move out, if nobody else holds them.
+void Bucket::take_replaced(const Effects& effects, Effects::Found& places) const {
+  effects.take(places, [this](const at::Tensor& tensor) {
+    const auto& storage = tensor.storage();
+    return tensor.use_count() == 1 && storage.use_count() == 2 && // the other one is the lane's
+        storage.unsafeGetStorageImpl()->pyobj_slot()->load_pyobj() == nullptr && lane->untrack(storage);
+  });
+}
+
+void Bucket::put_back_replaced(
+    const Effects& effects, const Effects::Found& places, const Origin& origin) const {
+  effects.put_back(places, [&](const at::Tensor& tensor) {
+    if (!lane->track_again(tensor.storage())) {
+      expire(tensor.storage(), "graphcache: " + origin.text() + " failed, and may have overwritten this tensor");
+    }
+  });
 }
 
 // torch's own replay lets other threads run before outputs point at their copies: there, nothing moves inside.
@@ -34,7 +75,7 @@ void Bucket::prove(int64_t batch) {
 }
 
 // An argument may be an output that this replay overwrites: it is read, or found expired, before.
-void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream) {
+void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream, bool lets_others_run) {
   if (!launch_.copier) {
     py::list tensors;
     for (auto* const tensor : arguments.objects) {
@@ -64,7 +105,7 @@ void Bucket::start(const Leaves& arguments, int64_t batch, const Origin& origin,
     launch_.replay(); // torch's own: it advances the random generator
     return;
   }
-  if (!lane->moves().empty()) {
+  if (!lane->moves().empty() || !lets_others_run) {
     // Until the copies are launched and the outputs point at them, no other thread may look.
     launch_.node->launch(reinterpret_cast<driver::Stream>(stream));
     lane->moved();

@@ -57,7 +57,9 @@ class Bucket {
         launch_(std::move(launch)) {}
 
   // Serves call number `call`. The pool's lock is held, and the lane follows `stream`.
-  pybind11::object run(const Leaves& arguments, int64_t batch, int64_t call, int64_t stream);
+  // Without `repeat` the effects on Python values are left out, and their tensors come with the result.
+  pybind11::object run(
+      const Leaves& arguments, int64_t batch, int64_t call, int64_t stream, bool repeat = true);
 
   // Null where its inputs are copied otherwise.
   const CopyInNode* node() const { return launch_.node.get(); }
@@ -91,8 +93,11 @@ class Bucket {
   Invalidated invalidated; // by replays
 
  private:
+  void take_replaced(const Effects& effects, Effects::Found& places) const;
+  void put_back_replaced(const Effects& effects, const Effects::Found& places, const Origin& origin) const;
   size_t room() const; // held outputs that the graph can copy out itself
-  void start(const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream);
+  void start(
+      const Leaves& arguments, int64_t batch, const Origin& origin, int64_t stream, bool lets_others_run);
 
   Launch launch_;
   std::vector<bool> proved_; // by batch; empty until the first one

@@ -27,6 +27,32 @@ Invalidated Lane::invalidate(const Origin& overwritten_by, size_t room) {
   return invalidated;
 }
 
+bool Lane::untrack(const c10::Storage& output) {
+  if (live_ == nullptr) {
+    return false;
+  }
+  for (auto& storage : live_->storages) {
+    if (storage && storage.is_alias_of(output)) {
+      storage = c10::Storage();
+      return true;
+    }
+  }
+  return false;
+}
+
+bool Lane::track_again(const c10::Storage& output) {
+  if (live_ == nullptr) {
+    return false;
+  }
+  for (auto& storage : live_->storages) {
+    if (!storage) {
+      storage = output;
+      return true;
+    }
+  }
+  return false;
+}
+
 void Lane::moved() {
   for (auto& [output, memory] : moves_) {
     give_memory(*output, std::move(memory));

@@ -34,6 +34,11 @@ class Lane {
   const std::vector<PendingMove>& moves() const { return moves_; }
   void moved();
 
+  // Lets the next replay overwrite an output without moving it; returns false for any other storage.
+  bool untrack(const c10::Storage& output);
+  // Tracks such an output again; returns false where it may have been overwritten.
+  bool track_again(const c10::Storage& output);
+
   void track(std::shared_ptr<SharedOutputs> shared) {
     live_ = std::move(shared);
     thread_ = std::this_thread::get_id();

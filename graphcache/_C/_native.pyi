@@ -102,6 +102,45 @@ def end_host_capture(pool_first: int, pool_second: int) -> None:
 
 # Guards and static objects
 
+class Location:
+    """A place that holds a Python value.
+
+    Args:
+        container: a dict, a list, a closure cell, or an object with slots.
+        key: the key, the index, or the descriptor of the slot.
+        borrowed: a guard is asked before each use whether the container lives; it is not kept alive.
+    """
+
+    def __init__(self, container: object, key: object, borrowed: bool) -> None: ...
+
+class Effect:
+    """An effect of a forward on one Python value, which each replay repeats.
+
+    Args:
+        place: where the value lies.
+        label: its name, for messages.
+    """
+
+    def __init__(self, place: Location, label: str) -> None: ...
+    @staticmethod
+    def of_object(object: StaticObject, index: int, label: str) -> Effect:
+        """Returns an effect on one of the counters of whatever object is passed."""
+
+    def expect_int(self, low: int, high: int) -> None:
+        """Has graphs serve calls only if an int lies there, at least `low` and less than `high`."""
+
+    def expect_type(self, type: type) -> None:
+        """Has graphs serve calls only if a value of exactly this type lies there."""
+
+    def store_sum(self, base: int, amount: int) -> None:
+        """Has each replay store the int of effect number `base`, plus `amount`."""
+
+    def store_constant(self, value: object) -> None:
+        """Has each replay store a constant."""
+
+    def store_output(self, output: int) -> None:
+        """Has each replay store one of the further results of its graph."""
+
 class Guard:
     """Compares the things that the graphs of one signature depend on besides their arguments.
 
@@ -115,6 +154,12 @@ class Guard:
     """
 
     def __init__(self, names: frozenset[str] | None = ..., grads: bool = ...) -> None: ...
+    def free(self, container: object, key: object) -> None:
+        """Leaves the value at one place to an effect; called before the container is added."""
+
+    def add_effect(self, effect: Effect) -> None:
+        """Guards what an effect expects, and has replays repeat the effect."""
+
     def add_module(self, module: nn.Module, label: str, is_root: bool = ...) -> None:
         """Guards the class, attributes, parameters, buffers and children of a module.
 
@@ -177,10 +222,17 @@ class StaticObject:
     @property
     def calls(self) -> int: ...
     def __init__(self) -> None: ...
-    def bind(self, object: Any, guard: Guard, tensors: Sequence[Tensor]) -> None:
+    def bind(
+        self,
+        object: Any,
+        guard: Guard,
+        tensors: Sequence[Tensor],
+        counters: Sequence[tuple[Any, Any]],
+    ) -> None:
         """Lets the graphs stand for `object`, which holds `tensors`, as long as `guard` holds.
 
-        The guard is known weakly too, and of the tensors only their versions.
+        `counters` are the dicts and lists in it with the keys at which effects count. The guard is known
+        weakly too, and of the tensors only their versions.
         """
 
     def release(self) -> None:
@@ -604,8 +656,12 @@ class Bucket:
     def set_batch_dims(self, dims: Sequence[Sequence[int]]) -> None:
         """Sets for each output the dimensions that are cut back to the batch."""
 
-    def run(self, tensors: list[Tensor], batch: int, call: int, stream: int) -> Any:
-        """Serves one call, with the lock of the pool held, and returns its result."""
+    def run(self, tensors: list[Tensor], batch: int, call: int, stream: int, repeat: bool = ...) -> Any:
+        """Serves one call, with the lock of the pool held, and returns its result.
+
+        Without `repeat`, effects on Python values are left out, and the tensors among them are returned
+        together with the result.
+        """
 
 class MutatedMemory:
     """The memory that the graphs of one signature write to besides their own.

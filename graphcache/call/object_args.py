@@ -27,6 +27,7 @@ class ObjectArg(NamedTuple):
             equal shape are alike to a graph.
         tensors: those that it holds.
         read: reads an object, given its name; None where it is no such object.
+        counters: the places of its ints that forwards count in, which are no part of its shape.
         shared: the positions of tensors that an earlier object of the call holds, too, and theirs.
     """
 
@@ -35,6 +36,7 @@ class ObjectArg(NamedTuple):
     shape: tuple[tuple[int, str, Any], ...]
     tensors: list[Tensor]
     read: Callable[[Any, str], "ObjectArg | None"]
+    counters: tuple[Any, ...] = ()
     shared: tuple[tuple[int, int], ...] = ()
 
     def after(self, earlier: "list[ObjectArg]") -> "ObjectArg":

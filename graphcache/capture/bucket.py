@@ -46,7 +46,8 @@ class Dependencies:
         guards: the values that it captured.
         mutated: the memory that it mutates besides its own, and the arguments that are copied before.
         mutated_keys: the keys of the storages that its forward mutates.
-        mutates_only_passed: whether all of these are of passed objects, or of arguments named in `bind`.
+        mutates_only_passed: whether all of these are of passed objects, or of arguments named in `bind`;
+            and all that it counts in Python, too.
         ran: the code that its forward ran at any size, but for libraries'.
         external: the keys of the storages that its forward reads or writes and was not given.
         draws_random: whether its forward draws random numbers.
@@ -73,6 +74,8 @@ class Bucket:
         native: the native counterpart, which serves calls and counts them.
         dependencies: what the graph depends on besides its arguments; shared by the sizes of a plan.
         launch: how a call reaches the device: "node", "copies" or "torch"; see `CacheInfo`.
+        has_effects: whether replays repeat effects on Python values.
+        makes_values: whether its graph makes values that replays store in Python, besides the result.
         exact_only: whether it serves batches of exactly this size.
         resources: the graph, and what has to live as long: constants, and loaded kernels.
         timing: the times of its calls.
@@ -86,6 +89,8 @@ class Bucket:
     dependencies: Dependencies
     launch: str
     resources: list[Any]
+    has_effects: bool = False
+    makes_values: bool = False
     exact_only: bool = False
     timing: Timing = field(default_factory=Timing)
 
@@ -94,19 +99,23 @@ class Bucket:
         """The graph; None once it is retired."""
         return self.resources[0] if self.resources else None
 
-    def replay(self, call: BoundCall, number: int) -> Any:
-        """Serves call `number`, with the lock of the pool held."""
+    def replay(self, call: BoundCall, number: int, *, repeat: bool = True) -> Any:
+        """Serves call `number`, with the lock of the pool held.
+
+        Without `repeat`, effects on Python values are left out, and the tensors among them are returned
+        together with the result.
+        """
         stream = self.lane.follow_stream()
         tensors = list(call.tensors)
         for (index, _), static in zip(call.copied_in(), self.static, strict=True):
             tensors[index] = with_bits(tensors[index], static)
-        return self.native.run(tensors, call.batch, number, stream)
+        return self.native.run(tensors, call.batch, number, stream, repeat)
 
     def try_out(self, call: BoundCall, number: int) -> Any:
         """Replays for a comparison: nobody gets the result, and no count changes."""
         native = self.native
         before = native.replays, native.padded_rows, native.check_budget
-        result = self.replay(call, number)
+        result = self.replay(call, number, repeat=False)
         native.replays, native.padded_rows, native.check_budget = before
         return result
 

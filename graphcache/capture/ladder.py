@@ -187,7 +187,19 @@ def _bucket(
     graph.release({*plan.trace.external, *given})
     launch = "torch" if copier is None else "copies" if graph.node is None else "node"
     resources = [graph, *(plan.trace.constants or {}).values()]
-    return Bucket(size, lane, static, result, native, plan.dependencies, launch, resources)
+    effects = plan.trace.effects
+    return Bucket(
+        size,
+        lane,
+        static,
+        result,
+        native,
+        plan.dependencies,
+        launch,
+        resources,
+        has_effects=bool(effects),
+        makes_values=effects.makes_values,
+    )
 
 
 def capture_or_warm_up(plan: CapturePlan, sizes: Sequence[int]) -> list[Bucket]:

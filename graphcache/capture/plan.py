@@ -13,12 +13,14 @@ from graphcache.capture.bucket import Dependencies
 from graphcache.config import Options, Pad, top_name
 from graphcache.errors import CaptureError, describe
 from graphcache.guards.guards import Guards
+from graphcache.guards.reachability import key_of
 from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass, Reason, text_of
 from graphcache.runtime.undo_log import UndoLog
 from graphcache.tracing.trace import Forward, Trace
 
 PAD_IS_MISSING = "it writes to outside state, and pad does not say what a padded row must hold"
+COUNTS = "it changes Python values or depends on counters ({}), perhaps by batch"
 CHANGES = "it changes attributes, which no graph replays: {}"
 
 
@@ -56,9 +58,18 @@ class CapturePlan:
         return not self.trace.mutated_keys
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
-        """Runs the forward over other tensors than the caller's."""
+        """Runs the forward over other tensors, from the Python values that the first call began with.
+
+        Returns:
+            The result; with the tensors that effects store, if there are some.
+        """
         args, kwargs = self.call.arguments(tensors)
-        return self.forward.function(*args, **kwargs)
+        effects = self.trace.effects
+        with effects.begun():
+            result = self.forward.function(*args, **kwargs)
+            if (name := effects.differing()) is not None:
+                raise CaptureError(CHANGES.format(name), reason=Reason.CHANGES_VALUES)
+            return effects.with_outputs(result)
 
     @cached_property
     def dependencies(self) -> Dependencies:
@@ -68,7 +79,8 @@ class CapturePlan:
             self.guards,
             self._mutated_memory(),
             trace.mutated_keys,
-            trace.mutated_keys <= _passed_keys(self.call, self.options.bind),
+            trace.mutated_keys <= _passed_keys(self.call, self.options.bind)
+            and all(key_of(source) in _counters_in(self.call) for source, _ in trace.effects.sources()),
             trace.read_set.ran,
             frozenset(trace.external),
             trace.draws_random,
@@ -139,8 +151,11 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
     owned = {_C.storage_key(tensor) for passed in call.objects for tensor in passed.tensors}
     reached = [tensor for tensor in trace.reached if id(tensor) not in objects]
     external = [tensor for key, tensor in trace.external.items() if key not in owned]
+    effects = trace.effects
     try:
-        guards = Guards.find(forward.instance, trace.read_set, reached, external)
+        with effects.begun():
+            places = effects.sources()
+            guards = Guards.find(forward.instance, trace.read_set, reached, external, places)
     except TypeError as error:  # its tables lie elsewhere than in Python
         raise CaptureError(str(error), reason=Reason.SCRIPTED) from error
     if guards.iterators:
@@ -148,6 +163,9 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
             f"it reads an iterator, {guards.iterators[0]}, which no graph advances; keep an index",
             reason=Reason.ITERATOR,
         )
+    for source, _ in places:
+        if key_of(source) not in guards.places | _counters_in(call):
+            raise CaptureError(CHANGES.format(source.label), reason=Reason.CHANGES_VALUES)
     device = call.tensors[0].device
     for tensor in trace.external.values():
         if tensor.device != device:
@@ -170,6 +188,8 @@ def build_guards(trace: Trace, forward: Forward, call: BoundCall) -> Guards:
 
 def why_not_padded(trace: Trace, call: BoundCall, pad: Pad) -> str | None:
     """Explains why rows may not be added to this forward; None where they may."""
+    if trace.effects:
+        return COUNTS.format(trace.effects.names)
     if trace.draws_random:
         return "it draws random numbers, and padded rows would draw some too"
     if any(role.role is BOUND and role.dim is not None for role in call.roles):
@@ -180,6 +200,11 @@ def why_not_padded(trace: Trace, call: BoundCall, pad: Pad) -> str | None:
     if trace.mutated_keys <= _passed_keys(call):
         return "it writes to an object that it is passed, and pad does not say where else"
     return PAD_IS_MISSING
+
+
+def _counters_in(call: BoundCall) -> set[tuple[int, Any]]:
+    """Returns the places in passed objects that forwards count at."""
+    return {key_of(source) for passed in call.objects for source in passed.counters}
 
 
 def _passed_keys(call: BoundCall, bind: Collection[str] = ()) -> set[int]:

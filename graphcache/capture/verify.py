@@ -314,9 +314,11 @@ def checked_replay(
             trace = trace_forward(forward, call, restore=False)
         expected = [tensor.clone() for tensor in trace.tensors]
     except torch.OutOfMemoryError:
+        if bucket.has_effects:  # perhaps some of them have happened
+            raise
         return replay()
     with trace.undo.undone() as after:
-        result = replay()
+        result = replay()[0] if bucket.makes_values else replay()
         state = trace.undo.values()
     found: list[Tensor] = []
     if flatten(result, found, [], other=call.object_ref) != trace.layout:

@@ -137,7 +137,7 @@ class GraphCache:
         if entry is None or bucket is None:
             return first_call(self.store, forward, call, exactly=False, restore=False)
         if checks and not compares:
-            replay = partial(self._replay, call, bucket)
+            replay = partial(self._replay, call, bucket, repeat=False)
             return checked_replay(forward, call, bucket, replay, self.native.calls)
         names_batch = not entry.is_pure or self.store.signature.names_batch(call)  # by pad
         if entry.padding.is_ambiguous(call) and not names_batch:
@@ -175,9 +175,9 @@ class GraphCache:
         self.store.drop(entry)
         return True
 
-    def _replay(self, call: BoundCall, bucket: Bucket) -> Any:
+    def _replay(self, call: BoundCall, bucket: Bucket, *, repeat: bool = True) -> Any:
         with self.store.pool_for(call).lock:
-            return bucket.replay(call, self.native.calls)
+            return bucket.replay(call, self.native.calls, repeat=repeat)
 
     def _compare(self, forward: Forward, call: BoundCall, entry: Entry, bucket: Bucket) -> Any:
         """Returns the eager result, and compares padded replays with it."""
@@ -226,6 +226,8 @@ class GraphCache:
             with bucket.timing.eager, inlining():
                 result = forward.run(call)
         except torch.OutOfMemoryError:  # which a replay needs none of
+            if bucket.has_effects:  # perhaps some of them have happened
+                raise
             return self._replay(call, bucket)
         self.store.counts.eager[EagerReason(Reason.TIMED)] += 1
         return result

@@ -1,11 +1,13 @@
 """The first call of a signature: trace, plan, capture, verify, publish."""
 
+from dataclasses import replace
 from typing import Any
 
 from graphcache.call.bound_call import BoundCall
 from graphcache.capture.ladder import Captured, capture
 from graphcache.capture.other_sizes import NOT_AT_OTHER_SIZES, SizeTraces, trace_sizes
 from graphcache.capture.plan import CHANGES, CapturePlan, build_guards, check_trace
+from graphcache.capture.repeatable import with_effects
 from graphcache.capture.verify import check_first_replay, retraced_as_captured
 from graphcache.dispatch.store import Store
 from graphcache.errors import CaptureError
@@ -27,7 +29,7 @@ def first_call(store: Store, forward: Forward, call: BoundCall, *, exactly: bool
             captured = capture(plan)
             verify(store, plan, captured)
         except Exception as error:  # whatever it is, the caller has a result, and gets it
-            store.handle_error(call, forward.instance, error, trace.hooks)
+            store.handle_error(call, forward.instance, error, trace)
         else:
             store.publish(plan, captured, held=trace.made(call))
     return trace.result
@@ -42,9 +44,19 @@ def make_plan(
         Bypass: where the signature may have graphs later, but has none yet.
         CaptureError: where no graph can do what the forward did.
     """
-    store.check_arguments_unchanged(call)
     if trace.layout is not None:
-        trace = retraced_as_captured(forward, call, trace)
+        trace = with_effects(forward, call, trace)
+    with trace.effects.begun():
+        store.check_arguments_unchanged(call)
+    if trace.effects:
+        if trace.effects.exact_values:
+            store.wait_until_back(call, trace.effects)
+        elif not trace.effects.only_counts:
+            store.wait_until_settled(call)
+        call = store.with_counters(call, trace)
+    if trace.layout is not None and not trace.effects.is_shown:
+        effects = trace.effects
+        trace = replace(retraced_as_captured(forward, call, trace), effects=effects)
         if trace.changes:
             store.wait_until_settled(call)
         elif trace.effect is not None:
@@ -54,8 +66,9 @@ def make_plan(
     pool = store.pool_for(call)
     lease_all(call, pool.device)
     call = store.rebound(call, forward.instance, trace)
-    sizes = store.sizes_to_capture(call, exactly=exactly)
-    why = store.why_not_padded(call, trace)
+    with trace.effects.begun():  # entries are found by the values that the call began with
+        sizes = store.sizes_to_capture(call, exactly=exactly)
+        why = store.why_not_padded(call, trace)
     found = SizeTraces(trace, {call.batch: trace.undo}, why)
     if why is None:
         found = trace_sizes(forward, call, trace, sizes, store.options.pad)
@@ -68,11 +81,13 @@ def make_plan(
         if found.by_batch:
             store.note_by_batch(found.why)
         call = store.rebound(call, forward.instance, found.trace)
+    trace = found.trace
+    trace.effects.add_to(guards, call)
     return CapturePlan(
         name=store.name,
         forward=forward,
         call=call,
-        trace=found.trace,
+        trace=trace,
         guards=guards,
         pool=pool,
         options=store.options,
@@ -91,7 +106,9 @@ def verify(store: Store, plan: CapturePlan, captured: Captured) -> None:
     """
     store.check_objects_unchanged(plan.call)  # a capture runs the forward's Python
     check_first_replay(plan, captured.buckets, store.native.calls)
-    if not plan.guards.check(grad=False):
+    with plan.trace.effects.begun():
+        if plan.guards.check(grad=False):
+            return
         store.wait_until_settled(plan.call)
         why = plan.guards.explain(grad=False)
         raise CaptureError(CHANGES.format(why), reason=Reason.CHANGES_VALUES)

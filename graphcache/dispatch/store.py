@@ -19,17 +19,18 @@ from graphcache.call.signature import Signature
 from graphcache.capture.bucket import Bucket
 from graphcache.capture.default_sizes import default_sizes
 from graphcache.capture.ladder import Captured
-from graphcache.capture.plan import PAD_IS_MISSING, CapturePlan, why_not_padded
+from graphcache.capture.plan import CHANGES, PAD_IS_MISSING, CapturePlan, why_not_padded
 from graphcache.config import Options
 from graphcache.dispatch.bypass import check_device
 from graphcache.dispatch.entry import MAX_SIGHTED, Entries, Entry
 from graphcache.errors import CaptureError, OptionError
-from graphcache.guards.static_objects import read_object, with_slots
+from graphcache.guards.reachability import key_of
+from graphcache.guards.static_objects import add_counters, read_object, with_slots
 from graphcache.pool import GraphPool, default_pool
 from graphcache.report.cache_info import Counts
 from graphcache.report.reasons import Bypass, EagerReason, Reason
 from graphcache.runtime.source_lines import warn
-from graphcache.tracing.hooks import Hook
+from graphcache.tracing.effects import Effects
 from graphcache.tracing.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Store:
         self._recaptures = Counter[Any]()
         self._changed_itself = False
         self._unsettled = Counter[Any]()
+        self._exact_values: dict[Any, set[Any]] = {}
         self._eager_calls = Counter[Any]()
         self._by_batch: str | None = None
         self._replaced = ""
@@ -141,6 +143,16 @@ class Store:
             return call
         self.mutated[call.form] = mutated | known
         return with_slots(self.read(call.args, call.kwargs, instance), self.pool_for(call))
+
+    def with_counters(self, call: BoundCall, trace: Trace) -> BoundCall:
+        """Returns the call with the ints that the forward counts in no part of its key."""
+        places = {key_of(source) for source, _ in trace.effects.sources()}
+        added = [add_counters(passed, places) for passed in call.objects]
+        if not any(added):
+            return call
+        return with_slots(
+            self.signature.read(call.args, call.kwargs, call.key[1], self.mutated), self.pool_for(call)
+        )
 
     def check_known(self, call: BoundCall) -> None:
         """Raises `Bypass` for a kind of calls that was found to run eagerly."""
@@ -235,8 +247,10 @@ class Store:
             logger.info("%s will be recaptured: %s changed", self.name, self._replaced)
         given_up = self._recaptures[key] > MAX_RECAPTURES
         for entry in entries:
-            never_used = given_up and not any(bucket.native.replays for bucket in entry.buckets.values())
-            self._drop_changed(entry, only_gone=not (by_itself or never_used))
+            buckets = entry.buckets.values()
+            never_used = given_up and not any(bucket.native.replays for bucket in buckets)
+            returns = any(bucket.has_effects for bucket in buckets)  # as a count does that starts anew
+            self._drop_changed(entry, only_gone=not (never_used or (by_itself and not returns)))
         return self._recaptures[key]
 
     def drop_gone(self) -> None:
@@ -303,9 +317,26 @@ class Store:
         if len(self._unsettled) > MAX_SIGHTED:
             self._unsettled.clear()
         self._unsettled[call.bare_key, call.batch] += 1
-        self._changed_itself = True
         if self._unsettled[call.bare_key, call.batch] < times:
+            self._changed_itself = True
             raise Bypass(Reason.UNSETTLED)
+
+    def wait_until_back(self, call: BoundCall, effects: Effects) -> None:
+        """Raises until ints that need a graph for each value are back at values that they had before.
+
+        Raises:
+            Bypass: where they may come back.
+            CaptureError: where they had more values than there would be graphs.
+        """
+        if len(self._exact_values) > MAX_SIGHTED:
+            self._exact_values.clear()
+        seen = self._exact_values.setdefault((call.bare_key, call.batch), set())
+        if effects.exact_values in seen:
+            return
+        seen.add(effects.exact_values)
+        if len(seen) > MAX_RECAPTURES:
+            raise CaptureError(CHANGES.format(effects.names), reason=Reason.CHANGES_VALUES)
+        raise Bypass(Reason.UNSETTLED)
 
     # Graphs
 
@@ -340,7 +371,8 @@ class Store:
             captured: its graphs.
             held: tensors of the first result that a replay's will take the place of.
         """
-        entry = self.find(plan.call)
+        with plan.trace.effects.begun():
+            entry = self.find(plan.call)
         if entry is None:
             entry = Entry(plan.call.key)
             self.entries.add(entry)
@@ -373,10 +405,10 @@ class Store:
                 "pad={'argument': value}.",
             )
 
-    def handle_error(self, call: BoundCall, instance: Any, error: Exception, hooks: list[Hook]) -> None:
+    def handle_error(self, call: BoundCall, instance: Any, error: Exception, trace: Trace) -> None:
         """Runs a signature eagerly from here on, with one warning; a `Bypass` only lets it wait.
 
-        Without the `hooks` that ran, it may be another forward: it is eager as long as they stay.
+        Without the hooks that ran, it may be another forward: it is eager as long as they stay.
 
         Raises:
             CaptureError: with `fallback=False`.
@@ -390,13 +422,13 @@ class Store:
         if not self.options.fallback:
             text = f"graphcache: {self.name} can't be captured: {why}"
             raise CaptureError(text, reason=reason) from error
-        found = self.find(call)
+        found = None if trace.changes else self.find(call)  # else it is found by values of the next call
         for each in self.entries.of(call.key):
             if each is found or each.eager is not None:
                 self.drop(each)
-        entry = Entry(call.bare_key, eager=EagerReason(reason, why), hooks=hooks)
+        entry = Entry(call.bare_key, eager=EagerReason(reason, why), hooks=trace.hooks)
         self.entries.add(entry)
-        if not call.objects and not hooks:  # whose slot is not known, or who may go
+        if not call.objects and not trace.hooks:  # whose slot is not known, or who may go
             self.hand_over(call, instance, entry)
         self.warn_of_failures()
 

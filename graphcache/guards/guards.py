@@ -41,6 +41,7 @@ from graphcache.guards.reachability import (
     is_library_module,
     is_plain,
     is_weak,
+    key_of,
     named_in,
 )
 from graphcache.runtime.op_schemas import overrides_dispatch
@@ -87,12 +88,15 @@ class Guards:
         native: holds and compares it.
         unguarded: tensors that the forward reached, and for which no source was found.
         iterators: names of iterators, which no replay would advance.
+        places: the places among those asked for that were found.
+        held: those of them whose containers the guard keeps alive.
     """
 
     def __init__(self, builder: "_GuardBuilder | None" = None, unguarded: Iterable[Tensor] = ()) -> None:
         found = builder or _GuardBuilder()
         self.native, self.iterators = found.native, found.iterators
         self.unguarded = list(unguarded)
+        self.places, self.held = found.places, found.held
 
     def check(self, *, grad: bool) -> bool:
         """Return True if all is as it was; with `grad`, only if nothing requires gradients either."""
@@ -107,7 +111,12 @@ class Guards:
 
     @classmethod
     def find(
-        cls, instance: Any, reads: ReadSet, reached: Iterable[Tensor], external: Iterable[Tensor]
+        cls,
+        instance: Any,
+        reads: ReadSet,
+        reached: Iterable[Tensor],
+        external: Iterable[Tensor],
+        free: Iterable[tuple[Source, bool]] = (),
     ) -> "Guards":
         """Finds every source from which the forward gets the things that it reads.
 
@@ -117,12 +126,13 @@ class Guards:
             reached: the tensors that the forward read or wrote and was not given, as far as somebody
                 holds them still.
             external: a tensor for each storage of such, whether somebody holds it still or not.
+            free: places to be found, and whether the value there is not compared.
 
         Returns:
             The guards; `unguarded` holds those of `reached` and `external` that have no source.
         """
         root = None if reads.calls_root else instance
-        builder = _GuardBuilder(root, reads.names, reads.users_names)
+        builder = _GuardBuilder(root, reads.names, reads.users_names, free)
         for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
             builder.native.add_dict(hooks, "hooks of every module", named=False, held=True)
         builder.walk(instance, "")
@@ -133,6 +143,8 @@ class Guards:
             builder.walk(os.environ, "os.environ")
         for source in reads.sources:
             builder.add_source(source)
+            if builder.is_free(source):
+                continue
             if source.value is not ABSENT and not is_library_function(source.value):
                 builder.walk(source.value, source.label)
         storages = {_C.storage_key(tensor) for tensor in builder.tensors.values()}
@@ -141,9 +153,16 @@ class Guards:
         return cls(builder, unguarded)
 
     @classmethod
-    def of_object(cls, value: Any, name: str, depth: int, tensors: Iterable[Tensor]) -> "Guards":
+    def of_object(
+        cls,
+        value: Any,
+        name: str,
+        depth: int,
+        tensors: Iterable[Tensor],
+        free: Iterable[tuple[Source, bool]] = (),
+    ) -> "Guards":
         """Guards all of one object; `unguarded` holds those of `tensors` that were not found in it."""
-        builder = _GuardBuilder()
+        builder = _GuardBuilder(free=free)
         builder.walk(value, name, depth)
         return cls(builder, [tensor for tensor in tensors if id(tensor) not in builder.tensors])
 
@@ -155,6 +174,7 @@ class _GuardBuilder(Walker):
         root: the module whose hooks run outside the forward; or None.
         names: the attributes that count, or None for all.
         users_names: those of them that the user's code names.
+        free: places to be found, and whether the value there is not compared.
     """
 
     def __init__(
@@ -162,9 +182,18 @@ class _GuardBuilder(Walker):
         root: Any = None,
         names: frozenset[str] | None = None,
         users_names: frozenset[str] = frozenset(),
+        free: Iterable[tuple[Source, bool]] = (),
     ) -> None:
         super().__init__(root)
         self.native = _C.Guard(names, "requires_grad" in users_names)
+        self.places: set[tuple[int, Any]] = set()
+        self.held: set[tuple[int, Any]] = set()
+        self._free = {key_of(source): is_free for source, is_free in free}
+        for source, is_free in free:
+            if is_free:
+                self.native.free(source.container, source.key)
+            if type(source.container) is list:  # effects know it by its address
+                self.native.pin(source.container)
         self.tensors: dict[int, Tensor] = {}
         self.iterators: list[str] = []
         self._names, self._users_names = names, users_names
@@ -212,6 +241,7 @@ class _GuardBuilder(Walker):
         elif kind in (MODULE, ATTRIBUTES, CLASS, EXTRA) and not isinstance(container, SimpleNamespace):
             items = [item for item in items if self.counts(item[0])]
         members = Members(kind, container, items, label)
+        reachable = self._without_free(members) if self._free else members
         is_long = kind is not SCOPE and len(items) > LONGEST
         if isinstance(container, set) and is_long:
             return ()
@@ -226,7 +256,16 @@ class _GuardBuilder(Walker):
         elif kind in (DICT, ATTRIBUTES, CLASS):
             table: Any = attributes_of(container) if kind is ATTRIBUTES else container
             self.native.add_dict(table, label, named=kind is not DICT, held=held)
-        return members.reachable()
+        return reachable.reachable()
+
+    def _without_free(self, members: Members) -> Members:
+        """Notes which of the places are among members; returns those that the walk goes on with."""
+        kind, table = members.kind, members.container
+        if kind in (MODULE, ATTRIBUTES):
+            table = vars(table) if kind is MODULE else attributes_of(table)
+        self.places.update(self._free.keys() & {(id(table), key) for key, _ in members.items})
+        items = [item for item in members.items if not self._free.get((id(table), item[0]))]
+        return members._replace(items=items)
 
     def _add_sources(self, members: Members, *, plain: bool) -> None:
         """Guards members one by one, where no container is compared; plain ones only if asked to."""
@@ -244,6 +283,11 @@ class _GuardBuilder(Walker):
             return
         self._sources.add(known)
         self._pin([source.value])
+        if known in self._free:
+            self.places.add(known)
+            self.held.add(known)
+            if self._free[known]:
+                return
         if source.value is ABSENT:
             self.native.add_absence(source.container, source.key, source.label)
         else:
@@ -254,6 +298,10 @@ class _GuardBuilder(Walker):
         for value in values:
             if type(value) is list:
                 self.native.pin(value)
+
+    def is_free(self, source: Source) -> bool:
+        """Return True if the value at a place is not compared."""
+        return self._free.get(key_of(source), False)
 
     def counts(self, key: Any) -> bool:
         """Return True if the code that ran may read a member with this key."""

@@ -81,6 +81,11 @@ class Source(NamedTuple):
     label: str
 
 
+def key_of(source: Source) -> tuple[int, Any]:
+    """Returns a place as a key: equal for two sources of one place."""
+    return id(source.container), source.key
+
+
 class Kind(Enum):
     """The kinds of members that a value has."""
 

@@ -8,6 +8,7 @@ things, which a native guard checks, nothing has to be done at all.
 The caches of transformers are such objects: `generate` makes a new one each time.
 """
 
+import re
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Set
@@ -24,7 +25,16 @@ from graphcache.call.bound_call import BoundCall
 from graphcache.call.object_args import ObjectArg
 from graphcache.call.pytree import EXACT_TENSORS, Constant, NotATree, constant
 from graphcache.guards.guards import Guards
-from graphcache.guards.reachability import DICT, HEAP_TYPE, Members, Walker, attributes_of
+from graphcache.guards.reachability import (
+    ATTRIBUTES,
+    DICT,
+    HEAP_TYPE,
+    Members,
+    Source,
+    Walker,
+    attributes_of,
+    key_of,
+)
 from graphcache.pool import GraphPool
 from graphcache.report.reasons import Bypass, Reason
 
@@ -32,6 +42,10 @@ from graphcache.report.reasons import Bypass, Reason
 MAX_IDLE = 8
 DEPTH = 8  # containers and objects inside one that are looked at
 _POINTER = 8  # bytes
+MAX_COUNTERS = 256  # paths in one type of objects
+_COUNTER = "counter"  # stands for an int in a shape
+# The paths of the ints that forwards count in, by the type of the object.
+_COUNTERS: "weakref.WeakKeyDictionary[type, frozenset[str]]" = weakref.WeakKeyDictionary()
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 
 
@@ -43,9 +57,80 @@ def read_object(value: Any, name: str) -> ObjectArg | None:
     """
     if not _is_plain_object(value):
         return None
-    shape = _Shape(name)
+    shape = _Shape(name, _COUNTERS.get(type(value), frozenset()))
     shape.walk(value, name, DEPTH)
-    return ObjectArg(name, value, tuple(shape.parts), shape.tensors, read_object)
+    return ObjectArg(name, value, tuple(shape.parts), shape.tensors, read_object, tuple(shape.counters))
+
+
+def counters_like(passed: ObjectArg, places: Set[tuple[int, Any]]) -> list[Source]:
+    """Returns the places of an object's ints that would be counters if those at `places` were some."""
+    found = _Ints(passed)
+    paths = _COUNTERS.get(type(passed.value), frozenset()).union(found.paths_of(places))
+    return [source for path, source in found.ints if path in paths]
+
+
+def add_counters(passed: ObjectArg, places: Set[tuple[int, Any]]) -> bool:
+    """Has ints of an object be no part of its shape from here on, as in all objects of its type.
+
+    Args:
+        passed: the object.
+        places: the keys of the places of the ints; those elsewhere are left out.
+
+    Returns:
+        Whether there are new ones.
+    """
+    known = _COUNTERS.get(type(passed.value), frozenset())
+    paths = known.union(_Ints(passed).paths_of(places))
+    if len(paths) > MAX_COUNTERS:
+        raise Bypass(
+            Reason.TOO_MANY_SIGNATURES, text="more counters in an object than can be told apart"
+        )
+    _COUNTERS[type(passed.value)] = paths
+    return paths != known
+
+
+def containers_of(passed: ObjectArg) -> set[int]:
+    """Returns the addresses of the dicts and lists that an object consists of."""
+    return _Ints(passed).containers
+
+
+def _path(label: str, name: str) -> str:
+    """Returns the path of a counter, alike in all items of a list."""
+    return re.sub(r"\[\d+\]", "[*]", label[len(name) :])
+
+
+class _Ints(Walker):
+    """The dicts and lists of an object, and the paths of the ints in it."""
+
+    follows_classes = False
+
+    def __init__(self, passed: ObjectArg) -> None:
+        super().__init__()
+        self.containers: set[int] = set()
+        self.ints: list[tuple[str, Source]] = []
+        self._name = passed.name
+        self.walk(passed.value, passed.name, DEPTH)
+
+    def paths_of(self, places: Set[tuple[int, Any]]) -> set[str]:
+        """Returns the paths of the ints at these places."""
+        return {path for path, source in self.ints if key_of(source) in places}
+
+    def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
+        return not isinstance(value, Tensor)
+
+    def take(self, members: Members, held: bool) -> Iterable[tuple[str, Any]]:
+        container = _table_of(members)
+        self.containers.add(id(container))
+        for key, item in members.items:
+            if type(item) is int:
+                label = members.label_of(key)
+                self.ints.append((_path(label, self._name), Source(container, key, item, label)))
+        return members.reachable()
+
+
+def _table_of(members: Members) -> Any:
+    is_table = members.kind is ATTRIBUTES
+    return attributes_of(members.container) if is_table else members.container
 
 
 def _is_plain_object(value: Any) -> bool:
@@ -66,12 +151,15 @@ class _Shape(Walker):
     Attributes:
         parts: the depth, the path and the kind or value of each thing.
         tensors: those in it.
+        counters: the places of ints that forwards count in.
     """
 
     follows_classes = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, counted: Set[str]) -> None:
         super().__init__()
+        self.counters: list[Source] = []
+        self._counted = counted
         self.parts: list[tuple[int, str, Any]] = []
         self.tensors: list[Tensor] = []
         self._name = name
@@ -80,7 +168,8 @@ class _Shape(Walker):
         self._tensor_numbers: dict[int, int] = {}
 
     def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
-        part = self._part(value, label, depth)
+        counts = type(value) is int and self._counted and _path(label, self._name) in self._counted
+        part = _COUNTER if counts else self._part(value, label, depth)
         self.parts.append((depth, label[len(self._name) :], part))
         return part is type(value)
 
@@ -90,6 +179,10 @@ class _Shape(Walker):
             if known is None:
                 raise NotATree(f"{members.label} has a key of type {type(key).__qualname__}")
             self.parts.append((0, members.label_of(key)[len(self._name) :], known))
+        for key, item in members.items if self._counted else ():
+            label = members.label_of(key)
+            if type(item) is int and _path(label, self._name) in self._counted:
+                self.counters.append(Source(_table_of(members), key, item, label))
         return [(members.label_of(key), item) for key, item in members.items]
 
     def _part(self, value: Any, label: str, depth: int) -> Any:
@@ -177,13 +270,15 @@ class Slot:
         if self._memory is not None and not self._move(passed, pool, placed):
             self.native.release()
             return False
-        self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors)
+        free = [(source, True) for source in passed.counters]
+        self._guards = Guards.of_object(passed.value, passed.name, DEPTH, passed.tensors, free)
         if self._guards.unguarded:
             raise NotATree(
                 f"{passed.name} holds tensors in a way that can't be watched", Reason.OBJECT_UNGUARDED
             )
         self._reference = weakref.ref(passed.value, partial(_forget, weakref.ref(self)))
-        self.native.bind(passed.value, self._guards.native, passed.tensors)
+        counters = [(source.container, source.key) for source in passed.counters]
+        self.native.bind(passed.value, self._guards.native, passed.tensors, counters)
         return True
 
     def _move(self, passed: ObjectArg, pool: GraphPool, placed: Set[int]) -> bool:

@@ -161,7 +161,7 @@ class Reason(Enum):
     )
     CHANGES_VALUES = (
         "it changes Python values",
-        "Keep the value in a tensor, or change it outside the forward.",
+        "Only compare a count with constants and add to it; or keep the value in a tensor.",
     )
     KEEPS_TENSOR = (
         "it keeps a tensor that it made",

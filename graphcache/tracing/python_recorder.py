@@ -38,7 +38,7 @@ from graphcache.tracing.bytecode import NamesInCode, words_in
 from graphcache.tracing.closures import Closures, contents_of
 from graphcache.tracing.hooks import HookRecorder
 from graphcache.tracing.library_code import LibraryCode
-from graphcache.tracing.python_snapshot import Snapshot
+from graphcache.tracing.python_snapshot import Change, Snapshot
 
 _ALWAYS = OF_MODULE | SPECIAL | {"training", "forward", "_call_impl"}
 _TORCH = Path(torch.__file__).parent
@@ -294,15 +294,19 @@ class PythonRecorder:
         names_read = None if dynamic else names
         return ReadSet(names_read, users, self.code, sources, self._of_users, self._calls_root)
 
-    def changed(self, *, restore: bool = False) -> tuple[list[str], Snapshot | None]:
+    def changed(
+        self, *, restore: bool = False
+    ) -> tuple[list[str], Snapshot | None, list[Change] | None]:
         """Finds the values that were set, replaced, changed or deleted since the start.
 
         Lets go of all values that were there then; with `restore`, puts them back first.
 
         Returns:
-            The names of these values, and the snapshot if the values are as they were at the start.
+            The names of these values; the snapshot if the values are as they were at the start; and the
+            places that hold other values, None where something changed in another way.
         """
         names = self.snapshot.changed()
+        replaced = self.snapshot.changes() if names else []
         if restore:
             self.snapshot.forget_results()
         if restore and names:
@@ -313,7 +317,7 @@ class PythonRecorder:
         self.memos = self.snapshot.memos
         self._dynamic = self._dynamic or self.snapshot.dynamic
         self.snapshot = Snapshot()
-        return names or rebound, valid
+        return names or rebound, valid, None if rebound else replaced
 
 
 def _imports(frame: FrameType) -> bool:

@@ -7,13 +7,13 @@ address is used again, and names everything that changed.
 
 import gc
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from graphcache.guards.reachability import (
     ABSENT,
     ATTRIBUTES,
     CLASS,
+    DICT,
     EXTRA,
     FIXED,
     ITEMS,
@@ -37,16 +38,37 @@ from graphcache.guards.reachability import (
     Walker,
     attributes_of,
     is_library_module,
+    is_same,
+    key_of,
     named_in,
 )
+from graphcache.tracing.stand_in import is_stand_in
 
 _LRU_CACHE = type(lru_cache(len))
 _NAMES = "_non_persistent_buffers_set"
+_DICTS = (dict, OrderedDict, defaultdict)  # whose items are set as those of any dict
 _BY_OTHER_CODE = (operator.attrgetter, operator.methodcaller)
 # Under another name, no code names them.
 _READERS = frozenset(
     map(id, (getattr, hasattr, vars, dir, eval, exec, object.__getattribute__, *_BY_OTHER_CODE))
 )
+
+
+class Change(NamedTuple):
+    """A place that holds another value than before.
+
+    Attributes:
+        source: the place, with the value before.
+        after: the value there now.
+    """
+
+    source: Source
+    after: Any
+
+    @property
+    def key(self) -> tuple[int, Any]:
+        """The place as a key: equal for two changes of one place."""
+        return key_of(self.source)
 
 
 class Snapshot(Walker):
@@ -92,6 +114,8 @@ class Snapshot(Walker):
     def enter(self, value: Any, label: str, depth: int, is_new: bool) -> bool:
         """Adds tensors and numpy's generators; the members of all else follow."""
         kind = type(value)
+        if is_stand_in(value):
+            return False
         if issubclass(kind, Tensor):
             if kind is Tensor or not isinstance(value, nn.Parameter):  # that takes long to ask
                 self.tensors[id(value)] = value
@@ -145,6 +169,29 @@ class Snapshot(Walker):
         other = (a for a in self._arrays if bytes(a[0]) != a[1])
         names = {*(source.label for source in sources), *(label for _, _, label in (*drew, *other))}
         return sorted(names.union(*(members.changed() for members in self._members.values())))
+
+    def changes(self) -> list[Change] | None:
+        """Returns the places that hold another value; None where something changed in another way.
+
+        Other ways are a key that came or went, a list of another length, a changed class.
+        """
+        found: list[Change] = []
+        for source in self._sources.values():
+            now = source.container.get(source.key, ABSENT)
+            if now is not source.value:
+                found.append(Change(source, now))
+        for members in self._members.values():
+            if list(members.changed()):
+                replaced = _replaced(members)
+                if replaced is None:
+                    return None
+                found += replaced
+        unlike = any(each.source.value is ABSENT or each.after is ABSENT for each in found)
+        if unlike or any(bytes(array) != before for array, before, _ in self._arrays):
+            return None
+        if any(repr(_state_of(each)) != repr(state) for each, state, _ in self._generators):
+            return None
+        return list({change.key: change for change in found}.values())
 
     def note_results(self) -> None:
         """Takes down the results that functions keep now."""
@@ -235,6 +282,29 @@ def _put_back(members: Members) -> None:
         values = [item for _, item in items]
         container.clear()
         container.update(values) if isinstance(container, set) else container.extend(values)
+
+
+def _replaced(members: Members) -> list[Change] | None:
+    """Returns the members that are others now; None where they did not change one by one."""
+    kind, container = members.kind, members.container
+    now = members.now()
+    table: Any = container
+    if kind is MODULE:
+        table = vars(container)
+    elif kind is ATTRIBUTES:
+        table = attributes_of(container)
+    by_place = kind in (MODULE, ATTRIBUTES, TABLE, EXTRA, DICT) and type(table) in _DICTS
+    by_place = by_place or (kind is LIST and type(container) is list)
+    by_place = by_place or (kind is ITEMS and not hasattr(container, "extend"))
+    if not by_place or isinstance(container, ContextVar) or len(now) != len(members.items):
+        return None
+    found = []
+    for (key, before), (name, after) in zip(members.items, now, strict=True):
+        if key is not name and key != name:
+            return None
+        if not is_same(before, after):
+            found.append(Change(Source(table, key, before, members.label_of(key)), after))
+    return found
 
 
 def _table_of(members: Members) -> dict[Any, Any] | None:

@@ -12,15 +12,19 @@ from graphcache.call.modes import inlining
 from graphcache.call.pytree import NotATree, attributes_of_tensor, flatten
 from graphcache.errors import describe
 from graphcache.guards.guards import ReadSet
+from graphcache.guards.reachability import DEPTH
 from graphcache.report.reasons import Reason
 from graphcache.runtime.host_transfers import Key
+from graphcache.runtime.op_schemas import tensors_in
 from graphcache.runtime.torch_state import uncollected
 from graphcache.runtime.undo_log import UndoLog
+from graphcache.tracing.effects import Effects
 from graphcache.tracing.hooks import Hook
 from graphcache.tracing.leaks import find_leak
 from graphcache.tracing.op_recorder import OpRecorder
 from graphcache.tracing.python_recorder import PythonRecorder
-from graphcache.tracing.python_snapshot import Snapshot
+from graphcache.tracing.python_snapshot import Change, Snapshot
+from graphcache.tracing.stand_in import is_stand_in
 
 
 class Forward(NamedTuple):
@@ -53,6 +57,9 @@ class Trace:
         compiled: whether `torch.compile` makes some of it; that ran as it was before.
         blocker: the first thing that no graph can hold, and its kind; or None.
         python_mutations: names of the Python values that the forward changed.
+        replaced: the places of Python values that the forward changed; None where it changed some in
+            another way.
+        effects: those changes that each replay will repeat; they are not among `python_mutations`.
         leak: a tensor that the forward made and that somebody keeps; or None.
         read_set: the code that ran, and what it can read.
         undo: puts back what the run overwrote outside what it made.
@@ -78,6 +85,8 @@ class Trace:
     compiled: bool
     blocker: tuple[str, Reason] | None
     python_mutations: list[str]
+    replaced: list[Change] | None
+    effects: Effects
     leak: str | None
     read_set: ReadSet
     undo: UndoLog
@@ -146,6 +155,8 @@ def trace_forward(
         Exception: what the forward raised.
     """
     python = PythonRecorder(forward.instance, forward.function, (call.args, call.kwargs), again)
+    for passed in call.objects:
+        python.snapshot.walk(passed.value, passed.name, 2 * DEPTH)
     held = (tensor for passed in call.objects for tensor in passed.tensors)
     ops = OpRecorder(
         call.tensors[0].device,
@@ -159,7 +170,8 @@ def trace_forward(
     except BaseException:
         python.changed(restore=restore)
         raise
-    mutations, snapshot = python.changed(restore=restore)  # at once: it lets go of what was there before
+    # At once: it lets go of what was there before.
+    mutations, snapshot, replaced = python.changed(restore=restore)
     tensors: list[Tensor] = []
     layout, blocker = None, None
     try:
@@ -169,10 +181,13 @@ def trace_forward(
     for tensor in tensors:
         ops.note_read(tensor)
     # Before the trace itself holds anything of the call.
-    leak = find_leak(ops.made, tensors, ops.reached()) if blocker is None and not mutations else None
-    if leak is not None and snapshot is not None:
-        snapshot = None  # it holds what it found in closures that the forward made
-        leak = find_leak(ops.made, tensors, ops.reached())
+    leak = None
+    if blocker is None and (not mutations or (restore and replaced is not None)):
+        kept = [*tensors, *tensors_in([c.after for c in replaced or () if not is_stand_in(c.after)])]
+        leak = find_leak(ops.made, kept, ops.reached())
+        if leak is not None and snapshot is not None:
+            snapshot = None  # it holds what it found in closures that the forward made
+            leak = find_leak(ops.made, kept, ops.reached())
     reached = ops.reached()
     return Trace(
         result=result,
@@ -189,9 +204,11 @@ def trace_forward(
         compiled=python.compiled,
         blocker=blocker
         or ops.blocker
-        or _result_blocker(tensors, (*call.tensors, *reached), ops.external)
+        or result_blocker(tensors, (*call.tensors, *reached), ops.external)
         or python.blocker,
         python_mutations=mutations,
+        replaced=replaced,
+        effects=Effects(),
         leak=leak,
         read_set=python.read_set(),
         undo=ops.undo,
@@ -204,7 +221,7 @@ def trace_forward(
     )
 
 
-def _result_blocker(
+def result_blocker(
     tensors: list[Tensor], given: tuple[Tensor, ...], external: dict[int, Tensor]
 ) -> tuple[str, Reason] | None:
     """Describes a tensor that the forward made and that is more than its data."""
