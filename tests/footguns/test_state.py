@@ -326,6 +326,151 @@ def test_a_python_counter_of_an_object_advances(backend: Backend, x: Tensor) -> 
         assert model.cache.seen == twin.cache.seen
 
 
+def test_a_python_counter_crosses_a_limit(backend: Backend, x: Tensor) -> None:
+    """The branch below the limit is replayed for ever."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            full = self.seen >= 6
+            self.seen += x.shape[0]
+            return x * (2 if full else 1)
+
+    model, twin = cuda_graphed(Counts(), sizes=(2, 4)), Counts()
+    for _ in range(8):
+        equal(model(x), twin(x))
+        assert model.seen == twin.seen
+    assert info(model).hits >= 5
+
+
+def test_a_python_counter_is_compared_with_the_batch(backend: Backend) -> None:
+    """The comparison is made with the padded batch, or with that of the capture."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return x * (2 if self.seen > x.shape[0] else 1)
+
+    model, twin = cuda_graphed(Counts(), sizes=(4, 8)), Counts()
+    for batch in (8, 5, 3, 8, 5, 3, 8, 5, 3, 8, 5, 3):
+        x = backend.randn(batch, 4)
+        equal(model(x), twin(x))
+        assert model.seen == twin.seen
+
+
+def test_a_python_counter_wraps_around(backend: Backend, x: Tensor) -> None:
+    """The counter goes on past the end, or stays at zero."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.phase += 1
+            if self.phase >= 5:
+                self.phase = 0
+            return x * (2 if self.phase == 3 else 1)
+
+    model, twin = cuda_graphed(Counts(), sizes=(2,)), Counts()
+    for _ in range(18):
+        equal(model(x), twin(x))
+        assert model.phase == twin.phase
+
+
+def test_a_python_counter_is_reset_between_calls(backend: Backend, x: Tensor) -> None:
+    """The reset is not seen: the replay belongs to another count."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return x * (2 if self.seen > 5 else 1)
+
+    model, twin = cuda_graphed(Counts(), sizes=(2,)), Counts()
+    for call in range(16):
+        if call % 5 == 4:
+            model.seen = twin.seen = call % 3 * 4
+        equal(model(x), twin(x))
+        assert model.seen == twin.seen
+
+
+def test_two_modules_count_in_one_object(backend: Backend, x: Tensor) -> None:
+    """Each replay counts from the value of its own capture."""
+
+    class Counts(nn.Module):
+        def __init__(self, shared: SimpleNamespace) -> None:
+            super().__init__()
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shared.seen += 1
+            return x * (2 if self.shared.seen > 9 else 1)
+
+    shared, theirs = SimpleNamespace(seen=0), SimpleNamespace(seen=0)
+    models = [cuda_graphed(Counts(shared), sizes=(2,)) for _ in range(2)]
+    twins = [Counts(theirs) for _ in range(2)]
+    for _ in range(8):
+        for model, twin in zip(models, twins, strict=True):
+            equal(model(x), twin(x))
+            assert shared.seen == theirs.seen
+    assert all(info(model).hits >= 5 for model in models)
+
+
+def test_a_result_is_left_in_an_attribute(backend: Backend) -> None:
+    """`self.attention = ...` runs at capture only: the attribute is overwritten by each replay."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.attention = x.softmax(-1)
+            return self.attention * 2
+
+    model, twin = cuda_graphed(Keeps(), sizes=(4, 8)), Keeps()
+    held = []
+    for batch in (4, 4, 4, 4, 4, 3, 3, 3, 3, 4):
+        x = backend.randn(batch, 4)
+        equal(model(x), twin(x))
+        equal(model.attention, twin.attention)
+        held.append((model.attention, twin.attention))
+    for got, want in held:
+        equal(got, want)
+    assert info(model).hits >= 3
+
+
+def test_a_flag_is_set_by_each_call(backend: Backend, x: Tensor) -> None:
+    """`self.called = True` runs at capture only, and a caller who resets the flag waits for ever."""
+
+    class Sets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.called = True
+            return x * 2
+
+    model = cuda_graphed(Sets(), sizes=(2,))
+    for _ in range(8):
+        model.called = False
+        equal(model(x), x * 2)
+        assert model.called is True
+    assert info(model).hits >= 4
+
+
 COUNT = 0
 
 SEEN: list[Any] = []

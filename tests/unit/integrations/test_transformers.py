@@ -262,3 +262,33 @@ def test_hidden_states_do_not_end_replays(backend: Backend) -> None:
         assert model.forward.cache_info().hits >= before + 3
     info = model.forward.cache_info()
     assert not any("hook" in why for why in info.eager)
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
+def test_sliding_window_is_crossed_in_a_decode(backend: Backend) -> None:
+    """The cache counts tokens in Python, and takes another way once its window is full."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=10,
+    )
+    plain = transformers.AutoModelForCausalLM.from_config(config).to(backend.device).eval()
+    model = cuda_graphed(copy.deepcopy(plain))
+    for length in (4, 6):
+        prompt = torch.randint(1, 97, (2, length)).to(backend.device)
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(prompt),
+            "max_new_tokens": 16,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            "cache_implementation": "static",
+            "disable_compile": True,
+        }
+        assert torch.equal(model.generate(prompt, **options), plain.generate(prompt, **options))
+    assert model.forward.cache_info().hits >= 24
