@@ -149,7 +149,9 @@ class _Search:
                 effect = self._storing(effect, value, first.get(key, source.value), call, outputs)
             elif key in first:  # the first run changed the value
                 return None
-            if effect is None or (effect.is_exact and key[0] in inside):
+            if effect is None:
+                return None
+            if effect.is_exact and (key[0] in inside or _only_grows(effect, len(each), stand_in)):
                 return None
             outputs += effect.output is not None
             each.append(effect)
@@ -231,3 +233,9 @@ class _Search:
         except NotATree:
             return None
         return effect._replace(output=outputs) if layouts[0] == layouts[1] else None
+
+
+def _only_grows(effect: Effect, index: int, stand_in: Counted) -> bool:
+    """Return True for an int that is added to and never compared, so that no value comes back."""
+    count = stand_in.count
+    return effect.base == index and effect.amount != 0 and (count.low, count.high) == (-LIMIT, LIMIT)

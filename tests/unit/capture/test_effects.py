@@ -424,6 +424,16 @@ def test_counter_is_set_by_the_user(backend: Backend) -> None:
     assert pair.hits >= 8
 
 
+def test_list_with_a_count_is_replaced_by_the_user(backend: Backend) -> None:
+    """An equal list takes its place, and the first one is gone."""
+    pair = Pair(backend, in_a_list, n=["a", 0])
+    for _ in range(3):
+        pair.step(6)
+        for module in (pair.twin, pair.model):
+            module.n = ["a", module.n[1]]
+    assert pair.hits >= 12
+
+
 def test_counter_is_deleted_by_the_user(backend: Backend) -> None:
     pair = Pair(backend, attribute, n=0)
     pair.step(4)
