@@ -30,6 +30,7 @@ from graphcache.integrations.transformers_memory import (
     tensors_of,
 )
 from graphcache.report.reasons import Bypass, EagerReason, Reason
+from graphcache.tracing.python_recorder import values_restored
 from graphcache.wrappers import InstanceForward, class_forward
 
 NAMES = ("cache", "past_key_values")
@@ -223,7 +224,9 @@ class DefaultCache:
         arguments = {key: value for key, value in named.items() if key not in NAMES}
 
         def expected() -> Any:
-            return _without_cache(function(**arguments, **{name: lease.reference(cache)}), name)
+            grown = {**arguments, name: lease.reference(cache)}
+            with values_restored(self._module(), function, grown):
+                return _without_cache(function(**grown), name)
 
         result, is_served = step.run(graphs, arguments, expected)
         if not is_served:

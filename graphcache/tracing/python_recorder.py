@@ -34,6 +34,7 @@ from graphcache.guards.reachability import (
 from graphcache.report.reasons import Reason
 from graphcache.runtime.source_lines import OURS, is_library, is_ours, is_torch
 from graphcache.runtime.torch_patches import as_in_a_capture
+from graphcache.runtime.torch_state import uncollected
 from graphcache.tracing.bytecode import NamesInCode, words_in
 from graphcache.tracing.closures import Closures, contents_of
 from graphcache.tracing.hooks import HookRecorder
@@ -340,6 +341,17 @@ def _is_for_user(caller: FrameType) -> bool:
     names = ((frame, frame.f_code.co_filename) for frame in frames)
     first = next((frame for frame, name in names if is_torch(name) or not is_library(name)), None)
     return first is not None and not _is_of_library(first)
+
+
+@contextmanager
+def values_restored(instance: Any, function: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Puts back the Python values that a run of `function` inside the block changes, such as counts."""
+    python = PythonRecorder(instance, function, ((), arguments))
+    try:
+        with uncollected(), python.record():
+            yield
+    finally:
+        python.changed(restore=True)
 
 
 def _is_local_to_a_caller(frame: FrameType, name: str, value: Any) -> bool:

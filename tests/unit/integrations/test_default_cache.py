@@ -301,3 +301,19 @@ def test_steps_grow_by_a_quarter() -> None:
     for tokens in range(1, 5000):
         capacity = default_cache.capacity_for(tokens)
         assert tokens <= capacity <= max(16, 1.3 * tokens + 16)
+
+
+def test_compared_steps_count_once(backend: Backend) -> None:
+    plain, model = pair(backend)
+
+    def count(module: Any, *_: Any) -> None:
+        module.calls += 1
+
+    for each in (plain, model):
+        mlp = each.model.layers[0].mlp
+        mlp.calls = 0
+        mlp.register_forward_hook(count)
+    for _ in range(3):
+        assert torch.equal(write(plain), write(model))
+        assert plain.model.layers[0].mlp.calls == model.model.layers[0].mlp.calls
+    assert model.forward.cache_info().hits >= 2 * (TOKENS - 1)
