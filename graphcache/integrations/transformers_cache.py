@@ -6,6 +6,7 @@ fixed address, and a graph of the forward reads and writes them there. The user'
 """
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,7 @@ FIRST_WAIT, MAX_WAIT = 64, 4096  # calls that are left alone after one that no g
 MAX_UNREPLAYED = 8  # calls
 CHECKED_AGAIN = 4  # times the calls so far
 _MASKS = "attention_mask", "decoder_attention_mask"
+_ELSEWHERE = EagerReason(Reason.HELD_BY_ANOTHER_THREAD, "another thread decodes with this model")
 _PREFILL = EagerReason(Reason.OBJECT_FILLED, "it fills a cache; later calls are replayed")
 
 
@@ -73,6 +75,8 @@ class DefaultCache:
         self._name = next((name for name in NAMES if name in parameters), "")
         # The caches that nobody passed, each with the most tokens that it may get; 0 for unknown.
         self._limits: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        # Only tried for: a cache may be filled and read by one thread at a time.
+        self._lock = threading.RLock()
         self._leases: weakref.WeakKeyDictionary[Any, Lease] = weakref.WeakKeyDictionary()
         self._moved_out: weakref.WeakSet[Any] = weakref.WeakSet()
         self._steps: list[Step] = []
@@ -120,6 +124,22 @@ class DefaultCache:
         """
         if not self._name or len(args) > len(self._parameters):
             return graphs(function, self._module(), args, kwargs)
+        if not self._lock.acquire(blocking=False):
+            return graphs.bypass(_ELSEWHERE, function, args, kwargs)
+        try:
+            if any(step.is_used_elsewhere() for step in self._steps):
+                return graphs.bypass(_ELSEWHERE, function, args, kwargs)
+            return self._translate(graphs, function, args, kwargs)
+        finally:
+            self._lock.release()
+
+    def _translate(
+        self,
+        graphs: GraphCache,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         named = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         cache = next((named[name] for name in NAMES if named.get(name) is not None), None)
         if cache is None:
@@ -513,6 +533,13 @@ class Step:
             self._waits, self._wait = self._wait, min(4 * self._wait, MAX_WAIT)
         self.drop(graphs)
         self._start(graphs)
+
+    def is_used_elsewhere(self) -> bool:
+        """Return True if the memory holds the cache of another thread that runs."""
+        lease = self.memory.lease
+        if lease is None or lease.thread == threading.get_ident():
+            return False
+        return any(lease.thread == thread.ident for thread in threading.enumerate())
 
     def is_waiting(self) -> bool:
         """Return True if the call is left alone."""

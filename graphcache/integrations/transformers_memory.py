@@ -6,6 +6,7 @@ again. The captured forward sees a `StepCache` over views of the same memory, of
 """
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -296,6 +297,9 @@ _BASES += [getattr(cache_utils, name) for name in _HYBRIDS if hasattr(cache_util
 LEASED = {base: _leased(base) for base in _BASES}
 
 
+_ENDING = threading.RLock()  # another thread may read the cache
+
+
 class Lease:
     """The time in which the tensors of a user's cache lie in a memory.
 
@@ -306,11 +310,13 @@ class Lease:
 
     Attributes:
         length: the number of tokens after the last call.
+        thread: the thread that decodes with the cache.
         firsts: by layer, the position of the first token in the memory.
     """
 
     def __init__(self, memory: "Memory", cache: Any, length: int) -> None:
         self.memory, self.length = memory, length
+        self.thread = threading.get_ident()
         layers = layers_of(cache)
         self._layers = [weakref.ref(layer) for layer in layers]
         self._removed = [0] * len(layers)
@@ -398,6 +404,10 @@ class Lease:
 
     def end(self) -> None:
         """Gives the cache tensors of its own."""
+        with _ENDING:
+            self._end()
+
+    def _end(self) -> None:
         if self.memory.lease is not self:
             return
         self.memory.reference = None

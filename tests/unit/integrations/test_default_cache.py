@@ -1,7 +1,9 @@
 """Calls of transformers' models that name no cache are replayed; the user's cache is as in eager."""
 
+import contextvars
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -317,3 +319,51 @@ def test_compared_steps_count_once(backend: Backend) -> None:
         assert torch.equal(write(plain), write(model))
         assert plain.model.layers[0].mlp.calls == model.model.layers[0].mlp.calls
     assert model.forward.cache_info().hits >= 2 * (TOKENS - 1)
+
+
+def test_threads_that_generate_at_once_write_their_own_tokens(backend: Backend) -> None:
+    plain, model = pair(backend)
+    lengths = (5, 6, 7)
+    want = [write(plain, length) for length in lengths]
+    torch.manual_seed(0)
+    found: dict[int, Tensor] = {}
+    gate = threading.Barrier(len(lengths))
+
+    def run(length: int) -> None:
+        gate.wait(30)
+        with torch.no_grad():
+            prompt = want[lengths.index(length)][:, :length]
+            usual = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+            ends = {"eos_token_id": None, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+            found[length] = model.generate(prompt, do_sample=False, **usual, **ends)
+
+    for _ in range(3):
+        contexts = [contextvars.copy_context() for _ in lengths]
+        threads = [
+            threading.Thread(target=context.run, args=(run, length), daemon=True)
+            for context, length in zip(contexts, lengths, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all(
+            torch.equal(found.pop(length), each) for length, each in zip(lengths, want, strict=True)
+        )
+    assert "another thread decodes with this model" in model.forward.cache_info().eager
+
+
+def test_memory_of_a_thread_that_ended_is_taken_over(backend: Backend) -> None:
+    plain, model = pair(backend)
+    kept: list[Any] = []
+    context = contextvars.copy_context()
+    thread = threading.Thread(
+        target=context.run, args=(lambda: kept.append(write(model, return_dict_in_generate=True)),)
+    )
+    thread.start()
+    thread.join()
+    before = model.forward.cache_info().hits
+    assert torch.equal(write(plain, 6), write(model, 6))
+    assert model.forward.cache_info().hits > before
+    want, got = (write(plain, return_dict_in_generate=True), kept[0])
+    assert_same_cache(*(result[list(result)[-1]] for result in (want, got)))
