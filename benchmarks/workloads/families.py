@@ -39,7 +39,7 @@ OLD = {"vocab_size": 97, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head
 
 WINDOW = {**COMMON, "head_dim": 8, "sliding_window": 12}
 TURNS = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 HALF = {"layers": 2, "ffn_dim": 64, "attention_heads": 4}
 TWO: dict[str, Any] = {
     f"{part}_{what}": number for part in ("encoder", "decoder") for what, number in HALF.items()
