@@ -185,9 +185,6 @@ def trace_forward(
     if blocker is None and (not mutations or (restore and replaced is not None)):
         kept = [*tensors, *tensors_in([c.after for c in replaced or () if not is_stand_in(c.after)])]
         leak = find_leak(ops.made, kept, ops.reached())
-        if leak is not None and snapshot is not None:
-            snapshot = None  # it holds what it found in closures that the forward made
-            leak = find_leak(ops.made, kept, ops.reached())
     reached = ops.reached()
     return Trace(
         result=result,
