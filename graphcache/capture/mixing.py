@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graphcache.call.bound_call import BATCHED, BoundCall
 from graphcache.runtime.source_lines import user_line
+from graphcache.runtime.torch_patches import DispatchMode
 from graphcache.tracing.trace import Forward, trace_forward
 
 
@@ -53,7 +53,7 @@ def _repeated(call: BoundCall, batch: int) -> list[Tensor]:
     return tensors
 
 
-class _Results(TorchDispatchMode):
+class _Results(DispatchMode):
     """Takes down what each operator gives for the first rows, as sums of bytes."""
 
     def __init__(self, batch: int, size: int) -> None:
@@ -81,7 +81,9 @@ class _Results(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.numel() and leaf.layout is torch.strided
         ]
         if sums:
-            self.found.append((f"{func.overloadpacket}, at {user_line()}", torch.stack(sums)))
+            self.found.append(
+                (f"{getattr(func, 'overloadpacket', func)}, at {user_line()}", torch.stack(sums))
+            )
         return result
 
     def _first_rows(self, tensor: Tensor) -> Tensor:
