@@ -207,8 +207,9 @@ class GraphCache:
                 self.store.hand_over(call, None, entry)
         if (mixed := entry.padding.mixed) is not None:  # without the lock: it runs the forward
             entry.padding.mixed = None
-            if (name := mixing_operator(forward, mixed, call.batch)) is not None:
-                why = entry.no_padding_reason = f"{why}, first in {name}"
+            with suppress(Exception):  # it only explains, and the caller has a result
+                if (name := mixing_operator(forward, mixed, call.batch)) is not None:
+                    why = entry.no_padding_reason = f"{why}, first in {name}"
         if why is not None and why is not ROWS_ALIKE:
             self.store.warn(
                 "rows",

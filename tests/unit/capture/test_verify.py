@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import _C, CheckError, GraphCacheWarning, config, cuda_graphed
-from graphcache.capture import verify
+from graphcache.capture import mixing, verify
 from graphcache.tracing import op_recorder
 from tests.helpers import EMULATED, Backend, eagerly, equal, info, same_as_eager
 
@@ -109,6 +109,19 @@ def test_note_names_the_operator_that_mixes_rows(backend: Backend, name: str) ->
         padded(model, backend, (8, 5), 2)
     (note,) = info(model).notes
     assert f"its rows depend on each other, first in {name}" in note
+
+
+def test_search_for_the_operator_fails_and_the_call_returns(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(mixing, "trace_forward", fails)
+    model = cuda_graphed(MIXING["aten.mean"], sizes=(8,))
+    with pytest.warns(GraphCacheWarning, match="its rows depend on each other"):
+        padded(model, backend, (8, 5), 2)
+    assert "first in" not in info(model).notes[0]
 
 
 def test_state_that_is_written_before_each_call_is_padded_soon(backend: Backend) -> None:
